@@ -1,0 +1,377 @@
+"""Attention: rotary positions and their scalings, multi-head attention, DeepSeek's latent attention, and their caches.
+
+Read it with the papers beside you: RoPE (Su et al. 2021, arXiv 2104.09864), YaRN (Peng et al. 2023, arXiv 2309.00071),
+grouped queries (Ainslie et al. 2023, arXiv 2305.13245), and multi-head latent attention, MLA (DeepSeek-V2, arXiv
+2405.04434, section 2.1, eq. 9-19). Parameters carry DeepSeek's names, so that its published weights fit by name.
+
+What is in here, in reading order:
+    variants()             the named rows of knobs behind --attn: a new variant is one row, or one class and one row
+    attention_settings()   a row, with the knobs that were given by hand laid over it, checked
+    rope_...()             frequencies (default, linear, dynamic NTK, YaRN) and the rotation
+    MultiHeadAttention     q, k, v per head; fewer key/value heads make it grouped-query (gqa) or multi-query (mqa)
+    LatentAttention        k and v of all heads through one small latent, which is all that decoding has to keep
+
+Shapes: B sequences, T new tokens, S tokens that can be attended (cached + new), C = n_embd, H = n_head,
+dn = qk_nope_head_dim, dr = qk_rope_head_dim, dv = v_head_dim, r = kv_lora_rank.
+
+Both classes are called in the same way, attention(x, rope, mask, cache, slots, span), and serve two situations:
+    training   x (B, T, C) alone: causal over itself, nothing is kept.
+    decoding   cache is what new_cache() allocated, for `capacity` slots. `slots` (T,) says into which of them the T new
+               tokens go, `span` how many slots from the first are attended, `mask` (1 or B, 1, T, span) which of those
+               each token may see (None: all of them). `slots` is None at the first call, when the T tokens fill the
+               empty cache from slot 0 and attend only to themselves: ordinary causal attention.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The variants
+
+def variants(n_embd, n_head):
+    """The rows behind --attn: name -> {'class': ..., knob: value}, as proportions of the width, so that they hold at any.
+
+    With C = n_embd and d = C / n_head. At Experiment 1's C = 384 and 8 heads (d = 48) the lora row reads: ranks 32 and
+    64, nope 16 + rope 32, v 48, which are the numbers of the report that this project repeats.
+    """
+    C, d = n_embd, n_embd // n_head
+    two_thirds = 2 * round(d / 3)                                       # 2d/3, rounded to an even number of dims
+    nearest_8 = lambda x: max(8, 8 * round(x / 8))
+    lora = {'class': LatentAttention, 'q_lora_rank': C // 12, 'kv_lora_rank': C // 6,
+            'qk_nope_head_dim': d - two_thirds, 'qk_rope_head_dim': two_thirds, 'v_head_dim': d}
+    return {
+        'baseline': {'class': MultiHeadAttention, 'n_kv_head': n_head},
+        'gqa': {'class': MultiHeadAttention, 'n_kv_head': max(1, n_head // 4)},
+        'mqa': {'class': MultiHeadAttention, 'n_kv_head': 1},
+        # DeepSeek's attention inside the baseline's head sizes: nope + rope = v = d
+        'lora': lora,
+        # ... and the three things the report added: content width that no longer pays for the rotary part, RoPE scaling, bias
+        'enhanced': {**lora, 'qk_nope_head_dim': d, 'rope_scaling': 'linear', 'rope_factor': 2.0, 'attention_bias': True},
+        # DeepSeek-V2's own proportions: q rank 0.3 C, kv rank 0.1 C, nope = v = d, rope = d/2 (1536, 512, 128, 64 at C = 5120)
+        'mla': {'class': LatentAttention, 'q_lora_rank': nearest_8(0.3 * C), 'kv_lora_rank': nearest_8(0.1 * C),
+                'qk_nope_head_dim': d, 'qk_rope_head_dim': 2 * round(d / 4), 'v_head_dim': d},
+    }
+
+
+# What a row leaves open. None: the knob means nothing to that row's class (giving it by hand is an error).
+DEFAULTS = {'n_kv_head': None, 'q_lora_rank': None, 'kv_lora_rank': None, 'qk_nope_head_dim': None,
+            'qk_rope_head_dim': None, 'v_head_dim': None, 'rope_scaling': 'default', 'rope_factor': 1.0,
+            'attention_bias': False}
+ROPE_SCALINGS = ('default', 'linear', 'dynamic', 'yarn')
+
+
+def attention_settings(attn, n_embd, n_head, **given):
+    """The knobs of variant `attn` with those in `given` that are not None laid over its row. -> dict with DEFAULTS' keys.
+
+    Raises ValueError, in one line, for an unknown variant, a knob that the variant's class does not have, and sizes
+    that make no attention (odd rotary width, no width at all, key/value heads that do not divide the heads, ...).
+    """
+    if n_embd < 1 or n_head < 1 or n_embd % n_head:
+        raise ValueError(f'n_embd ({n_embd}) must be a multiple of n_head ({n_head}): every head gets n_embd / n_head dims')
+    rows = variants(n_embd, n_head)
+    if attn not in rows:
+        import difflib                                                  # only on the way out
+        close = difflib.get_close_matches(str(attn), rows, n=1)
+        raise ValueError(f'unknown attention variant {attn!r}{f"; did you mean --attn={close[0]}?" if close else ""}'
+                         f' (one of {", ".join(rows)})')
+    row = {**DEFAULTS, **rows[attn]}
+    for knob, value in given.items():
+        if value is None:
+            continue
+        if row[knob] is None:
+            raise ValueError(f'--{knob} means nothing to --attn={attn}, which is {row["class"].__name__}')
+        row[knob] = value
+    row.pop('class')
+
+    if row['n_kv_head'] is not None:                                    # multi-head
+        if row['n_kv_head'] < 1 or n_head % row['n_kv_head']:
+            raise ValueError(f'n_kv_head ({row["n_kv_head"]}) must divide n_head ({n_head})')
+        if (n_embd // n_head) % 2:
+            raise ValueError(f'n_embd / n_head is {n_embd // n_head}, an odd number: rotary positions turn pairs of dims')
+    else:                                                               # latent
+        if row['q_lora_rank'] < 0:
+            raise ValueError(f'q_lora_rank ({row["q_lora_rank"]}) must be 0 (no bottleneck for the queries) or positive')
+        for knob in ('kv_lora_rank', 'v_head_dim', 'qk_rope_head_dim'):
+            if row[knob] < 1:
+                raise ValueError(f'{knob} is {row[knob]} with n_embd={n_embd}, n_head={n_head}; it must be at least 1')
+        if row['qk_nope_head_dim'] < 1:
+            raise ValueError(f'qk_nope_head_dim is {row["qk_nope_head_dim"]}: the rotary part (qk_rope_head_dim = '
+                             f'{row["qk_rope_head_dim"]}) leaves the content no width; make it smaller or n_embd larger')
+        if row['qk_rope_head_dim'] % 2:
+            raise ValueError(f'qk_rope_head_dim ({row["qk_rope_head_dim"]}) must be even: rotary positions turn pairs of dims')
+    if row['rope_scaling'] not in ROPE_SCALINGS:
+        raise ValueError(f'unknown rope_scaling {row["rope_scaling"]!r} (one of {", ".join(ROPE_SCALINGS)})')
+    if row['rope_scaling'] == 'dynamic' and (row['qk_rope_head_dim'] or n_embd // n_head) == 2:
+        raise ValueError('rope_scaling=dynamic needs a rotary width above 2: its exponent is width / (width - 2)')
+    if not 1 <= row['rope_factor'] < math.inf:
+        raise ValueError(f'rope_factor ({row["rope_factor"]}) must be at least 1: positions are divided by it')
+    return row
+
+
+def build_attention(config):
+    """A new attention layer for `config` (model.ModelConfig): the class that the variant's row names."""
+    return variants(config.n_embd, config.n_head)[config.attn]['class'](config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary positions
+
+def rope_dim(config):
+    """How many dims of each query and key head are rotated: all of them in multi-head, dr in latent attention."""
+    return config.qk_rope_head_dim or config.n_embd // config.n_head
+
+
+def rope_frequencies(dim, theta=10000.0, scaling='default', factor=1.0, original=512, beta_fast=32.0, beta_slow=1.0, length=0):
+    """Radians per position of each of the dim/2 rotated pairs -> list of floats, fastest first.
+
+    default   theta^(-2i/dim)                                                              (RoFormer, section 3.2.2)
+    linear    the same divided by factor: position p turns as far as p/factor did          (Chen et al., arXiv 2306.15595)
+    dynamic   a larger theta once `length` exceeds `original`; up to there exactly default (NTK-aware, YaRN section 3.3)
+    yarn      pairs that turn more than beta_fast times within `original` tokens stay, those that turn less than
+              beta_slow times are divided by factor, a linear ramp in between              (YaRN, eq. 18-20)
+    """
+    if scaling == 'dynamic' and length > original:
+        theta = theta * (factor * length / original - (factor - 1)) ** (dim / (dim - 2))
+    frequencies = [theta ** (-2 * i / dim) for i in range(dim // 2)]
+    if scaling == 'linear':
+        return [f / factor for f in frequencies]
+    if scaling == 'yarn':
+        # the (fractional) pair that turns n times within `original` tokens
+        pair = lambda n: dim * math.log(original / (2 * math.pi * n)) / (2 * math.log(theta))
+        low, high = max(math.floor(pair(beta_fast)), 0), min(math.ceil(pair(beta_slow)), dim - 1)
+        high = high + 0.001 if low == high else high                    # a step, not a division by zero
+        ramp = [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(dim // 2)]
+        return [f * (1 - m) + f / factor * m for f, m in zip(frequencies, ramp)]
+    return frequencies
+
+
+def yarn_mscale(factor, mscale):
+    """YaRN's attention temperature, a(x) = 0.1 x ln(factor) + 1, eq. 22 with DeepSeek's multiplier x = mscale."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rope_tables(config, positions, length=0, dtype=torch.float32):
+    """cos and sin of every angle at `positions`, (T,) or (B, T) integers -> two tensors (..., T, 1, dr/2), 1 for the heads.
+
+    Never in a dtype below float32: bfloat16 cannot tell integers above 256 apart. Nothing is kept in a buffer, which
+    model.to(bfloat16) would cast. `length` is the longest sequence these tables serve; only dynamic scaling looks at it.
+    """
+    frequencies = rope_frequencies(rope_dim(config), config.rope_theta, config.rope_scaling, config.rope_factor,
+                                   config.rope_original_context or config.block_size, config.rope_beta_fast,
+                                   config.rope_beta_slow, length)
+    frequencies = torch.tensor(frequencies, dtype=dtype, device=positions.device)
+    angles = (positions.unsqueeze(-1) * frequencies).unsqueeze(-2)      # (..., T, 1, dr/2)
+    amplitude = 1.0
+    if config.rope_scaling == 'yarn':
+        amplitude = (yarn_mscale(config.rope_factor, config.rope_mscale)
+                     / yarn_mscale(config.rope_factor, config.rope_mscale_all_dim))
+    return angles.cos() * amplitude, angles.sin() * amplitude
+
+
+def apply_rope(x, rope):
+    """Turn the pairs of dims (2i, 2i+1) of x (..., T, heads, dr) by their angles: DeepSeek's interleaved layout."""
+    cos, sin = rope
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)                     # (..., T, heads, dr/2) each
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def attention_scale(config, width):
+    """What scores are multiplied by: 1/sqrt(width of a query), times a(mscale_all_dim)^2 under YaRN (q and k carry one each)."""
+    scale = width ** -0.5
+    return scale * yarn_mscale(config.rope_factor, config.rope_mscale_all_dim) ** 2 if config.rope_scaling == 'yarn' else scale
+
+
+def attend(q, k, v, scale, mask=None, causal=False):
+    """softmax(scale q k^T) v over (B, heads, T or S, width) tensors; heads of k and v may be a divisor of q's.
+
+    Flash kernels want values as wide as keys. Where v is narrower it is padded with zeros, which stay zeros in the
+    output and are cut off: on a CPU that is 1.5x faster, forward and backward, than torch's fallback, which would
+    build the T x T matrix (results/notes.md).
+    """
+    dv, dk = v.size(-1), k.size(-1)
+    if dv < dk:
+        v = F.pad(v, (0, dk - dv))
+    elif dv > dk:
+        q, k = F.pad(q, (0, dv - dk)), F.pad(k, (0, dv - dk))
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
+    return o[..., :dv]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gain over the last dim (arXiv 1910.07467), in the gain's dtype: float32 also where x is bfloat16."""
+
+    def __init__(self, width, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Multi-head attention, and with fewer key/value heads grouped-query and multi-query attention
+
+class MultiHeadAttention(nn.Module):
+    """q, k, v of d = C/H dims a head, rotary positions on all of them. Query head h reads key/value head h // (H / n_kv_head).
+
+    Cached per token: k and v of the n_kv_head heads, 2 n_kv_head d numbers.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.n_embd // config.n_head
+        C, bias = config.n_embd, config.attention_bias
+        self.q_proj = nn.Linear(C, self.n_head * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(C, self.n_kv_head * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(C, self.n_kv_head * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.n_head * self.head_dim, C, bias=bias)
+        self.scale = attention_scale(config, self.head_dim)
+
+    def head_dims(self):
+        """Sizes for the result file, read off the live layer."""
+        return {'n_kv_head': self.n_kv_head, 'qk_head_dim': self.head_dim, 'v_head_dim': self.head_dim,
+                'qk_rope_head_dim': self.head_dim}
+
+    def score_and_value_width(self):
+        """Multiply-adds for one query-key pair, over all heads: the score's and the value's width (model.flops_per_token)."""
+        return self.n_head * self.head_dim, self.n_head * self.head_dim
+
+    def new_cache(self, batch, capacity, dtype=None, device=None):
+        """Room for the keys and values of `capacity` tokens: (2, B, n_kv_head, capacity, d)."""
+        return torch.zeros(2, batch, self.n_kv_head, capacity, self.head_dim, dtype=dtype, device=device)
+
+    def forward(self, x, rope, mask=None, cache=None, slots=None, span=None):
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, heads, T, d)
+        if cache is not None:
+            write(cache[0], 2, slots, k)
+            write(cache[1], 2, slots, v)
+            if slots is not None:                                                   # (B, n_kv_head, span, d)
+                k, v = cache[0, :, :, :span].to(q.dtype), cache[1, :, :, :span].to(q.dtype)
+        o = attend(q, k, v, self.scale, mask, causal=slots is None and mask is None)
+        return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))                     # heads side by side again
+
+
+def write(cache, dim, slots, new):
+    """Put `new` into the slots (along `dim`) of a preallocated cache, in place; slots None: the first ones."""
+    if slots is None:
+        cache.narrow(dim, 0, new.size(dim)).copy_(new)
+    else:
+        cache.index_copy_(dim, slots, new.to(cache.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Multi-head latent attention
+
+class LatentAttention(nn.Module):
+    """DeepSeek's multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, eq. 9-19), decoupled RoPE included.
+
+                    x (C)
+           +----------+--------------------+
+        q_a_proj              kv_a_proj_with_mqa            the two ways down
+           |                   |           |
+      c_q (q_lora_rank)     c (r)      k_pe (dr)            the latents; c is normed, k_pe is turned by its position:
+         norm                norm         rope              THESE TWO, r + dr numbers, are the cache
+        q_b_proj           kv_b_proj       |                the ways up, H heads
+       /        \\           /     \\        |
+    q_nope     q_pe     k_nope     v       |                (dn)  (dr)  (dn)  (dv) a head
+       |       rope        |       |       |
+       +---------|---------+       |       |
+     score = ( q_nope . k_nope  +  q_pe . k_pe ) scale      one k_pe serves all heads
+    out = o_proj( concat over heads of softmax(score) v )
+
+    k_nope = W_UK c and v = W_UV c are linear in the latent, which is the whole trick of decoding. `expand` makes them for
+    all S cached tokens and attends as usual. `absorb` moves the matrices to the other side of the products,
+        q_nope . (W_UK c) = (W_UK^T q_nope) . c         and         sum_s p_s (W_UV c_s) = W_UV (sum_s p_s c_s),
+    and attends over the cached latents themselves, as H queries to one key of width r + dr (V2, section 2.1.2). Same
+    numbers; which one is cheaper depends on how many new tokens share the expansion (self.absorbs).
+
+    With biases, DeepSeek has them on q_a_proj, kv_a_proj_with_mqa and o_proj, nowhere else.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C, H, r, bias = config.n_embd, config.n_head, config.kv_lora_rank, config.attention_bias
+        dn, dr, dv = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.n_head, self.q_lora_rank, self.kv_lora_rank = H, config.q_lora_rank, r
+        self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim = dn, dr, dv
+        if config.q_lora_rank:
+            self.q_a_proj = nn.Linear(C, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, H * (dn + dr), bias=False)
+        else:
+            self.q_proj = nn.Linear(C, H * (dn + dr), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(C, r + dr, bias=bias)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(r, H * (dn + dv), bias=False)
+        self.o_proj = nn.Linear(H * dv, C, bias=bias)
+        # of the width that the scores are made of, nope + rope: also when absorbed queries are r + dr wide
+        self.scale = attention_scale(config, dn + dr)
+        self.decode = 'auto'                                            # auto | expand | absorb, for tests and bench.py
+
+    def head_dims(self):
+        return {'q_lora_rank': self.q_lora_rank, 'kv_lora_rank': self.kv_lora_rank,
+                'qk_nope_head_dim': self.qk_nope_head_dim, 'qk_rope_head_dim': self.qk_rope_head_dim,
+                'qk_head_dim': self.qk_nope_head_dim + self.qk_rope_head_dim, 'v_head_dim': self.v_head_dim}
+
+    def score_and_value_width(self):
+        return self.n_head * (self.qk_nope_head_dim + self.qk_rope_head_dim), self.n_head * self.v_head_dim
+
+    def new_cache(self, batch, capacity, dtype=None, device=None):
+        """Room for [latent | rotary key] of `capacity` tokens: (B, capacity, r + dr). There is no head axis."""
+        return torch.zeros(batch, capacity, self.kv_lora_rank + self.qk_rope_head_dim, dtype=dtype, device=device)
+
+    def absorbs(self, T, S):
+        """Whether T new tokens should attend to S cached ones in the latent space: compares the multiply-adds a head needs.
+
+        For S >> T this is T < r (dn + dv) / (2r - dn - dv), about the rank: decoding absorbs, prefill expands.
+        """
+        if self.decode != 'auto':
+            return self.decode == 'absorb'
+        r, dn, dr, dv = self.kv_lora_rank, self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
+        expand = S * r * (dn + dv) + T * S * (dn + dr + dv)
+        absorb = T * r * (dn + dv) + T * S * (2 * r + dr)
+        return absorb < expand
+
+    def forward(self, x, rope, mask=None, cache=None, slots=None, span=None):
+        B, T, C = x.shape
+        H, r = self.n_head, self.kv_lora_rank
+        dn, dr, dv = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.q_lora_rank else self.q_proj(x)
+        q_nope, q_pe = q.view(B, T, H, dn + dr).split([dn, dr], dim=-1)             # (B, T, H, dn), (B, T, H, dr)
+        q_pe = apply_rope(q_pe, rope)
+        c, k_pe = self.kv_a_proj_with_mqa(x).split([r, dr], dim=-1)                 # (B, T, r), (B, T, dr)
+        c = self.kv_a_layernorm(c)
+        k_pe = apply_rope(k_pe.unsqueeze(2), rope)                                  # (B, T, 1, dr): one head for all
+        if cache is not None:
+            new = torch.cat((c, k_pe.squeeze(2)), dim=-1)                           # (B, T, r + dr)
+            write(cache, 1, slots, new)
+            kept = new if slots is None else cache[:, :span].to(q.dtype)            # (B, S, r + dr)
+            c, k_pe = kept[..., :r], kept[..., r:].unsqueeze(2)
+        causal = slots is None and mask is None
+
+        if cache is not None and self.absorbs(T, c.size(1)):
+            W_uk, W_uv = self.kv_b_proj.weight.to(q.dtype).view(H, dn + dv, r).split([dn, dv], dim=1)  # (H, dn, r), (H, dv, r)
+            q = torch.cat((torch.einsum('bthn,hnr->bthr', q_nope, W_uk), q_pe), dim=-1)  # (B, T, H, r + dr)
+            # One key head for all; it also serves as the value (its last dr output columns are dropped), so that keys
+            # and values are one piece of memory, as wide as each other: what the flash kernels want.
+            kept = kept.unsqueeze(1)                                                # (B, 1, S, r + dr)
+            if T == 1:    # the H heads as H rows of one query matrix: the cache is read once, not H times
+                o = attend(q, kept, kept, self.scale, mask).view(B, 1, H, r + dr)
+            else:
+                o = attend(q.transpose(1, 2), kept, kept, self.scale, mask, causal).transpose(1, 2)
+            o = torch.einsum('bthr,hvr->bthv', o[..., :r], W_uv)                    # (B, T, H, dv)
+        else:
+            S = c.size(1)
+            k_nope, v = self.kv_b_proj(c).view(B, S, H, dn + dv).split([dn, dv], dim=-1)
+            q = torch.cat((q_nope, q_pe), dim=-1)                                   # (B, T, H, dn + dr)
+            k = torch.cat((k_nope, k_pe.expand(B, S, H, dr)), dim=-1)               # (B, S, H, dn + dr)
+            o = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, mask, causal).transpose(1, 2)
+        return self.o_proj(o.reshape(B, T, H * dv))

@@ -1,0 +1,16 @@
+# A model of seconds, to see that everything works: python train.py config/smoke.py --attn=enhanced. What the tests use.
+n_layer = 2
+n_head = 4
+n_embd = 64
+block_size = 64
+d_ff = 96
+n_expert = 4
+tokenizer = 'bytes'
+max_train_tokens = 200_000
+max_val_tokens = 8_192
+max_steps = 20
+batch_size = 8
+micro_batch_size = 8
+eval_interval = 10
+learning_rate = 3e-3
+experiment = 'smoke'

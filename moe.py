@@ -1,0 +1,187 @@
+"""The experts: a router that sends every token to top_k of n_expert SwiGLU networks, and what keeps their load even.
+
+Papers: Shazeer et al. 2017 (arXiv 1701.06538) for the gate, Switch Transformer (Fedus et al., arXiv 2101.03961) for the
+load-balancing loss, ST-MoE (Zoph et al., arXiv 2202.08906) for the router z-loss, MegaBlocks (Gale et al., arXiv
+2211.15841) for dropless dispatch, DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) for balancing without a loss.
+
+Shapes: B sequences of T tokens, N = B T, C = n_embd, F = d_ff, E = n_expert, k = top_k, M = N k token copies.
+
+    x (N, C) -> router -> chosen (N, k), weights (N, k)
+    k copies of each token, sorted by expert (M, C):   [ expert 0's rows | expert 1's rows | ... | expert E-1's rows ]
+    one matrix product per expert over its contiguous rows -> (M, C) -> back into token order -> weighted sum over k
+
+No token is dropped, there is no capacity, and nothing is added atomically: a token's result depends on that token alone,
+and the same input gives the same bits.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class Routing(NamedTuple):
+    """What one layer tells about its routing; the losses are unweighted and carry gradient, the rest is for the log."""
+    balance_loss: torch.Tensor      # scalar, 1 when load or probability is even
+    z_loss: torch.Tensor            # scalar, nats squared
+    load: torch.Tensor              # (E,) token copies that each expert got; sums to M
+    entropy: torch.Tensor           # scalar, nats: mean entropy of a token's distribution over the experts, at most ln E
+
+
+class Permute(torch.autograd.Function):
+    """rows[order]. Plain indexing would scatter-add in its backward; a permutation's gradient is just the way back."""
+
+    @staticmethod
+    def forward(ctx, rows, order, inverse):
+        ctx.save_for_backward(order, inverse)
+        return rows[order]
+
+    @staticmethod
+    def backward(ctx, grad):
+        order, inverse = ctx.saved_tensors
+        return Permute.apply(grad, inverse, order), None, None
+
+
+class SegmentedSwiGLU(torch.autograd.Function):
+    """down_e(silu(gate_e x) * up_e x) for rows sorted by expert, one expert after the other: the CPU's path.
+
+    rows (M, C); gate, up (E, F, C); down (E, C, F); sizes: a list of E row counts that sum to M -> (M, C).
+    Written out by hand, forward and backward, since autograd over the same loop costs a third more time and memory
+    (results/notes.md): every product writes straight into its slice of one output, the F-wide intermediates of one
+    expert are used while they are still in the cache, and only gate's and up's outputs are kept for the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, gate, up, down, sizes):
+        g, u, y = rows.new_empty(len(rows), gate.size(1)), rows.new_empty(len(rows), gate.size(1)), torch.empty_like(rows)
+        start = 0
+        for e, n in enumerate(sizes):
+            s, start = slice(start, start + n), start + n
+            torch.mm(rows[s], gate[e].T, out=g[s])
+            torch.mm(rows[s], up[e].T, out=u[s])
+            torch.mm(F.silu(g[s]).mul_(u[s]), down[e].T, out=y[s])
+        ctx.save_for_backward(rows, gate, up, down, g, u)
+        ctx.sizes = sizes
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        rows, gate, up, down, g, u = ctx.saved_tensors
+        d_rows, d_gate, d_up, d_down = (torch.empty_like(t) for t in (rows, gate, up, down))
+        start = 0
+        for e, n in enumerate(ctx.sizes):
+            s, start = slice(start, start + n), start + n       # an expert without rows gets zeros: products over 0 rows
+            silu = F.silu(g[s])
+            torch.mm(dy[s].T, silu * u[s], out=d_down[e])
+            dh = dy[s] @ down[e]                                # (n, F)
+            d_u = silu.mul_(dh)
+            d_g = torch.ops.aten.silu_backward(dh.mul_(u[s]), g[s])
+            torch.mm(d_g.T, rows[s], out=d_gate[e])
+            torch.mm(d_u.T, rows[s], out=d_up[e])
+            torch.mm(d_g, gate[e], out=d_rows[s])
+            d_rows[s].addmm_(d_u, up[e])
+        return d_rows, d_gate, d_up, d_down, None
+
+
+def swiglu_experts(rows, gate, up, down, load):
+    """The experts' networks over rows (M, C) sorted by expert; load (E,) rows each. See SegmentedSwiGLU for the shapes.
+
+    On a GPU, and inside torch.compile, F.grouped_mm: all experts in one launch, row counts read on the device, no host
+    synchronisation. It takes no float64 and only strides that are multiples of 16 bytes. On a CPU the loop is faster.
+    """
+    fits = rows.dtype in (torch.float32, torch.bfloat16) and all(n * rows.element_size() % 16 == 0 for n in gate.shape[1:])
+    if fits and (rows.is_cuda or torch.compiler.is_compiling()):
+        ends = load.cumsum(0).to(torch.int32)                   # (E,) where each expert's rows end
+        h = F.silu(F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)) * F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
+        return F.grouped_mm(h, down.transpose(1, 2), offs=ends)
+    return SegmentedSwiGLU.apply(rows, gate, up, down, load.tolist())
+
+
+class MixtureOfExperts(nn.Module):
+    """x (B, T, C) -> (B, T, C), Routing. Experts are stored stacked, each matrix as (out, in) like nn.Linear's.
+
+    router='softmax'  p = softmax over all E; the k largest, renormalised to sum to 1 (Mixtral, Qwen; the same as a softmax
+                      over the k largest logits). With k = 1 that would be a constant 1, which tells the router nothing,
+                      so there p itself is the weight (Switch Transformer, eq. 2).
+    router='sigmoid'  DeepSeek-V3, eq. 12-16: s = sigmoid(logits); a bias per expert is added for CHOOSING only, the
+                      weights are the chosen s, renormalised. The bias is no parameter: update_bias() nudges it.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C, width, E = config.n_embd, config.d_ff, config.n_expert
+        self.top_k, self.kind, self.scaling = config.top_k, config.router, config.routed_scaling_factor
+        self.router = nn.Linear(C, E, bias=False)
+        self.gate_proj = nn.Parameter(torch.empty(E, width, C))
+        self.up_proj = nn.Parameter(torch.empty(E, width, C))
+        self.down_proj = nn.Parameter(torch.empty(E, C, width))
+        if config.n_shared_expert:                              # always on, ungated: one network, n_shared_expert times as wide
+            shared = config.n_shared_expert * width
+            self.shared_gate_proj = nn.Linear(C, shared, bias=False)
+            self.shared_up_proj = nn.Linear(C, shared, bias=False)
+            self.shared_down_proj = nn.Linear(shared, C, bias=False)
+        # float32 whatever the model's dtype: steps of 0.001 are lost in bfloat16. None for the softmax router.
+        self.register_buffer('e_score_correction_bias', torch.zeros(E) if self.kind == 'sigmoid' else None)
+
+    def _apply(self, fn, recurse=True):
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)                             # .to(), .bfloat16(), ...: the bias moves, but stays float32
+        if bias is not None:
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
+
+    def route(self, x):
+        """x (B, T, C) -> chosen (B, T, k) expert ids, weights (B, T, k), Routing."""
+        B, T, C = x.shape
+        k, E = self.top_k, self.router.out_features
+        # float32 also under autocast: small differences between logits decide the routing
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(x.dtype, torch.float32)
+            logits = F.linear(x.to(wide), self.router.weight.to(wide))                          # (B, T, E)
+        if self.kind == 'softmax':
+            scores = logits.softmax(-1)
+            chosen = scores.topk(k, dim=-1).indices
+            probs = scores
+        else:
+            scores = logits.sigmoid()
+            chosen = (scores + self.e_score_correction_bias).topk(k, dim=-1).indices
+            probs = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        weights = scores.gather(-1, chosen)                                                     # never the biased ones
+        if k > 1:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+
+        # Switch eq. 4-6 with the load counted per choice, per sequence (DeepSeek-V3 eq. 17-20), so that neither the
+        # micro-batch nor the number of processes matters: E sum_e f_e P_e, f the share of the T k choices (no gradient),
+        # P the mean probability over ALL experts. It is 1 when f or P is even, E/k when k experts get everything.
+        counts = (chosen.flatten(1).unsqueeze(-1) == torch.arange(E, device=x.device)).sum(1)   # (B, E)
+        balance_loss = E * (counts / (T * k) * probs.mean(1)).sum(-1).mean()
+        z_loss = logits.logsumexp(-1).square().mean()                                           # ST-MoE eq. 5
+        entropy = -(probs * probs.clamp_min(1e-20).log()).sum(-1).mean()
+        return chosen, weights * self.scaling, Routing(balance_loss, z_loss, counts.sum(0), entropy.detach())
+
+    def forward(self, x):
+        B, T, C = x.shape
+        N, k = B * T, self.top_k
+        chosen, weights, routing = self.route(x)
+        order = chosen.flatten().argsort(stable=True)           # (M,) which copy stands at each sorted row
+        inverse = order.argsort()                               # (M,) at which sorted row each copy stands
+        # under autocast the products run in its dtype; hand-written functions are not cast by it, so cast here
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        gate, up, down = self.gate_proj.to(dtype), self.up_proj.to(dtype), self.down_proj.to(dtype)
+        rows = x.to(dtype).view(N, 1, C).expand(N, k, C).reshape(N * k, C)
+        rows = Permute.apply(rows, order, inverse)                                              # (M, C), by expert
+        with torch.autocast(x.device.type, enabled=False):
+            y = swiglu_experts(rows, gate, up, down, routing.load)
+        y = Permute.apply(y, inverse, order).view(N, k, C)                                      # by token again
+        y = (y * weights.view(N, k, 1)).sum(1).view(B, T, C).to(x.dtype)
+        if hasattr(self, 'shared_gate_proj'):
+            y = y + self.shared_down_proj(F.silu(self.shared_gate_proj(x)) * self.shared_up_proj(x))
+        return y, routing
+
+    @torch.no_grad()
+    def update_bias(self, load, rate):
+        """DeepSeek-V3's auxiliary-loss-free balancing (arXiv 2408.15664): once per optimizer update, nudge every
+        overloaded expert down and every underloaded one up by `rate`. load (E,): copies over the whole global batch."""
+        load = load.to(self.e_score_correction_bias.dtype)
+        self.e_score_correction_bias += rate * torch.sign(load.mean() - load)

@@ -1,0 +1,594 @@
+"""data.py: splits without leaks, tokenizers, token files that are verified, batches as pure functions of (seed, step)."""
+
+import json
+import math
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+HERE = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+import data
+from data import Corpus, DataError, load_tokenizer, prepare
+
+WORDS = 'attention latent rotary expert router key value query head rank \u00e9t\u00e9 \u4e2d\u6587 loss := (x) \t == 12345'.split(' ')
+
+
+def text(seed, words=120):
+    rng = random.Random(seed)
+    return f'document {seed}\n' + ''.join(rng.choice(WORDS) + rng.choice(['  ', ' ', '\n', ', ']) for _ in range(words))
+
+
+def silent(line):
+    pass
+
+
+@pytest.fixture(scope='module')
+def texts(tmp_path_factory):
+    """A folder of 60 text files, one of them twice, one blank, one hidden, one of another ending."""
+    folder = tmp_path_factory.mktemp('texts with \u00e4 and blanks')
+    for i in range(60):
+        path = folder / f'part {i % 3}' / f'{i}.txt'
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text(i).encode())
+    (folder / 'copy.md').write_bytes(text(7).encode())
+    (folder / 'blank.txt').write_text(' \n')
+    (folder / 'picture.png').write_bytes(b'\xff\xd8')
+    (folder / '.hidden').mkdir()
+    (folder / '.hidden' / 'x.txt').write_bytes(b'\xff')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def prepared(texts, tmp_path_factory):
+    return prepare(str(texts), 'bpe', 400, tmp_path_factory.mktemp('root'), silent)
+
+
+@pytest.fixture(scope='session')
+def stdlib(tmp_path_factory):
+    lines = []
+    return prepare('stdlib', 'bpe', 4096, tmp_path_factory.mktemp('root'), lines.append), lines
+
+
+@pytest.fixture
+def copy(prepared, tmp_path):
+    return pathlib.Path(shutil.copytree(prepared, tmp_path / 'copy'))
+
+
+def one_line(error):
+    message = str(error.value)
+    assert message and '\n' not in message
+    return message
+
+
+def documents_of(folder, part):
+    """The texts of a split, got back from its token file."""
+    tokenizer, corpus = load_tokenizer(folder), Corpus(folder, block_size=1)
+    ids = getattr(corpus, part)
+    ends = np.flatnonzero(ids == tokenizer.eot)
+    assert ends[-1] == len(ids) - 1
+    return [tokenizer.decode(piece.tolist()[int(i > 0):]) for i, piece in enumerate(np.split(ids, ends)[:-1])]
+
+
+# ---- splits --------------------------------------------------------------------------------------------------
+
+def test_every_document_is_on_exactly_one_side_and_copies_are_dropped(prepared):
+    train, val = documents_of(prepared, 'train'), documents_of(prepared, 'val')
+    assert sorted(train + val) == sorted(text(i) for i in range(60)) and val
+    assert not set(train) & set(val)
+    meta = data.read_meta(prepared)
+    assert meta['documents_dropped'] == 2 and meta['train']['documents'] == len(train)
+    assert sum(len(t.encode()) for t in val) == meta['val']['text_bytes'] <= 0.05 * sum(len(t.encode()) for t in train + val)
+
+
+def test_no_window_of_validation_tokens_occurs_in_training(prepared):
+    corpus, width = Corpus(prepared, block_size=1), 24
+    seen = {corpus.train[i:i + width].tobytes() for i in range(len(corpus.train) - width)}
+    assert not any(corpus.val[i:i + width].tobytes() in seen for i in range(len(corpus.val) - width))
+
+
+def test_the_vocabulary_knows_nothing_of_the_validation_text(tmp_path):
+    folder = tmp_path / 'corpus'
+    folder.mkdir()
+    for i in range(40):
+        (folder / f'{i}.txt').write_text(text(i), encoding='utf-8')
+    _, val, _, _ = data.split([text(i) for i in range(40)])
+    first = prepare(str(folder), 'bpe', 350, tmp_path / 'a', silent)
+    for path in folder.iterdir():
+        if path.read_text(encoding='utf-8') in val:
+            path.unlink()
+    rest = [path.read_text(encoding='utf-8') for path in folder.iterdir()]
+    same = data.make_tokenizer('bpe', 350, rest, silent)
+    assert load_tokenizer(first).tokens == same.tokens
+
+
+def test_the_split_does_not_depend_on_names_or_order_and_a_new_document_moves_few():
+    documents = [text(i) for i in range(50)]
+    train, val, _, _ = data.split(documents)
+    assert data.split(documents[::-1])[:2] == (train, val)
+    assert [t for t in data.split(documents + [text(99)])[0] if t in train] == [t for t in train if t in data.split(documents + [text(99)])[0]]
+
+
+@pytest.mark.parametrize('single', ['a line\n' * 100, 'no line end at all ' * 50, 'x' * 97 + '\nab', 'ab\n' + 'x' * 97, 'ab\n' + 'x' * 97 + '\n', 'xy'])
+def test_a_single_text_is_cut_near_its_end_and_loses_nothing(single):
+    (train,), (val,), _, _ = data.split([single])
+    assert train + val == single and train and val
+    assert '\n' not in single.strip() or train.endswith('\n')
+
+
+def test_a_file_is_split_at_its_end_of_text_lines(tmp_path):
+    path = tmp_path / 'stories \u00fc.txt'
+    path.write_bytes('\r\n<|endoftext|>\r\n'.join(text(i) for i in range(30)).encode() + b'\n<|endoftext|>')
+    folder = prepare(str(path), 'bytes', 0, tmp_path / 'root', silent)
+    found = documents_of(folder, 'train') + documents_of(folder, 'val')
+    assert sorted(t.strip() for t in found) == sorted(text(i).strip() for i in range(30))
+    inline = tmp_path / 'inline.txt'
+    inline.write_text('about <|endoftext|> in a line\n' * 30)
+    assert Corpus(prepare(str(inline), 'bytes', 0, tmp_path / 'root', silent), block_size=4).meta['train']['documents'] == 1
+
+
+# ---- tokenizers ----------------------------------------------------------------------------------------------
+
+def naive_bpe(chunks, vocab_size):
+    """Byte-pair encoding as one would say it: count all pairs, merge the best, start over."""
+    tokens, words = [bytes([i]) for i in range(256)], [(list(chunk), n) for chunk, n in chunks.items()]
+    while len(tokens) < vocab_size:
+        pairs = Counter()
+        for word, n in words:
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
+        if best is None or pairs[best] < 2:
+            break
+        merged = tokens[best[0]] + tokens[best[1]]
+        if merged not in tokens:
+            tokens.append(merged)
+        new = tokens.index(merged)
+        for word, _ in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i:i + 2] = [new]
+                i += 1
+    return tokens
+
+
+@pytest.mark.parametrize('seed', range(12))
+def test_the_heap_learns_the_same_tokens_in_the_same_order_as_counting_anew_each_time(seed):
+    rng = random.Random(seed)
+    letters = 'ab' if seed % 2 else 'abcde '
+    chunks = {''.join(rng.choices(letters, k=rng.randint(1, 14))).encode(): rng.randint(1, 5) for _ in range(60)}
+    assert data.train_bpe(chunks, 340) == naive_bpe(chunks, 340)
+
+
+def test_the_worked_example_of_the_trainer_holds():
+    import doctest
+    assert doctest.testmod(data).failed == 0 and doctest.testmod(data).attempted == 1
+
+
+def test_encoding_merges_by_rank(prepared):
+    """An independent encoder: within a chunk, merge the adjacent pair of the lowest rank until there is none."""
+    import regex
+    tokenizer = load_tokenizer(prepared)
+    rank = {token: i for i, token in enumerate(tokenizer.tokens) if token}
+    sample, expected = text(3) + ' \u00e9' + text(1234), []
+    for chunk in regex.findall(data.PATTERN, sample):
+        parts = [bytes([b]) for b in chunk.encode()]
+        while len(parts) > 1:
+            ranks = [rank.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
+            i = ranks.index(min(ranks))
+            if ranks[i] == math.inf:
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        expected += [rank[part] for part in parts]
+    assert tokenizer.encode(sample) == expected and len(expected) < len(sample.encode()) / 1.5
+
+
+@pytest.mark.parametrize('name', ['bpe', 'bytes'])
+def test_any_text_survives_encoding_and_decoding(prepared, texts, tmp_path, name):
+    pytest.importorskip('hypothesis')
+    from hypothesis import HealthCheck, given, settings, strategies as st
+    tokenizer = load_tokenizer(prepared if name == 'bpe' else prepare(str(texts), 'bytes', 0, tmp_path, silent))
+
+    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(st.text(st.characters(blacklist_categories=['Cs'])))
+    def round_trip(string):
+        ids = tokenizer.encode(string)
+        assert tokenizer.decode(ids) == string and tokenizer.decode_bytes(ids) == string.encode()
+        assert sum(tokenizer.token_bytes[ids]) == len(string.encode()) and tokenizer.eot not in ids
+    round_trip()
+    assert tokenizer.decode(tokenizer.encode('a\ud800b'))[0] == 'a'       # half a surrogate pair: replaced, no crash
+    assert tokenizer.eot == tokenizer.vocab_size - 1 and tokenizer.token_bytes[tokenizer.eot] == 0
+
+
+def test_the_end_of_text_in_a_text_is_ordinary_text(prepared):
+    tokenizer = load_tokenizer(prepared)
+    ids = tokenizer.encode('a<|endoftext|>b')
+    assert tokenizer.eot not in ids and tokenizer.decode(ids) == 'a<|endoftext|>b'
+    assert tokenizer.decode([tokenizer.eot]) == '<|endoftext|>' and '\ufffd' in tokenizer.decode([0xe4])
+
+
+@pytest.mark.parametrize('run', [' ', '\n', 'a', '!', '7', ' \n', '\u3000', '\u4e2d'])
+def test_a_megabyte_without_a_break_is_encoded_and_learned_from_in_seconds(prepared, run):
+    tokenizer = load_tokenizer(prepared)
+    assert tokenizer.decode(tokenizer.encode(run * 300_000)) == run * 300_000
+    gpt2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""        # unbounded repetition
+    unbounded = data.Tokenizer('x', tokenizer.tokens, gpt2)
+    assert unbounded.decode(unbounded.encode(run * 300_000)) == run * 300_000
+    assert data.make_tokenizer('bpe', 300, [run * 300_000], silent).vocab_size <= 300
+
+
+def test_a_small_corpus_yields_the_vocabulary_it_can(tmp_path):
+    (tmp_path / 'x.txt').write_text('abc abd\n' * 40)
+    folder, lines = None, []
+    folder = prepare(str(tmp_path / 'x.txt'), 'bpe', 5000, tmp_path / 'root', lines.append)
+    assert Corpus(folder, block_size=1).vocab_size == load_tokenizer(folder).vocab_size < 300
+    assert any('instead of 5,000' in line for line in lines)
+
+
+def test_a_vocabulary_that_is_neither_here_nor_reachable_is_said_so_quickly(texts, tmp_path, monkeypatch):
+    for name in ('https_proxy', 'HTTPS_PROXY', 'http_proxy', 'HTTP_PROXY', 'all_proxy', 'ALL_PROXY'):
+        monkeypatch.setenv(name, 'http://127.0.0.1:9')       # the discard port: refused at once, with and without network
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'cache'))
+    with pytest.raises(DataError) as error:
+        prepare(str(texts), 'gpt2', 0, tmp_path / 'root', silent)
+    message = one_line(error)
+    assert all(part in message for part in ('gpt2', 'TIKTOKEN_CACHE_DIR', '--tokenizer=bpe', 'bytes'))
+    assert list((tmp_path / 'root').iterdir()) == []
+    with pytest.raises(DataError) as error:
+        prepare(str(texts), 'gpt-two', 0, tmp_path / 'root', silent)
+    assert 'cl100k_base' in one_line(error)
+
+
+# ---- the embedded corpus -------------------------------------------------------------------------------------
+
+def test_the_standard_library_makes_a_corpus_of_millions_of_tokens_without_tests(stdlib):
+    folder, lines = stdlib
+    corpus = Corpus(folder, max_train_tokens=500_000)
+    assert folder.name == f'stdlib-{".".join(map(str, sys.version_info[:3]))}-bpe4096'
+    assert corpus.meta['train']['tokens'] > 2_000_000 and corpus.vocab_size == 4096 and len(corpus.train) == 500_000
+    share = corpus.meta['val']['text_bytes'] / (corpus.meta['val']['text_bytes'] + corpus.meta['train']['text_bytes'])
+    assert 0.04 < share <= 0.05 and any('tokens' in line for line in lines)
+    kind, path, _ = data.locate('stdlib')
+    names = [file.relative_to(path).as_posix() for file in data.list_files(kind, path)]
+    assert 'argparse.py' in names and 'json/decoder.py' in names
+    assert not any(part in ('test', 'tests', 'site-packages', '__pycache__') for name in names for part in name.split('/'))
+    facts = corpus.describe()
+    assert facts['uniform_loss'] == math.log(4096) and 5 < facts['unigram_loss'] < 8
+    assert 3 < facts['val_bytes'] / (facts['val_tokens'] - 1) < 5
+
+
+def test_a_second_call_returns_at_once_without_a_word(stdlib):
+    folder, _ = stdlib
+    lines = []
+    assert prepare('stdlib', 'bpe', 4096, folder.parent, lines.append) == folder and lines == []
+
+
+# ---- batches -------------------------------------------------------------------------------------------------
+
+def test_a_batch_is_a_pure_function_of_seed_and_step(prepared):
+    a, b = Corpus(prepared, block_size=16), Corpus(prepared, block_size=16)
+    for step in (5, 300, 0, 299, 5):
+        for seed in (0, 3):
+            x, y = a.batch(seed, step, 8)
+            assert x.shape == y.shape == (8, 16) and x.dtype == y.dtype == np.int64
+            assert (x[:, 1:] == y[:, :-1]).all()
+            again = Corpus(prepared, block_size=16).batch(seed, step, 8)
+            assert (again[0] == x).all() and (again[1] == y).all()
+    assert not (b.batch(0, 1, 8)[0] == b.batch(1, 1, 8)[0]).all()
+
+
+def test_the_same_windows_come_whatever_the_batch_size(prepared):
+    corpus = Corpus(prepared, block_size=32)
+    large = np.concatenate([corpus.batch(1, step, 24)[0] for step in range(30)])
+    small = np.concatenate([corpus.batch(1, step, 6)[0] for step in range(120)])
+    assert (large == small).all()
+
+
+@pytest.mark.parametrize('length, block', [(1000, 16), (17, 16), (31, 16), (32, 16), (33, 16), (500, 1), (2, 1), (129, 64)])
+def test_an_epoch_visits_windows_without_overlap_and_leaves_less_than_two_of_them(prepared, length, block):
+    corpus = Corpus(prepared, block_size=block)
+    corpus.train = np.arange(length)                         # a token is its position
+    n = max(1, (length - block) // block)
+    offsets, ends = set(), Counter()
+    for epoch in range(60):
+        x, y = corpus.batch(7, epoch, n)
+        assert len(np.unique(y)) == n * block and (y == x + 1).all()
+        assert y.max() - y.min() == n * block - 1 and length - n * block < 2 * block + 1
+        offsets.add(x.min())
+        ends.update([int(y.max()), int(x.min())])
+    if length - n * block >= 10:
+        assert len(offsets) > 5
+    if length == 1000:
+        order = [tuple(corpus.batch(7, epoch, n)[0][:, 0] // block) for epoch in range(2)]
+        assert order[0] != order[1] and list(order[0]) != sorted(order[0])
+
+
+def test_a_batch_longer_than_the_corpus_runs_on_into_further_epochs(prepared):
+    corpus = Corpus(prepared, max_train_tokens=40, block_size=16)
+    x, _ = corpus.batch(0, 1, 50)
+    assert x.shape == (50, 16)
+
+
+@pytest.mark.parametrize('length', [17, 18, 32, 33, 34, 1000])
+def test_validation_windows_make_every_token_but_the_first_a_target_once(prepared, length):
+    corpus = Corpus(prepared, block_size=16)
+    corpus.val = np.arange(length) + 5
+    x, y = corpus.val_windows()
+    assert x.shape == y.shape and x.shape[1] == 16 and x.dtype == y.dtype == np.int64
+    real = y != -1
+    assert y[real].tolist() == list(range(6, length + 5)) and (x[real] == y[real] - 1).all()
+    assert real[:-1].all() and real[-1].any() and (x[~real] == 0).all()
+
+
+def test_the_description_agrees_with_a_count_by_hand(prepared):
+    corpus = Corpus(prepared, max_train_tokens=1500, max_val_tokens=200, block_size=8)
+    facts, tokenizer = corpus.describe(), load_tokenizer(prepared)
+    seen, V = Counter(corpus.train.tolist()), corpus.vocab_size
+    targets = corpus.val[1:].tolist()
+    loss = -sum(math.log((seen[t] + 1) / (1500 + V)) for t in targets) / len(targets)
+    assert facts['unigram_loss'] == pytest.approx(loss, rel=1e-12) and facts['uniform_loss'] == math.log(V)
+    assert facts['val_bytes'] == sum(0 if t == tokenizer.eot else len(tokenizer.decode_bytes([t])) for t in targets)
+    assert (facts['train_tokens'], facts['val_tokens'], facts['max_train_tokens']) == (1500, 200, 1500)
+    import hashlib
+    assert facts['train_sha256'] == hashlib.sha256((prepared / 'train.bin').read_bytes()).hexdigest()
+    assert json.loads(json.dumps(facts)) == facts
+
+
+# ---- nanoGPT's token files -----------------------------------------------------------------------------------
+
+def nanogpt(folder, train, val):
+    folder.mkdir(exist_ok=True)
+    np.array(train, dtype=np.uint16).tofile(folder / 'train.bin')
+    np.array(val, dtype=np.uint16).tofile(folder / 'val.bin')
+    (folder / 'meta.pkl').write_bytes(b'cos\nsystem\n(S"touch executed"\ntR.')      # must never be opened
+    return folder
+
+
+def test_nanogpts_files_are_used_where_they_lie(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = nanogpt(tmp_path / 'shakespeare char', list(range(65)) * 9, list(range(65)))
+    folder = prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent)
+    corpus = Corpus(folder, block_size=8)
+    assert corpus.vocab_size == 65 and corpus.train.tolist() == list(range(65)) * 9 and corpus.eot is None
+    assert corpus.describe()['val_bytes'] is None and not (folder / 'train.bin').exists()
+    assert not (tmp_path / 'executed').exists()
+    with pytest.raises(DataError) as error:
+        load_tokenizer(folder)
+    one_line(error)
+    as_bytes = prepare(str(source), 'bytes', 0, tmp_path / 'root', silent)
+    assert Corpus(as_bytes, block_size=8).describe()['val_bytes'] == 64
+    nanogpt(source, [1] * 50, [2] * 50)                                             # replaced: not served stale
+    assert len(Corpus(prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent), block_size=8).train) == 50
+
+
+def test_gpt2_token_files_work_without_the_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'fetch_tokenizer', lambda name, log: (_ for _ in ()).throw(DataError('offline')))
+    source = nanogpt(tmp_path / 'owt', [50256, 1, 2] * 20, [3, 50256] * 20)
+    facts = Corpus(prepare(str(source), 'gpt2', 0, tmp_path / 'root', silent), block_size=8).describe()
+    assert facts['vocab_size'] == 50257 and facts['val_bytes'] is None and facts['tokenizer'] == 'gpt2'
+
+
+@pytest.mark.parametrize('content', [b'', b'abc'])
+def test_a_token_file_of_an_odd_size_is_refused(tmp_path, content):
+    source = nanogpt(tmp_path / 'x', [1] * 50, [2] * 50)
+    (source / 'val.bin').write_bytes(content)
+    with pytest.raises(DataError) as error:
+        prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent)
+    assert 'val.bin' in one_line(error)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
+    source = nanogpt(tmp_path / 'x', [1, 999] * 50, [2] * 50)
+    with pytest.raises(DataError) as error:
+        prepare(str(source), 'bytes', 0, tmp_path / 'root', silent)
+    assert '999' in one_line(error)
+
+
+def test_a_prepared_folder_can_be_given_as_the_dataset(prepared):
+    assert prepare(str(prepared), 'bpe', 4096, 'unused', silent) == prepared.resolve()
+
+
+# ---- bad corpora ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('make, part', [
+    (lambda p: None, 'no such file or folder'), (lambda p: p.mkdir(), 'no text files'), (lambda p: p.write_bytes(b''), 'too little'),
+    (lambda p: p.write_bytes(b' \n\n'), 'too little'), (lambda p: p.write_bytes(b'x'), 'too little'),
+    (lambda p: p.write_bytes(b'caf\xe9'), 'not UTF-8'), (lambda p: (p.mkdir(), (p / 'a.txt').write_bytes(b'\xff\xfe')), 'a.txt: not UTF-8'),
+    (lambda p: (p.mkdir(), (p / 'a.txt').symlink_to('nowhere')), 'a.txt: cannot be read'),
+    (lambda p: p.symlink_to(p), ''), (lambda p: (p.mkdir(), (p / 'a.txt').mkdir()), 'no text files')])
+def test_a_corpus_that_is_none_ends_in_one_line(tmp_path, make, part):
+    make(tmp_path / 'corpus')
+    with pytest.raises(DataError) as error:
+        prepare(str(tmp_path / 'corpus'), 'bytes', 0, tmp_path / 'root', silent)
+    assert part in one_line(error) and 'corpus' in one_line(error)
+    assert not list(tmp_path.glob('root/*')) and not list(tmp_path.glob('root/.*'))
+
+
+@pytest.mark.parametrize('dataset', ['', 'no\0thing', '~nobody-here/x', 'x' * 5000, '/dev/null'])
+def test_a_path_that_cannot_be_one_ends_in_one_line(tmp_path, dataset):
+    with pytest.raises(DataError) as error:
+        prepare(dataset, 'bytes', 0, tmp_path, silent)
+    one_line(error)
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root reads everything')
+def test_an_unreadable_file_ends_in_one_line(tmp_path):
+    (tmp_path / 'a.txt').write_text('secret')
+    (tmp_path / 'a.txt').chmod(0)
+    with pytest.raises(DataError) as error:
+        prepare(str(tmp_path / 'a.txt'), 'bytes', 0, tmp_path / 'root', silent)
+    one_line(error)
+
+
+@pytest.mark.parametrize('tokenizer, vocab_size', [('bpe', 256), ('bpe', 0), ('bpe', -1), ('bpe', 2**40), ('', 300), ('nonsense', 300)])
+def test_an_impossible_tokenizer_ends_in_one_line(texts, tmp_path, tokenizer, vocab_size):
+    with pytest.raises(DataError) as error:
+        prepare(str(texts), tokenizer, vocab_size, tmp_path, silent)
+    one_line(error)
+
+
+@pytest.mark.parametrize('options', [{'block_size': 10**6}, {'max_train_tokens': 8, 'block_size': 8}, {'max_val_tokens': 8, 'block_size': 8},
+                                     {'max_train_tokens': -5}])
+def test_a_split_shorter_than_the_context_is_refused(prepared, options):
+    with pytest.raises(DataError) as error:
+        Corpus(prepared, **options)
+    one_line(error)
+
+
+# ---- damaged files -------------------------------------------------------------------------------------------
+
+def damages():
+    """(name, function bytes -> bytes or None for a folder in its place), the same every time."""
+    rng = random.Random(0)
+    cases = [('emptied', lambda b: b''), ('replaced by a folder', None), ('replaced by text', lambda b: b'hello'),
+             ('replaced by a JSON list', lambda b: b'[1]'), ('replaced by deep JSON', lambda b: b'[' * 100000), ('doubled', lambda b: b + b),
+             ('one byte longer', lambda b: b + b'\0'), ('zeroed', lambda b: bytes(len(b))), ('reversed', lambda b: b[::-1])]
+    for share in [rng.random() for _ in range(12)]:
+        cases.append((f'cut at {share:.3f}', lambda b, s=share: b[:int(len(b) * s)]))
+    for share, bit in [(rng.random(), rng.randrange(8)) for _ in range(25)]:
+        cases.append((f'bit {bit} flipped at {share:.3f}',
+                      lambda b, s=share, k=bit: b[:(i := int(len(b) * s))] + bytes([b[i] ^ 1 << k]) + b[i + 1:]))
+    return cases
+
+
+@pytest.mark.parametrize('name', ['train.bin', 'val.bin', 'meta.json', 'vocab.json'])
+def test_a_damaged_file_is_named_with_the_way_out_and_never_used(prepared, copy, name):
+    whole, reference = (prepared / name).read_bytes(), Corpus(prepared, block_size=8)
+    for what, damage in damages():
+        path = copy / name
+        path.unlink()
+        path.mkdir() if damage is None else path.write_bytes(damage(whole))
+        try:
+            corpus = Corpus(copy, block_size=8)
+        except DataError as error:
+            assert '\n' not in str(error) and name in str(error) and ('rm -r' in str(error) or 'format' in str(error)), (what, error)
+        else:       # a flip between blank and tab in the JSON, say: harmless only if all is as it was
+            assert name == 'meta.json' and corpus.meta == reference.meta, what
+        if damage is None:
+            path.rmdir()
+            path.touch()
+    path.unlink()
+    with pytest.raises(DataError) as error:
+        Corpus(copy, block_size=8)
+    assert name in one_line(error)
+
+
+def rewrite(folder, **changes):
+    """meta.json with other values and a right checksum: what only the token files themselves can contradict."""
+    meta = {**data.read_meta(folder), **changes}
+    (folder / 'meta.json').write_text(json.dumps({**meta, 'checksum': data.checksum(meta)}))
+
+
+def test_ids_beyond_the_vocabulary_of_meta_json_are_refused(copy):
+    rewrite(copy, vocab_size=300)
+    with pytest.raises(DataError) as error:
+        Corpus(copy, block_size=8)
+    assert 'id' in one_line(error) and '300' in one_line(error)
+
+
+def test_a_newer_format_is_named_and_an_older_one_built_again(texts, tmp_path):
+    folder = prepare(str(texts), 'bytes', 0, tmp_path, silent)
+    rewrite(folder, format=data.FORMAT + 1)
+    for use in (lambda: Corpus(folder), lambda: prepare(str(texts), 'bytes', 0, tmp_path, silent)):
+        with pytest.raises(DataError) as error:
+            use()
+        assert 'format 2' in one_line(error)
+    meta = json.loads((folder / 'meta.json').read_text())
+    (folder / 'meta.json').write_text(json.dumps({**meta, 'format': 0}))
+    prepare(str(texts), 'bytes', 0, tmp_path, silent)
+    assert data.read_meta(folder)['format'] == data.FORMAT
+
+
+# ---- writing: stale, interrupted, at once --------------------------------------------------------------------
+
+def test_changed_sources_are_built_again(tmp_path):
+    (tmp_path / 'x.txt').write_text(text(1, 500))
+    first = data.read_meta(prepare(str(tmp_path / 'x.txt'), 'bytes', 0, tmp_path / 'root', silent))
+    (tmp_path / 'x.txt').write_text(text(2, 700))
+    second = data.read_meta(prepare(str(tmp_path / 'x.txt'), 'bytes', 0, tmp_path / 'root', silent))
+    assert first['train']['sha256'] != second['train']['sha256'] and len(list((tmp_path / 'root').iterdir())) == 1
+
+
+def test_preparing_twice_elsewhere_gives_the_same_bytes(texts, prepared, tmp_path):
+    again = prepare(str(texts), 'bpe', 400, tmp_path, silent)
+    assert again.name == prepared.name
+    for path in prepared.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes()
+
+
+def test_something_else_in_the_place_of_the_folder_is_not_removed(texts, tmp_path):
+    folder = prepare(str(texts), 'bytes', 0, tmp_path, silent)
+    (folder / 'meta.json').rename(folder / 'thesis.doc')
+    with pytest.raises(DataError) as error:
+        prepare(str(texts), 'bytes', 0, tmp_path, silent)
+    assert one_line(error) and (folder / 'thesis.doc').exists()
+
+
+@pytest.mark.parametrize('failure', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
+@pytest.mark.parametrize('where', ['fsync', 'rename'])
+def test_a_full_disk_or_an_interruption_leaves_nothing_half_made(texts, tmp_path, monkeypatch, failure, where):
+    def broken(*_):
+        raise failure
+    monkeypatch.setattr(os, where, broken)
+    with pytest.raises(DataError if isinstance(failure, OSError) else KeyboardInterrupt) as error:
+        prepare(str(texts), 'bytes', 0, tmp_path / 'root', silent)
+    if isinstance(failure, OSError):
+        assert 'No space left' in one_line(error) and '--data_root' in one_line(error)
+    assert list((tmp_path / 'root').iterdir()) == []
+
+
+def test_a_root_that_cannot_be_written_is_said_with_the_way_out(texts, tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(DataError) as error:
+        prepare(str(texts), 'bytes', 0, tmp_path / 'file', silent)
+    assert '--data_root' in one_line(error)
+
+
+def command(*argv, **options):
+    return subprocess.Popen([sys.executable, str(HERE / 'data.py'), *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, **options)
+
+
+@pytest.mark.parametrize('stale', [False, True])
+def test_processes_that_prepare_at_once_end_in_one_good_result(texts, prepared, tmp_path, stale):
+    root = tmp_path / 'root'
+    if stale:
+        rewrite(prepare(str(texts), 'bpe', 400, root, silent), fingerprint='of long ago')
+    runs = [command(f'--dataset={texts}', '--vocab_size=400', f'--data_root={root}', cwd=tmp_path) for _ in range(4)]
+    for run in runs:
+        out, err = run.communicate(timeout=60)
+        assert run.returncode == 0 and err == '' and 'ready and verified' in out, err
+    (folder,) = root.iterdir()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {path.name: path.read_bytes() for path in prepared.iterdir()}
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='kill -9')
+def test_killed_at_any_moment_it_leaves_the_place_empty_or_complete(texts, tmp_path):
+    rng = random.Random(1)
+    for trial in range(8):
+        root = tmp_path / f'root{trial}'
+        run = command(f'--dataset={texts}', '--vocab_size=400', f'--data_root={root}')
+        try:
+            run.wait(timeout=0.1 + 0.5 * rng.random())
+        except subprocess.TimeoutExpired:
+            run.kill()
+        run.communicate()
+        for folder in root.glob('[!.]*'):
+            Corpus(folder, block_size=8)
+    assert Corpus(prepare(str(texts), 'bpe', 400, root, silent), block_size=8).vocab_size == 400
+
+
+@pytest.mark.parametrize('argv, part', [(['--dataset=missing'], 'no such file'), (['--vocab_size=3'], '257'), (['--tokeniser=bpe'], '--tokenizer=bpe'),
+                                        (['--dataset=stdlib', '--tokenizer=none'], 'unknown')])
+def test_the_command_ends_a_mistake_in_one_line_and_status_2(tmp_path, argv, part):
+    run = command(*argv, f'--data_root={tmp_path}', cwd=tmp_path)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 2 and err.count('\n') == 1 and err.startswith('data.py: ') and part in err, err

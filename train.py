@@ -1,0 +1,566 @@
+"""Train one model and write down what happened: python train.py [config/FILE.py] [--knob=value ...]
+
+The defaults are Experiment 1: the report's model and budget (384 wide, 6 layers, 8 heads, 8 experts of 1536, top-2; 20
+updates of 24 x 512 tokens) on the Python standard library's own source text. Change --attn and nothing else, and two
+runs of one seed start from the same weights wherever they share a parameter, see the same batches, and differ in the
+attention alone.
+
+A run writes its folder, out/<experiment>/<name>-s<seed>/:
+    result.json      config, model, data, environment, history, final: read by analyze.py, described in the README
+    checkpoint.pt    weights, optimizer, step, history: --resume=True goes on from here, sample.py reads it
+Ctrl-C finishes the step, saves, and says how to go on. On several GPUs: torchrun --nproc_per_node=4 train.py ...
+"""
+from typing import Literal
+
+from configurator import configure, fail
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compared
+attn = 'baseline'               # attention variant: baseline, gqa, mqa, lora, enhanced, mla (attention.py says what each is)
+seed = 0                        # initial weights and order of the data; runs of one seed form a pair
+
+# Ingredients of the variant; none: as in the variant's row. One given by hand overrides the row
+n_kv_head: int | None = None            # key/value heads (multi-head variants); must divide n_head
+q_lora_rank: int | None = None          # rank of the query bottleneck (latent variants); 0: queries straight from x
+kv_lora_rank: int | None = None         # rank of the latent that k and v are made from, the part of it that is cached
+qk_nope_head_dim: int | None = None     # width of a head's content score
+qk_rope_head_dim: int | None = None     # width of its rotary score, even; also the width of the one cached rotary key
+v_head_dim: int | None = None           # width of a head's value
+attention_bias: bool | None = None      # biases in attention (latent: on q_a_proj, kv_a_proj_with_mqa and o_proj only)
+rope_scaling: Literal['default', 'linear', 'dynamic', 'yarn'] | None = None    # how rotary frequencies are stretched
+rope_factor: float | None = None        # by how much, 1 or more
+
+# Rotary positions, whatever the variant
+rope_theta = 10000.0                    # base of the frequencies
+rope_original_context: int | None = None    # context that dynamic and yarn stretch from; none: block_size
+rope_beta_fast = 32.0                   # yarn: pairs that turn more often than this within that context stay as they are
+rope_beta_slow = 1.0                    # yarn: pairs that turn less often than this are stretched by the whole factor
+rope_mscale = 1.0                       # yarn: temperature multiplier on cos and sin (DeepSeek's mscale)
+rope_mscale_all_dim = 0.0               # yarn: temperature multiplier on whole scores; equal to rope_mscale in DeepSeek-V2/V3
+
+# Model
+n_layer = 6                     # blocks
+n_head = 8                      # query heads
+n_embd = 384                    # width
+block_size = 512                # context in tokens
+d_ff = 1536                     # hidden width of one expert
+n_expert = 8                    # experts in each layer
+top_k = 2                       # experts that each token visits
+n_shared_expert = 0             # experts that every token visits besides
+router: Literal['softmax', 'sigmoid'] = 'softmax'   # sigmoid: DeepSeek-V3's, balanced by a bias instead of a loss
+routed_scaling_factor = 1.0     # multiplies the routed experts' sum; DeepSeek uses about sqrt(top_k) with shared experts
+balance_loss_weight: float | None = None    # of the load-balancing loss; none: 0.01 for softmax, 0 for sigmoid
+z_loss_weight: float | None = None          # of the router z-loss; none: 0.001 for softmax, 0 for sigmoid
+bias_update_rate = 0.001        # sigmoid: step of the selection bias after each update; hundreds of updates to settle
+
+# Data
+dataset = 'stdlib'              # stdlib, a text file, a folder of text files, or a folder with train.bin and val.bin
+tokenizer = 'bpe'               # bpe (trained here), bytes, gpt2 or another tiktoken name (a download)
+vocab_size = 4096               # tokens in the vocabulary that bpe trains
+max_train_tokens = 500_000      # use the first so many training tokens; 0: all
+max_val_tokens = 32_768         # the first so many validation tokens are the validation split; 0: all
+data_root = ''                  # where token files are kept; empty: the folder data/ beside data.py
+
+# Budget and optimizer
+max_steps = 20                  # optimizer updates
+batch_size = 24                 # sequences in one update, over all micro-batches and processes
+micro_batch_size = 4            # sequences at once; changes memory and speed, the result only by rounding
+learning_rate = 1e-3            # peak; from results/sweep
+min_lr_ratio = 0.1              # the cosine ends at this fraction of the peak
+warmup_steps = 2                # updates to reach the peak; the first one already moves
+optimizer: Literal['adamw', 'muon'] = 'adamw'       # muon: orthogonalised updates for the matrices, adamw for the rest
+beta1 = 0.9                     # adamw
+beta2 = 0.95                    # adamw
+weight_decay = 0.1              # on matrices only
+grad_clip = 1.0                 # largest norm of the whole gradient; 0: no clipping
+
+# Machine
+device = 'auto'                 # auto: cuda, else mps, else cpu; or one of them by name (cuda:1, ...)
+dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the products; auto: bfloat16 on GPUs that have it, else float32
+compile: bool | None = None     # torch.compile; none: on GPUs
+shard = False                   # several GPUs: split parameters and optimizer over them (FSDP2) instead of copying (DDP)
+
+# Folder and log
+experiment = 'experiment1'      # runs that belong together
+name = ''                       # of the arm, in tables and folder names; empty: the value of attn
+out_dir = ''                    # empty: out/<experiment>/<name>-s<seed>
+eval_interval = 10              # updates between evaluations of the whole validation split; the last update always has one
+checkpoint_interval = 0         # updates between checkpoints; 0: at evaluations
+log_interval = 0                # updates between log lines; 0: so that a run has at most 200
+resume = False                  # go on from the checkpoint, if there is one
+overwrite = False               # throw away what the folder holds
+# ---------------------------------------------------------------------------------------------------------------------
+config = configure(globals())   # config files, then flags, over the block above; first, so that a typo is answered at once
+
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import data
+from model import LanguageModel, ModelConfig
+
+SCHEMA = 1
+# Dense bfloat16 matrix rate of GPUs in FLOP/s (vendors' data sheets), for mfu; elsewhere mfu is null
+PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12, 'RTX 4090': 165e12}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machine: processes, device, dtype
+
+rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))    # set by torchrun
+local_rank = int(os.environ.get('LOCAL_RANK', 0))
+main_process = rank == 0                                    # the one that prints and writes
+say = print if main_process else lambda *args, **kwargs: None
+
+if device == 'auto':
+    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+try:
+    device = torch.device(device)
+except RuntimeError:
+    fail(f'--device={device} is no device; try auto, cpu, cuda, cuda:1 or mps')
+if device.type == 'cuda' and not torch.cuda.is_available():
+    fail(f'--device={device} was asked for, but this torch ({torch.__version__}) sees no CUDA GPU; try --device=auto')
+if device.type == 'mps' and not torch.backends.mps.is_available():
+    fail('--device=mps was asked for, but there is none here; try --device=auto')
+if device.type == 'cuda':
+    device = torch.device('cuda', local_rank if world_size > 1 else device.index or 0)
+    if device.index >= torch.cuda.device_count():
+        fail(f'there is no {device}: this machine has {torch.cuda.device_count()} CUDA device(s)')
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision('high')              # tf32 where a product stays in float32
+if dtype == 'auto':
+    dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
+if compile is None:
+    compile = device.type == 'cuda'
+if compile:
+    try:                                                    # it needs a C++ compiler, and triton on a GPU
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+    except Exception as error:
+        say(f'torch.compile does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0]}); going on without')
+        compile = False
+autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What was asked for, checked before anything slow or destructive
+
+for knob in ('max_steps', 'batch_size', 'micro_batch_size'):
+    if config[knob] < 1:
+        fail(f'{knob} must be at least 1, not {config[knob]}')
+for knob in ('n_shared_expert', 'max_train_tokens', 'max_val_tokens', 'warmup_steps', 'eval_interval', 'checkpoint_interval',
+             'log_interval', 'min_lr_ratio', 'weight_decay', 'grad_clip', 'learning_rate', 'bias_update_rate', 'seed'):
+    if config[knob] < 0:
+        fail(f'{knob} must not be negative, it is {config[knob]}')
+if batch_size < world_size:
+    fail(f'batch_size ({batch_size}) must be at least the number of processes ({world_size})')
+if balance_loss_weight is None:
+    balance_loss_weight = 0.01 if router == 'softmax' else 0.0
+if z_loss_weight is None:
+    z_loss_weight = 0.001 if router == 'softmax' else 0.0
+name = name or attn
+out = Path(out_dir or f'out/{experiment}/{name}-s{seed}')
+eval_interval = eval_interval or max_steps
+checkpoint_interval = checkpoint_interval or eval_interval
+log_interval = log_interval or math.ceil(max_steps / 200)
+
+try:
+    knobs_of_model = {k: config[k] for k in ModelConfig.__dataclass_fields__}
+    ModelConfig(**knobs_of_model)                           # bad sizes are told before the corpus is prepared
+    folder = data.prepare(dataset, tokenizer, vocab_size, root=data_root or None, log=say)
+    corpus = data.Corpus(folder, max_train_tokens, max_val_tokens, block_size)
+    model_config = ModelConfig(**{**knobs_of_model, 'vocab_size': corpus.vocab_size})
+except ValueError as error:
+    fail(error)
+
+# `config` becomes what was used: the variant's row applied, every 'auto' resolved
+config |= {k: getattr(model_config, k) for k in knobs_of_model}
+config |= {k: globals()[k] for k in ('dtype', 'compile', 'balance_loss_weight', 'z_loss_weight', 'name', 'eval_interval',
+                                     'checkpoint_interval', 'log_interval')} | {'device': device.type, 'out_dir': out.as_posix()}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The output folder: what is there already?
+
+BOOKKEEPING = ('resume', 'overwrite', 'out_dir', 'data_root')   # may differ between a run and its continuation
+
+
+def differences(before):
+    """'learning_rate: 0.001 there, 0.002 here, ...' between the config of a run on disk and this one's."""
+    return ', '.join(f'{k}: {before.get(k, "absent")} there, {config.get(k, "absent")} here'
+                     for k in sorted(config.keys() | before.keys()) if k not in BOOKKEEPING and before.get(k) != config.get(k))
+
+
+def read_json(path):
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        return content if isinstance(content, dict) and isinstance(content.get('config'), dict) else fail(
+            f'{path} is no result of this program; --overwrite=True replaces it')
+    except (OSError, ValueError) as error:
+        fail(f'{path} cannot be read ({error}); --overwrite=True replaces it')
+
+
+result_path, checkpoint_path = out / 'result.json', out / 'checkpoint.pt'
+checkpoint = None
+if result_path.exists() and not overwrite:
+    before = read_json(result_path)
+    different = differences(before['config'])
+    if different:
+        fail(f'{out} holds a run of another config ({different}); --overwrite=True replaces it, --out_dir=... goes elsewhere')
+    if before['status'] == 'complete':
+        if not resume:
+            fail(f'{out} holds a finished run; --overwrite=True runs it again, --out_dir=... goes elsewhere')
+        say(f'{out} is complete already')
+        sys.exit(0)
+    if before['status'] == 'diverged':
+        say(f'{out} diverged ({before.get("error")}); --overwrite=True runs it again')
+        sys.exit(3)
+    if not resume:
+        fail(f'{out} holds an unfinished run; --resume=True goes on with it, --overwrite=True starts again')
+
+if resume and not overwrite and checkpoint_path.exists():
+    try:
+        checkpoint = torch.load(checkpoint_path, map_location='cpu', weights_only=True)     # never executes a pickle
+        if checkpoint['schema'] != SCHEMA:
+            fail(f'{checkpoint_path} has schema {checkpoint["schema"]}, this program reads {SCHEMA}; --overwrite=True starts again')
+        different = differences(checkpoint['config'])
+    except Exception as error:                              # whatever a damaged archive makes torch raise
+        fail(f'{checkpoint_path} cannot be read ({type(error).__name__}); --overwrite=True starts again')
+    if different:
+        fail(f'{checkpoint_path} belongs to another config ({different}); --overwrite=True starts again')
+
+lock = None
+if main_process:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / '.lock', 'w')
+        try:
+            import fcntl                                    # not on Windows, where nothing guards the folder
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the system lets go of it when this process ends, however
+        except ImportError:
+            pass
+    except BlockingIOError:
+        fail(f'another process is writing to {out}; wait for it, or go elsewhere with --out_dir=...')
+    except OSError as error:
+        fail(f'{out} cannot be written to ({error.strerror}); go elsewhere with --out_dir=...')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and optimizer
+
+if world_size > 1:
+    # a process that dies takes the others with it: they give up waiting for it after a minute
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(seconds=60))
+
+raw_model = LanguageModel(model_config, seed).to(device)
+if checkpoint:
+    raw_model.load_state_dict(checkpoint['model'])
+model = torch.compile(raw_model) if compile else raw_model
+if world_size > 1:
+    model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[local_rank] if device.type == 'cuda' else None)
+
+matrices = [p for p in raw_model.parameters() if p.ndim >= 2]           # decayed; the stacked experts are matrices, too
+vectors = [p for p in raw_model.parameters() if p.ndim < 2]             # norm gains and biases: not
+opt = torch.optim.AdamW([{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.0}],
+                        lr=learning_rate, betas=(beta1, beta2), fused=True)
+if checkpoint:
+    opt.load_state_dict(checkpoint['optimizer'])
+
+
+def learning_rate_at(step):
+    """Of update `step`, counted from 0: linear up, never 0; then a cosine that ends at min_lr_ratio in the last update."""
+    if step < warmup_steps:
+        return learning_rate * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps)     # 0 .. 1
+    return learning_rate * (min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The result, read off the live objects
+
+def describe_model():
+    """The `model` part of the result. RuntimeError unless what the optimizer moves is exactly the model that is described."""
+    owned = [id(p) for group in opt.param_groups for p in group['params']]
+    if len(owned) != len(set(owned)) or set(owned) != {id(p) for p in raw_model.parameters()}:
+        raise RuntimeError('the parameters in the optimizer are not those of the model that would be reported')
+    classes = {type(layer.attn).__name__ for layer in raw_model.layers}
+    return {'attention_class': '/'.join(sorted(classes)), **raw_model.layers[0].attn.head_dims(),
+            **raw_model.parameter_counts(), 'flops_per_token': raw_model.flops_per_token(),
+            'kv_cache_bytes_per_token': raw_model.cache_bytes_per_token(getattr(torch, dtype)),
+            'kv_cache_bytes_per_token_16bit': raw_model.cache_bytes_per_token(torch.bfloat16)}
+
+
+def describe_environment():
+    here = Path(__file__).resolve().parent
+
+    def git(*command):
+        try:
+            return subprocess.run(['git', '-C', here, *command], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None                                     # no git, or no repository
+
+    changes = git('status', '--porcelain', '--untracked-files=no')
+    return {'device_name': torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine(),
+            'world_size': world_size, 'threads': torch.get_num_threads(), 'torch': torch.__version__,
+            'python': platform.python_version(), 'platform': platform.platform(), 'git_commit': git('rev-parse', 'HEAD'),
+            'git_dirty': None if changes is None else bool(changes),
+            'source_sha256': {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(here.glob('*.py'))}}
+
+
+def now():
+    return datetime.now().astimezone().isoformat(timespec='seconds')
+
+
+def peak_memory_gb():
+    """Largest amount so far, in 10^9 bytes: of device memory on a CUDA GPU, else of this process's resident memory."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource                                         # not on Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == 'darwin' else 1024) / 1e9       # bytes on a Mac, KiB on Linux
+
+
+def write_atomically(path, write):
+    """write(file) aside, flushed to the disk, then renamed over `path`: there is always one whole file under that name."""
+    aside = path.with_name(path.name + '.tmp')
+    try:
+        with open(aside, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        fail(f'{path} could not be written ({error.strerror or error}); what was there before is still there')
+
+
+def json_ready(value):
+    """NaN and infinities become null, as JSON has none."""
+    if isinstance(value, dict):
+        return {k: json_ready(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [json_ready(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_result(status, error=None):
+    result.update(status=status, error=error, finished=now() if status != 'running' else None, history=history, final=final)
+    if main_process:
+        text = json.dumps(json_ready(result), indent=1, allow_nan=False) + '\n'
+        write_atomically(result_path, lambda file: file.write(text.encode()))
+
+
+def save_checkpoint(finished=False):
+    """Everything that going on needs. Batches are a function of (seed, step) and nothing else is random: no generator states."""
+    if main_process:
+        content = {'schema': SCHEMA, 'config': config, 'model_config': vars(model_config), 'model': raw_model.state_dict(),
+                   'optimizer': None if finished else opt.state_dict(), 'step': step, 'history': history, 'final': final,
+                   'step_seconds': step_seconds, 'seconds_total': seconds_before + time.perf_counter() - start,
+                   'started': result['started'], 'tokenizer': corpus.tokenizer.state() if corpus.tokenizer else None}
+        write_atomically(checkpoint_path, lambda file: torch.save(content, file))
+
+
+result = {'schema': SCHEMA, 'status': 'running', 'name': name, 'started': checkpoint['started'] if checkpoint else now(),
+          'finished': None, 'config': config, 'model': describe_model(), 'data': corpus.describe(), 'environment': describe_environment()}
+history = checkpoint['history'] if checkpoint else []
+final = checkpoint['final'] if checkpoint else None
+step = checkpoint['step'] if checkpoint else 0              # updates done
+step_seconds = checkpoint['step_seconds'] if checkpoint else []
+seconds_before = checkpoint['seconds_total'] if checkpoint else 0.0
+del checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+@torch.no_grad()
+def evaluate():
+    """The whole validation split, in fixed windows, shared out over the processes -> dict of val_* and balance figures.
+
+    Sums over targets are added up in float64 and divided once, so the result is exact whatever the micro-batch.
+    """
+    model.eval()
+    x, y = corpus.val_windows()                             # (windows, T), targets -1 where the last window is padded
+    mine = range(rank * micro_batch_size, len(x), world_size * micro_batch_size)
+    sums, load = np.zeros(6), 0                             # nll, correct, balance, z, entropy (by window), windows
+    for i in mine:
+        xb, yb = (torch.from_numpy(a[i:i + micro_batch_size]).to(device) for a in (x, y))
+        with autocast:
+            o = raw_model(xb, yb) if world_size > 1 else model(xb, yb)      # no gradients to be averaged here
+        n = len(xb)
+        sums += [o.nll.item(), o.correct.item(), o.balance_loss.item() * n, o.z_loss.item() * n, o.entropy.mean().item() * n, n]
+        load = load + o.load.double().cpu()
+    if world_size > 1:
+        load = load + torch.zeros(model_config.n_layer, model_config.n_expert, dtype=torch.float64)
+        sums, load = add_up(torch.from_numpy(sums)).numpy(), add_up(load)
+    model.train()
+    nll, targets = sums[0], int((y >= 0).sum())
+    fractions = load / load.sum(1, keepdim=True)            # (n_layer, E)
+    val_bytes = result['data']['val_bytes']
+    return {'val_loss': nll / targets, 'val_perplexity': math.exp(nll / targets) if nll / targets < 700 else math.inf,
+            'val_accuracy': sums[1] / targets, 'val_bits_per_byte': nll / math.log(2) / val_bytes if val_bytes else None,
+            'balance_loss': sums[2] / sums[5], 'z_loss': sums[3] / sums[5], 'router_entropy': sums[4] / sums[5],
+            'expert_load': fractions.tolist(), 'max_violation': (fractions.max() * model_config.n_expert - 1).item()}
+
+
+def add_up(tensor):
+    """Sum over the processes; what NCCL adds must lie on the GPU."""
+    tensor = tensor.to(device) if device.type == 'cuda' else tensor
+    dist.all_reduce(tensor)
+    return tensor.cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is about to happen
+
+d, m = result['data'], result['model']
+say(f'{name}, seed {seed}: {m["attention_class"]}, {m["params_total"] / 1e6:.1f}M parameters, {m["params_active"] / 1e6:.1f}M active per '
+    f'token, {m["params_attention"] / 1e6:.2f}M in attention; cache {m["kv_cache_bytes_per_token"]:,} bytes a token')
+say(f'data: {d["dataset"]} in {d["vocab_size"]:,} tokens ({d["tokenizer"]}); {d["train_tokens"]:,} for training, of which '
+    f'{max_steps * batch_size * block_size / d["train_tokens"]:.2f} epochs; {d["val_tokens"]:,} for validation')
+say(f'a uniform guess costs {d["uniform_loss"]:.3f} nats a token, one by frequency {d["unigram_loss"]:.3f}')
+say(f'{max_steps} updates of {batch_size} x {block_size} tokens on {result["environment"]["device_name"]}'
+    f'{f" x {world_size}" if world_size > 1 else ""}, {dtype}{", compiled" if compile else ""} -> {out}/')
+if step:
+    say(f'going on after step {step}')
+
+
+def tensors(x, y):
+    """Two (B, T) arrays -> two tensors on the device, without waiting for the copy."""
+    pair = torch.from_numpy(x), torch.from_numpy(y)
+    return [t.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else t.to(device) for t in pair]
+
+
+model.train()
+if compile:                                                 # now, so that no update's time contains it
+    clock = time.perf_counter()
+    for size in sorted({min(micro_batch_size, batch_size), batch_size % micro_batch_size or micro_batch_size}):
+        with autocast:
+            o = model(*tensors(*corpus.batch(seed, 0, size)))
+        (o.nll + o.balance_loss + o.z_loss).backward()
+    opt.zero_grad()
+    say(f'compiled in {time.perf_counter() - clock:.0f} s')
+
+stop = None                                                 # the signal that asked for an end, if one did
+
+
+def ask_to_stop(number, frame):
+    global stop
+    stop = number
+    signal.signal(number, signal.SIG_DFL)                   # a second one ends the process at once
+
+
+signal.signal(signal.SIGINT, ask_to_stop)
+signal.signal(signal.SIGTERM, ask_to_stop)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+if not step:
+    write_result('running')
+mine = np.array_split(np.arange(batch_size), world_size)[rank]          # the rows of every batch that this process takes
+start = time.perf_counter()
+first, first_done = step, start                                         # for the time left; moved past the first update
+
+while step < max_steps:
+    clock = time.perf_counter()
+    lr = learning_rate_at(step)
+    for group in opt.param_groups:
+        group['lr'] = lr
+
+    # Gradients of the whole batch, one micro-batch at a time. Every loss is scaled by its share of the batch, so that
+    # neither the micro-batch nor the number of processes enters.
+    x, y = tensors(*(a[mine] for a in corpus.batch(seed, step, batch_size)))            # (rows, T) each
+    losses = torch.zeros(3, device=device)                              # cross-entropy, balance, z: means over the batch
+    load = torch.zeros(model_config.n_layer, model_config.n_expert, device=device)
+    for i in range(0, len(x), micro_batch_size):
+        xb, yb = x[i:i + micro_batch_size], y[i:i + micro_batch_size]
+        with autocast:
+            o = model(xb, yb)
+        share = len(xb) / batch_size
+        parts = torch.stack((o.nll / (batch_size * block_size), o.balance_loss * share, o.z_loss * share))
+        loss = parts[0] + balance_loss_weight * parts[1] + z_loss_weight * parts[2]
+        if world_size > 1:                                              # DDP averages gradients, here they are to be summed
+            loss = loss * world_size
+            model.require_backward_grad_sync = i + micro_batch_size >= len(x)
+        loss.backward()
+        losses += parts.detach()
+        load += o.load
+
+    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    opt.step()
+    opt.zero_grad()
+    stopping = torch.tensor([float(stop is not None)], device=device)
+    if world_size > 1:
+        total = torch.cat((losses, load.flatten(), stopping))
+        dist.all_reduce(total)
+        losses, load, stopping = total[:3], total[3:-1].view_as(load), total[-1:]
+    if router == 'sigmoid':
+        for layer, layer_load in zip(raw_model.layers, load):
+            layer.moe.update_bias(layer_load, bias_update_rate)
+    train_loss, grad_norm, stopping = losses[0].item(), float(grad_norm), stopping.item() > 0   # waits for the device
+    step += 1
+    step_seconds.append(time.perf_counter() - clock)
+
+    if not (math.isfinite(train_loss) and math.isfinite(grad_norm)):
+        cause = f'step {step}: training loss {train_loss:.4g}, gradient norm {grad_norm:.4g}'
+        write_result('diverged', cause)
+        say(f'diverged at {cause}; the last checkpoint still stands', file=sys.stderr)
+        sys.exit(3)
+
+    evaluated = None
+    if step % eval_interval == 0 or step == max_steps:
+        evaluated = evaluate()
+        tokens = step * batch_size * block_size
+        rate = tokens / sum(step_seconds)
+        peak = next((v for k, v in PEAK_FLOPS.items() if k in result['environment']['device_name']), None)
+        final = {'step': step, 'updates': step, 'tokens': tokens, **evaluated, 'seconds_training': sum(step_seconds),
+                 'seconds_total': seconds_before + time.perf_counter() - start, 'step_ms_median': 1e3 * statistics.median(step_seconds),
+                 'tokens_per_second': rate, 'mfu': rate * m['flops_per_token'] / (peak * world_size) if peak else None,
+                 'peak_memory_gb': peak_memory_gb(), 'peak_memory_kind': 'device' if device.type == 'cuda' else 'resident'}
+        if not math.isfinite(evaluated['val_loss']):
+            write_result('diverged', f'step {step}: validation loss {evaluated["val_loss"]}')
+            say(f'diverged at step {step}: validation loss {evaluated["val_loss"]}; the last checkpoint still stands', file=sys.stderr)
+            sys.exit(3)
+
+    if evaluated or step % log_interval == 0:
+        record = {'step': step, 'tokens': step * batch_size * block_size, 'seconds': sum(step_seconds), 'learning_rate': lr,
+                  'train_loss': train_loss, 'val_loss': evaluated['val_loss'] if evaluated else None, 'grad_norm': grad_norm,
+                  'balance': {'balance_loss': losses[1].item(), 'z_loss': losses[2].item(),
+                              'max_violation': (load.max(1).values / load.mean(1) - 1).max().item()}}
+        history.append(record)
+        left = (max_steps - step) * ((time.perf_counter() - first_done) / (step - first) if step > first else step_seconds[-1])
+        line = (f'step {step}/{max_steps} | loss {train_loss:.4f} | lr {lr:.2e} | '
+                f'{batch_size * block_size / step_seconds[-1]:,.0f} tokens/s | {timedelta(seconds=round(left))} left')
+        if evaluated:
+            bits = evaluated['val_bits_per_byte']
+            line += (f' | val {evaluated["val_loss"]:.4f}{f" = {bits:.3f} bits/byte" if bits else ""} | fullest expert '
+                     f'+{evaluated["max_violation"]:.0%}, router entropy {evaluated["router_entropy"]:.2f} of {math.log(n_expert):.2f}')
+        say(line, flush=True)
+    if step - first == 1 and len(step_seconds) == 1:
+        first, first_done = step, time.perf_counter()
+
+    if step == max_steps:
+        break
+    if stopping or step % checkpoint_interval == 0:
+        save_checkpoint()
+    if stopping:
+        write_result('interrupted')
+        say(f'interrupted after step {step}; to go on: python {" ".join(sys.argv)} --resume=True')
+        sys.exit(128 + (stop or signal.SIGTERM))
+    if evaluated:
+        write_result('running')
+
+save_checkpoint(finished=True)
+write_result('complete')
+say(f'validation loss {final["val_loss"]:.4f} after {final["tokens"]:,} tokens in {final["seconds_training"]:.0f} s of updates; {result_path}')
+if world_size > 1:
+    dist.destroy_process_group()
