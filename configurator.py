@@ -16,9 +16,9 @@ The block is parsed, not executed, and is its own documentation:
   - a comment line at the knobs' own indentation titles a section (several such lines in a row join);
   - a comment line indented deeper goes on with the comment of the knob above it;
   - the type is that of the default; an annotation adds None or choices.
-Config files are `name = literal` lines (numbers may be sums and products, as in 4 * 1024), parsed as well: what
-is misspelt, of the wrong type or not a literal is named with its line. The text of a flag is taken as it is,
-without quotes. Setting a knob twice, in one file or by two flags, is an error: one of them would be lost unseen.
+Config files are `name = literal` lines (numbers may be sums and products, as in 4 * 1024), parsed as well:
+what is misspelt, of the wrong type or not a literal is named with its line. The text of a flag is taken as it
+is, without quotes. Setting a knob twice, in one file or by two flags, is an error: one would be lost unseen.
 """
 
 import ast
@@ -34,8 +34,9 @@ from collections import namedtuple
 
 Knob = namedtuple('Knob', 'name default types choices section comment')
 
-NEEDS = {'None': 'none', 'bool': 'True or False', 'int': 'a whole number of at most 64 bits',      # the pickiest
-         'float': 'a finite number', 'str': 'text', 'list': 'texts', 'tuple': 'texts'}             # is tried first
+# what a type accepts, in words; the pickiest type is tried first
+NEEDS = {'None': 'none', 'bool': 'True or False', 'int': 'a whole number of at most 64 bits',
+         'float': 'a finite number', 'str': 'text', 'list': 'texts', 'tuple': 'texts'}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -45,7 +46,7 @@ def fail(message):
     raise SystemExit(2)
 
 
-# ---- values and names ----------------------------------------------------------------------------------------
+# ---- values and names --------------------------------------------------------------------------------------
 
 def literal(node):
     """The value of a literal's syntax tree; ValueError for what would have to be executed."""
@@ -65,7 +66,7 @@ def as_text(value):
 
 
 def from_text(knob, text):
-    """`--name=text` -> the value in the knob's own type; ValueError, saying what is needed, if it does not fit."""
+    """`--name=text` -> the value in the knob's own type; ValueError, saying what is needed, if it is none."""
     for choice in knob.choices:
         if text == as_text(choice):
             return choice
@@ -95,7 +96,7 @@ def from_text(knob, text):
 
 
 def did_you_mean(name, names, form='{}'):
-    """'; did you mean ...?' with up to three names, or ''. Spelling, initials, beginnings, likeness, in turn."""
+    """'; did you mean ...?' with up to three names, or ''. By spelling, initials, beginning, likeness."""
     plain = name.strip('-').replace('-', '_').lower()
     found = [n for n in names if n.lower() == plain]
     if len(plain) > 1:
@@ -109,12 +110,12 @@ def unknown(name, knobs, form):
     return did_you_mean(name, knobs, form) + f' (python {os.path.basename(sys.argv[0])} --help lists them)'
 
 
-# ---- the block of the program --------------------------------------------------------------------------------
+# ---- the block of the program ------------------------------------------------------------------------------
 
 def read_block(path):
-    """The knobs between a program's first two consecutive rulers that enclose nothing but literal assignments.
+    """The knobs between a program's first two consecutive rulers that enclose only literal assignments.
 
-    Returns ({name: Knob} in the order of the block, the program's docstring). RuntimeError without such a block.
+    Returns ({name: Knob} in the order of the block, the program's docstring). RuntimeError without a block.
     """
     with tokenize.open(path) as file:
         source = file.read()
@@ -123,15 +124,16 @@ def read_block(path):
         if token.type == tokenize.COMMENT:               # line -> (column, text, stands alone on its line)
             alone = not token.line[:token.start[1]].strip()
             comments[token.start[0]] = token.start[1], token.string.lstrip('#').strip(), alone
-    rulers = [line for line, (_, text, alone) in comments.items() if alone and text.strip('-') == '' and len(text) >= 20]
-    statements = sorted((node for node in ast.walk(tree) if isinstance(node, ast.stmt)), key=lambda n: n.lineno)
+    rulers = [line for line, (_, text, alone) in comments.items()
+              if alone and len(text) >= 20 and not text.strip('-')]
+    statements = sorted((n for n in ast.walk(tree) if isinstance(n, ast.stmt)), key=lambda n: n.lineno)
     for start, end in zip(rulers, rulers[1:]):
         inside = {node.lineno: node for node in statements if start < node.lineno < end}
         try:
             if inside:
                 return read_knobs(inside, comments, range(start + 1, end)), ast.get_docstring(tree) or ''
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = f'lines {start}-{end}: {error!r}'   # rulers around something else, or a mistake in the block
+            reason = f'lines {start}-{end}: {error!r}'   # rulers around something else, or a mistake
     raise RuntimeError(f'{path}: no block of name = literal lines between two rulers ({reason})')
 
 
@@ -160,7 +162,7 @@ def read_knobs(statements, comments, lines):
 
 
 def read_annotation(node):
-    """The syntax tree of `int | None`, `Literal['a', 'b'] | None`, `list[str]` ... -> ([types], [choices])."""
+    """Syntax tree of `int | None`, `Literal['a', 'b'] | None`, `list[str]` ... -> ([types], [choices])."""
     if isinstance(node, ast.BinOp):
         (types, choices), (more_types, more_choices) = read_annotation(node.left), read_annotation(node.right)
         return types + more_types, choices + more_choices
@@ -172,7 +174,7 @@ def read_annotation(node):
     return [(node.value if isinstance(node, ast.Subscript) else node).id], []
 
 
-# ---- config files, help, flags -------------------------------------------------------------------------------
+# ---- config files, help, flags -----------------------------------------------------------------------------
 
 def read_config(path, knobs):
     """A config file -> {name: value}. Fails with file:line at anything but literals that fit the knobs."""
@@ -189,11 +191,12 @@ def read_config(path, knobs):
     values = {}
     for node in body:
         where = f'{path}:{node.lineno}'
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and type(node.value.value) is str:
+        if isinstance(node, ast.Expr) and type(getattr(node.value, 'value', None)) is str:
             continue                                     # a docstring
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+        names = [getattr(target, 'id', None) for target in getattr(node, 'targets', [])]
+        if not isinstance(node, ast.Assign) or len(names) != 1 or names[0] is None:
             fail(f'{where}: only lines of name = literal are read here, nothing is executed')
-        name = node.targets[0].id
+        name = names[0]
         if name not in knobs:
             fail(f'{where}: unknown knob {name}' + unknown(name, knobs, '{}'))
         if name in values:
@@ -201,7 +204,7 @@ def read_config(path, knobs):
         try:
             value = literal(node.value)
         except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
-            fail(f'{where}: {name} must be a literal (a number, text, True, False, None), nothing is executed')
+            fail(f'{where}: {name} must be a literal (number, text, True, False, None), nothing is executed')
         try:
             values[name] = from_text(knobs[name], as_text(value))
             if (type(value) is str) != (type(values[name]) is str):             # n_layer = '6', dataset = 6
@@ -212,7 +215,7 @@ def read_config(path, knobs):
 
 
 def print_help(knobs, values, docstring, usage):
-    """Prints every knob with its section, value and comment in 100 columns; ends the program with status 0."""
+    """Prints every knob with its section, value and comment in 100 columns; ends the program, status 0."""
     lines, section = [*textwrap.wrap(docstring.split('\n\n')[0], 100), '', usage], None
     for knob in knobs.values():
         if knob.section != section:
@@ -220,7 +223,8 @@ def print_help(knobs, values, docstring, usage):
             lines += ['', *textwrap.wrap(section, 100)]
         flag = f'  --{knob.name}={as_text(values[knob.name])}'
         choices = f' [{", ".join(map(as_text, knob.choices))}]' if knob.choices else ''
-        comment = textwrap.wrap(knob.comment + choices, 100, initial_indent=' ' * 32, subsequent_indent=' ' * 32)
+        indent = ' ' * 32
+        comment = textwrap.wrap(knob.comment + choices, 100, initial_indent=indent, subsequent_indent=indent)
         if comment and len(flag) < 31:
             comment[0] = flag.ljust(32) + comment[0].lstrip()
             flag = None
@@ -229,13 +233,13 @@ def print_help(knobs, values, docstring, usage):
     try:
         encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
         print(text.encode(encoding, 'replace').decode(encoding), flush=True)
-    except BrokenPipeError:      # `--help | head -1`; the interpreter would flush once more at exit and complain
+    except BrokenPipeError:      # `--help | head -1`; at exit the interpreter would flush again and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)
 
 
 def configure(namespace, positional=None, argv=None):
-    """Lays config files and flags over the defaults of the calling program and writes the result into namespace.
+    """Lays config files and flags over the defaults of the calling program, writes the result into namespace.
 
     namespace: globals() of the caller, whose source is namespace['__file__'].
     positional: None: arguments that end in .py are config files, a later one overriding an earlier one.

@@ -1,12 +1,12 @@
-"""Text -> tokens -> batches. `python data.py --dataset=... --tokenizer=...` prepares token files ahead of a run.
+"""Text -> tokens -> batches. `python data.py --dataset=... --tokenizer=...` prepares token files ahead.
 
-    corpus      stdlib (the standard library of this Python), a text file, a folder of text files, or a folder with
-                nanoGPT's train.bin and val.bin, which are used where they lie
+    corpus      stdlib (the standard library of this Python), a text file, a folder of text files, or a folder
+                with nanoGPT's train.bin and val.bin, which are used where they lie
     tokenizer   bpe (byte-level, trained on the training split), bytes, gpt2 or another name tiktoken knows
 
-prepare() writes data/<dataset>-<tokenizer>/ with train.bin, val.bin (bare token ids), vocab.json and meta.json;
-Corpus() verifies them and serves batches. Documents are split before anything is learned from them, the vocabulary
-included: no text of the validation split, nor a copy of it, is ever seen in training.
+prepare() writes data/<dataset>-<tokenizer>/: train.bin and val.bin (bare token ids), vocab.json, meta.json.
+Corpus() verifies them and serves batches. Documents are split before anything is learned from them, be it the
+vocabulary: no text of the validation split, nor a copy of it, is ever seen in training.
 """
 
 import hashlib
@@ -30,21 +30,22 @@ import numpy as np
 
 FORMAT = 1                       # of meta.json; a folder of an older format is built again
 VAL_SHARE = 0.05                 # of the bytes
-EOT = '<|endoftext|>'            # ends every document; in a text file, a line of just this separates documents
-TEXT_ENDINGS = ('.txt', '.md', '.rst', '.tex', '.html', '.py', '.c', '.h', '.cpp', '.js', '.ts', '.java', '.go', '.rs')
+EOT = '<|endoftext|>'            # ends every document; in a text file, lines of just this separate documents
+TEXT_ENDINGS = ('.txt', '.md', '.rst', '.tex', '.html',
+                '.py', '.c', '.h', '.cpp', '.js', '.ts', '.java', '.go', '.rs')
 BPE_SAMPLE = 100_000_000         # characters the vocabulary is learned from at most
 
-# What a chunk is, within which pairs are merged: GPT-4's pattern, each repetition bounded to 64, since unbounded ones
-# overflow tiktoken's stack on a megabyte of blanks and let the trainer go over one endless chunk again and again.
-PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}{1,64}|\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,64}[\r\n]{0,64}"
-           r"|\s{0,64}[\r\n]{1,64}|\s{1,64}(?!\S)|\s{1,64}")
+# The chunks within which pairs are merged: GPT-4's pattern, each repetition bounded to 64, since unbounded ones
+# overflow tiktoken's stack on a megabyte of blanks and send the trainer over one endless chunk time and again.
+PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}{1,64}|\p{N}{1,3}"
+           r"| ?[^\s\p{L}\p{N}]{1,64}[\r\n]{0,64}|\s{0,64}[\r\n]{1,64}|\s{1,64}(?!\S)|\s{1,64}")
 
 
 class DataError(ValueError):
     """The data asked for cannot be had; one line that says what is wrong and what to type."""
 
 
-# ---- tokenizers --------------------------------------------------------------------------------------------------
+# ---- tokenizers --------------------------------------------------------------------------------------------
 
 class Tokenizer:
     """Ids <-> text. tokens: list of the bytes of each id, None for ids that encode no text (eot, gaps)."""
@@ -59,10 +60,11 @@ class Tokenizer:
         """str -> list of ids. '<|endoftext|>' in the text is ordinary text, never the eot token."""
         if self.pattern is None:
             return list(text.encode('utf-8', 'replace'))
-        if self.encoding is None:     # built from our own ranks: tiktoken's loaders cache local files by name and
-            import tiktoken           # go on serving the old vocabulary after a retraining
+        if self.encoding is None:     # from our own ranks: tiktoken's loaders cache local files by name and go
+            import tiktoken           # on serving the old vocabulary after a retraining
             ranks = {token: i for i, token in enumerate(self.tokens) if token is not None}
-            self.encoding = tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
+            self.encoding = tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=ranks,
+                                              special_tokens={})
         ids = []
         for piece in re.split(r'(\s{4096})', text):     # longer runs overflow the stack with GPT-2's pattern
             ids += self.encoding.encode_ordinary(piece)
@@ -76,7 +78,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode('utf-8', 'replace')
 
     def state(self):
-        """What from_state() rebuilds it from, in JSON's types: the bytes of each token as a string of code points below 256."""
+        """For from_state(), in JSON's types: the bytes of a token as a string of code points below 256."""
         tokens = [None if token is None else token.decode('latin-1') for token in self.tokens]
         return {'name': self.name, 'pattern': self.pattern, 'eot': self.eot, 'tokens': tokens}
 
@@ -87,10 +89,10 @@ class Tokenizer:
 
 
 def train_bpe(chunks, vocab_size, log=lambda line: None):
-    """Byte-pair encoding (Sennrich et al., arXiv 1508.07909, on bytes): {chunk: count} -> list of tokens by rank.
+    """Byte-pair encoding (Sennrich et al., arXiv 1508.07909, on bytes): {chunk: count} -> tokens by rank.
 
-    Starts from the 256 bytes; the most frequent adjacent pair becomes the next token, until there are vocab_size or
-    no pair occurs twice. Among equals the pair with the smaller ids goes first.
+    Starts from the 256 bytes; the most frequent adjacent pair becomes the next token, until there are vocab_size
+    or no pair occurs twice. Among equals the pair with the smaller ids goes first.
 
     >>> train_bpe({b'ab': 3, b'abc': 2}, 258)[256:]          # (a, b) occurs 5 times, then (ab, c) twice
     [b'ab', b'abc']
@@ -110,11 +112,11 @@ def train_bpe(chunks, vocab_size, log=lambda line: None):
     while heap and len(tokens) < vocab_size:
         count, pair = heapq.heappop(heap)
         if pairs[pair] != -count:
-            continue                                    # outdated: the pair was pushed anew when its count changed
+            continue                                    # outdated: pushed anew when its count changed
         if -count < 2:
             break
         merged = tokens[pair[0]] + tokens[pair[1]]
-        new = ids.setdefault(merged, len(tokens))       # aa|aaa and aaaa|a are the same bytes, hence one token
+        new = ids.setdefault(merged, len(tokens))       # aa|aaa and aaaa|a: the same bytes, one token
         if new == len(tokens):
             tokens.append(merged)
             if new % 1024 == 0:
@@ -161,16 +163,24 @@ def make_tokenizer(name, vocab_size, documents, log):
     log(f'  vocabulary: {sum(chunks.values()):,} chunks, {len(chunks):,} different')
     tokens = train_bpe({chunk.encode(): count for chunk, count in chunks.items()}, vocab_size - 1, log)
     if len(tokens) < vocab_size - 1:
-        log(f'  vocabulary: no pair occurs twice any more; {len(tokens) + 1:,} tokens instead of {vocab_size:,}')
+        log(f'  vocabulary: no pair occurs twice; {len(tokens) + 1:,} tokens instead of {vocab_size:,}')
     return Tokenizer(name, tokens + [None], PATTERN, eot=len(tokens))
 
 
+def check_tokenizer(name, vocab_size):
+    """DataError if there is no such tokenizer; asks neither disk nor network."""
+    if name == 'bpe' and not 257 <= vocab_size <= 2**20:
+        raise DataError(f'--vocab_size={vocab_size}: bpe takes 257 (256 bytes, end of text) to {2**20:,}')
+    if name not in ('bpe', 'bytes'):
+        import tiktoken
+        known = tiktoken.list_encoding_names()
+        if name not in known:
+            raise DataError(f'--tokenizer={name} is unknown; there are bpe, bytes, and of tiktoken {", ".join(known)}')
+
+
 def fetch_tokenizer(name, log, seconds=30):
-    """One of tiktoken's own vocabularies, from its cache or else from the network. DataError if it cannot be had."""
+    """One of tiktoken's vocabularies, from its cache or else the network. DataError if it cannot be had."""
     import tiktoken
-    if name not in tiktoken.list_encoding_names():
-        known = ', '.join(tiktoken.list_encoding_names())
-        raise DataError(f'--tokenizer={name} is unknown; there are bpe, bytes, and from tiktoken {known}')
     log(f'  vocabulary: {name}, from the cache of tiktoken or else downloaded')
     result = []
 
@@ -186,7 +196,8 @@ def fetch_tokenizer(name, log, seconds=30):
     if not isinstance(encoding, tiktoken.Encoding):
         reason = type(encoding).__name__ if isinstance(encoding, Exception) else encoding
         raise DataError(f'the vocabulary {name} is neither in the cache of tiktoken nor could it be downloaded '
-                        f'({reason}); point TIKTOKEN_CACHE_DIR at a copy of that cache, or take --tokenizer=bpe or bytes')
+                        f'({reason}); point TIKTOKEN_CACHE_DIR at a copy of that cache, or take --tokenizer=bpe '
+                        f'or --tokenizer=bytes')
     tokens = [None] * encoding.n_vocab
     for token, i in encoding._mergeable_ranks.items():
         tokens[i] = token
@@ -194,10 +205,10 @@ def fetch_tokenizer(name, log, seconds=30):
     return Tokenizer(name, tokens, encoding._pat_str, eot)
 
 
-# ---- corpora -----------------------------------------------------------------------------------------------------
+# ---- corpora -----------------------------------------------------------------------------------------------
 
 def locate(dataset):
-    """--dataset -> (kind, path, name): kind is stdlib, file, folder or tokens (nanoGPT's); name heads our folder."""
+    """--dataset -> (kind, path, name): stdlib, file, folder or tokens (nanoGPT's); name heads our folder."""
     if dataset == 'stdlib':
         return 'stdlib', pathlib.Path(sysconfig.get_path('stdlib')), f'stdlib-{platform.python_version()}'
     try:
@@ -215,14 +226,15 @@ def locate(dataset):
 
 
 def list_files(kind, path):
-    """The files of a corpus, sorted. Of the standard library: no tests, nothing installed or built on this machine."""
+    """The files of a corpus, sorted. Of the standard library: no tests, nothing this machine put there."""
     if kind == 'file':
         return [path]
     if kind == 'tokens':
         return [path / 'train.bin', path / 'val.bin']
     endings, skip, left_out, files = TEXT_ENDINGS, set(), ('.',), []
     if kind == 'stdlib':
-        endings, skip = ('.py',), {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
+        endings = ('.py',)
+        skip = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
         left_out = ('.', 'config-', '_sysconfigdata', 'sitecustomize', 'usercustomize')
     for parent, folders, names in os.walk(path):
         folders[:] = [name for name in folders if name not in skip and not name.startswith(left_out)]
@@ -266,9 +278,9 @@ def read_documents(kind, files):
 def split(documents):
     """list of texts -> (train, val, rule in words, number dropped).
 
-    Copies and blank documents are dropped: a copy could end up on either side. The order is that of the SHA-256 of
-    the text: arbitrary, so that the first N tokens are a fair sample of the corpus, and yet the same everywhere. In
-    this order documents go to val as long as they fit into 5% of the bytes. A single document is cut at a line end.
+    Copies and blank documents are dropped: a copy could end up on either side. The order is that of the SHA-256
+    of the text: arbitrary, so that the first N tokens are a fair sample of the corpus, yet the same everywhere.
+    In this order documents go to val while they fit into 5% of the bytes. A lone one is cut at a line end.
     """
     unique = {hashlib.sha256(text.encode()).digest(): text for text in documents if text.strip()}
     dropped = len(documents) - len(unique)
@@ -276,7 +288,7 @@ def split(documents):
         text = next(iter(unique.values()))
         cut = int(len(text) * (1 - VAL_SHARE))
         cut = text.find('\n', cut) + 1 or text.rfind('\n', 0, cut) + 1 or cut
-        if cut == len(text):                                    # the only line end from there on is the last one
+        if cut == len(text):                                    # the only line end after 95% is the last one
             cut = text.rfind('\n', 0, cut - 1) + 1 or int(len(text) * (1 - VAL_SHARE))
         return [text[:cut]], [text[cut:]], 'one document, its last 5% are val', dropped
     ordered = [unique[digest] for digest in sorted(unique)]
@@ -290,10 +302,10 @@ def split(documents):
     return train, val, 'by document in the order of SHA-256, up to 5% of the bytes are val', dropped
 
 
-# ---- token files -------------------------------------------------------------------------------------------------
+# ---- token files -------------------------------------------------------------------------------------------
 
 def write_tokens(path, documents, tokenizer, dtype, log):
-    """Documents, each ended by eot -> a file of bare ids, on disk when it returns; -> its entry in meta.json."""
+    """Documents, each ended by eot -> a file of bare ids, safely on disk; returns its entry in meta.json."""
     count, shown, line_start = 0, time.perf_counter(), re.compile(r'\n(?=\S)')
     with open(path, 'wb') as file:
         for number, text in enumerate(documents, 1):
@@ -313,17 +325,18 @@ def write_tokens(path, documents, tokenizer, dtype, log):
         os.fsync(file.fileno())
     text_bytes = sum(len(text.encode()) for text in documents)
     log(f'  {path.name}: {count:,} tokens of {text_bytes:,} bytes in {len(documents):,} documents')
-    return {'path': path.name, 'tokens': count, 'documents': len(documents), 'text_bytes': text_bytes, **scan(path, dtype)}
+    return {'path': path.name, 'tokens': count, 'documents': len(documents), 'text_bytes': text_bytes,
+            **scan(path, dtype)}
 
 
 def scan(path, dtype):
     """The size, SHA-256 and largest id of a token file, in blocks of 16 MB."""
-    digest, largest, size = hashlib.sha256(), -1, 0
+    digest, largest, size, width = hashlib.sha256(), -1, 0, np.dtype(dtype).itemsize
     with open(path, 'rb') as file:
         while block := file.read(2**24):
             digest.update(block)
             size += len(block)
-            ids = np.frombuffer(block[:len(block) // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize], dtype=dtype)
+            ids = np.frombuffer(block, dtype=dtype, count=len(block) // width)
             largest = max(largest, int(ids.max(initial=0)))
     return {'size': size, 'sha256': digest.hexdigest(), 'largest_id': largest}
 
@@ -351,7 +364,7 @@ def read_meta(folder):
     try:
         meta = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise DataError(f'{path}: not there, so {folder} holds no prepared corpus (python data.py makes one)') from None
+        raise DataError(f'{path}: missing, so this is no prepared corpus (python data.py makes one)') from None
     except OSError as error:
         raise damaged(path, f'cannot be read ({error.strerror})') from None
     except (ValueError, RecursionError):
@@ -359,14 +372,14 @@ def read_meta(folder):
     if not isinstance(meta, dict) or type(meta.get('format')) is not int:
         raise damaged(path, 'is not what data.py writes')
     if meta['format'] > FORMAT:
-        raise DataError(f'{path}: format {meta["format"]}, this data.py knows {FORMAT}; update it or remove the folder')
+        raise DataError(f'{path}: format {meta["format"]}, data.py knows {FORMAT}; update it or remove the folder')
     if meta['format'] == FORMAT and meta.get('checksum') != checksum(meta):
         raise damaged(path, 'does not agree with its own checksum')
     return meta
 
 
 def up_to_date(folder, want):
-    """Whether a folder holds what is wanted. False: build it. DataError: what lies there is damaged or not ours."""
+    """If a folder holds what is wanted. False: build it. DataError: what lies there is damaged or not ours."""
     for attempt in range(2):
         try:
             if not folder.exists() or not any(folder.iterdir()):
@@ -376,7 +389,7 @@ def up_to_date(folder, want):
         except (DataError, OSError):
             if attempt:
                 raise
-            time.sleep(0.2)                                     # another process may just be putting it in place
+            time.sleep(0.2)                                     # another process may be replacing it just now
 
 
 def build(kind, source, files, tokenizer, vocab_size, folder, log):
@@ -406,10 +419,10 @@ def write_vocabulary(path, tokenizer):
 
 
 def adopt(source, tokenizer, folder, log):
-    """nanoGPT's train.bin and val.bin (uint16), used where they lie; their meta.pkl, a pickle, is never opened.
+    """nanoGPT's train.bin and val.bin (uint16), used where they lie; their meta.pkl, a pickle, stays closed.
 
-    The vocabulary is the one named by --tokenizer, if it is bytes or can be had from tiktoken. Else it stays unknown
-    and its size is the largest id + 1: training works, text and bits per byte are not to be had.
+    The vocabulary is the one named by --tokenizer, if it is bytes or can be had from tiktoken. Else it is not
+    known and its size is the largest id + 1: training works, text and bits per byte are not to be had.
     """
     entries = {}
     for part in ('train', 'val'):
@@ -431,11 +444,9 @@ def adopt(source, tokenizer, folder, log):
             vocabulary = make_tokenizer(tokenizer, 0, [], log)
             vocab_size, eot = vocabulary.vocab_size, vocabulary.eot
         except DataError as error:
-            if 'unknown' in str(error):
-                raise
             log(f'  no text and no bits per byte: {error}')
     if largest >= vocab_size:
-        raise DataError(f'{source}: id {largest} is beyond the {vocab_size:,} tokens of --tokenizer={tokenizer}')
+        raise DataError(f'{source}: id {largest} is beyond the {vocab_size:,} ids of --tokenizer={tokenizer}')
     entry = write_vocabulary(folder / 'vocab.json', vocabulary) if vocabulary else None
     return {'vocab_size': vocab_size, 'eot': eot, 'dtype': 'uint16', 'split': 'as given', 'files_skipped': 0,
             'documents_dropped': 0, **entries, 'vocabulary': entry}
@@ -444,15 +455,12 @@ def adopt(source, tokenizer, folder, log):
 def prepare(dataset, tokenizer, vocab_size, root=None, log=print):
     """Makes sure that the token files are there and up to date -> their folder, a pathlib.Path.
 
-    dataset: stdlib or a path. tokenizer: bpe, bytes or tiktoken's name; vocab_size counts eot and is for bpe alone.
+    dataset: stdlib or a path. tokenizer: bpe, bytes or a name of tiktoken's; vocab_size, eot included: bpe's.
     root: where prepared folders lie, default data/ beside this file. log: gets lines of progress.
-    Builds in a folder aside, flushed and renamed into place: a crash leaves nothing half made, and of two processes
-    that build at once one finds the other's result and throws its own away. Raises DataError.
+    Builds in a folder aside, flushed and renamed into place: a crash leaves nothing half made, and of two
+    processes that build at once one finds the other's result and throws its own away. Raises DataError.
     """
-    if tokenizer == 'bpe' and not 257 <= vocab_size <= 2**20:
-        raise DataError(f'--vocab_size={vocab_size}: bpe needs 257 (256 bytes and the end of text) to {2**20:,}')
-    if not tokenizer:
-        raise DataError('--tokenizer= is empty; there are bpe, bytes, gpt2 and other names of tiktoken')
+    check_tokenizer(tokenizer, vocab_size)
     kind, source, name = locate(dataset)
     if kind == 'tokens' and (source / 'vocab.json').is_file() and (source / 'meta.json').is_file():
         read_meta(source)
@@ -460,13 +468,14 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=print):
     files = list_files(kind, source)
     label = tokenizer + str(vocab_size) * (tokenizer == 'bpe' and kind != 'tokens')
     folder = pathlib.Path(root or pathlib.Path(__file__).resolve().parent / 'data') / f'{name[-80:]}-{label}'
-    want = {'dataset': name, 'tokenizer': tokenizer, 'pattern': PATTERN, 'fingerprint': fingerprint(source, files)}
+    want = {'dataset': name, 'tokenizer': tokenizer, 'pattern': PATTERN,
+            'fingerprint': fingerprint(source, files)}
     temporary = folder.with_name(f'.{folder.name}.{os.getpid()}-{secrets.token_hex(4)}')
     try:
         if up_to_date(folder, want):
             return folder
         log(f'preparing {folder}')
-        for left in folder.parent.glob('.*'):                   # of processes killed in the middle, a day ago or more
+        for left in folder.parent.glob('.*'):                   # by processes killed a day ago or earlier
             if left.name.startswith(f'.{folder.name}.') and left.stat().st_mtime < time.time() - 86400:
                 shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -486,8 +495,8 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=print):
             shutil.rmtree(old, ignore_errors=True)
         return folder
     except OSError as error:
-        raise DataError(f'{folder}: cannot be written ({error.strerror or error}), nothing half made is left; make '
-                        f'room or give another place with --data_root=FOLDER') from None
+        raise DataError(f'{folder}: cannot be written ({error.strerror or error}), nothing half made is left; '
+                        f'make room or give another place with --data_root=FOLDER') from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -497,7 +506,7 @@ def load_tokenizer(folder):
     folder = pathlib.Path(folder)
     meta, path = read_meta(folder), folder / 'vocab.json'
     if meta['vocabulary'] is None:
-        raise DataError(f'{folder}: the vocabulary of these token files is not known; prepare them with --tokenizer=NAME')
+        raise DataError(f'{folder}: whose vocabulary these tokens are is not known; prepare with --tokenizer=NAME')
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -507,10 +516,10 @@ def load_tokenizer(folder):
     return Tokenizer.from_state(json.loads(content))
 
 
-# ---- batches -----------------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------
 
 class Corpus:
-    """The verified token files of a prepared folder: .train and .val (ids, memory-mapped), .meta, batches, windows.
+    """The verified token files of a prepared folder: .train and .val (ids, memory-mapped), .meta, batches.
 
     max_train_tokens, max_val_tokens: use only the first so many, 0 = all. block_size: tokens of context.
     Raises DataError: size, SHA-256 or ids disagree with meta.json, or a split is shorter than block_size + 1.
@@ -526,16 +535,17 @@ class Corpus:
         self._permutation = None, None
 
     def _open(self, part):
-        entry, cap, dtype = self.meta[part], self.caps[part], self.meta['dtype']
+        entry, cap, dtype, V = self.meta[part], self.caps[part], self.meta['dtype'], self.vocab_size
         path = self.folder / entry['path']                      # nanoGPT's own files: an absolute path
         try:
             found = scan(path, dtype)
             if found['size'] != entry['size']:
-                raise damaged(self.folder, f'{path.name} has {found["size"]:,} bytes, meta.json says {entry["size"]:,}')
+                sizes = f'{found["size"]:,} bytes, meta.json says {entry["size"]:,}'
+                raise damaged(self.folder, f'{path.name} has {sizes}')
             if found['sha256'] != entry['sha256']:
                 raise damaged(self.folder, f'the SHA-256 of {path.name} is not the one in meta.json')
-            if found['largest_id'] >= self.vocab_size:
-                raise damaged(self.folder, f'{path.name} has id {found["largest_id"]}, there are {self.vocab_size} tokens')
+            if found['largest_id'] >= V:
+                raise damaged(self.folder, f'{path.name} has id {found["largest_id"]}, there are {V} tokens')
             tokens = np.memmap(path, dtype=dtype, mode='r')
         except OSError as error:
             raise damaged(self.folder, f'{path.name} cannot be read ({error.strerror})') from None
@@ -544,18 +554,18 @@ class Corpus:
         tokens = tokens[:cap] if cap else tokens
         if len(tokens) <= self.block_size:
             raise DataError(f'{self.folder}: {len(tokens):,} {part} tokens cannot fill one context of '
-                            f'--block_size={self.block_size} and its next token; take a smaller one or more text')
+                            f'--block_size={self.block_size} plus one; take a smaller one or more text')
         return tokens
 
     def batch(self, seed, step, batch_size):
         """Update number `step` -> (x, y), int64 (batch_size, block_size) each, y being x one token on.
 
         A pure function of (seed, step): windows are numbered through the whole run, and window i is number
-        i % n of epoch i // n. So there is no state to save, resuming is exact, and whoever computes a batch, in
-        whatever micro-batches or processes, gets the same one. An epoch lays n windows side by side, without
-        overlap, from a random offset and goes through them in random order: each token is a target once an epoch
-        (but for those the offset leaves over at the two ends) instead of Poisson-many times as with random
-        positions, and the offset lets a token be seen at another place in its window next time.
+        i % n of epoch i // n. So there is no state to save, resuming is exact, and whoever computes a batch,
+        in whatever micro-batches or processes, gets the same one. An epoch lays n windows side by side from a
+        random offset and goes through them in random order: each token is a target once an epoch (but for
+        those the offset leaves over at the two ends) instead of Poisson-many times, as with random positions,
+        and the offset puts it at another place in its window next time.
         """
         if seed < 0 or step < 0:
             raise DataError(f'seed and step must be 0 or more, got {seed} and {step}')
@@ -568,13 +578,13 @@ class Corpus:
                 offset = rng.integers(len(self.train) - n * self.block_size)
                 self._permutation = (seed, epoch), offset + self.block_size * rng.permutation(n)
             starts[row] = self._permutation[1][number]
-        window = self.train[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)      # (B, T + 1)
+        window = self.train[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)  # (B, T + 1)
         return window[:, :-1], window[:, 1:]
 
     def val_windows(self):
-        """(x, y), int64 (n_windows, block_size) each: side by side over the whole split, the same for every run.
+        """(x, y), int64 (n_windows, block_size) each: side by side over the whole split, the same for all runs.
 
-        Every token but the first is a target once; the last window is filled up with x = 0, y = -1 (to be ignored).
+        Every token but the first is a target once; the last window is filled up with x = 0, y = -1 (ignore).
         """
         n = math.ceil((len(self.val) - 1) / self.block_size)
         x, y = np.zeros(n * self.block_size, dtype=np.int64), np.full(n * self.block_size, -1, dtype=np.int64)
@@ -586,13 +596,14 @@ class Corpus:
         return sum(np.bincount(block, minlength=self.vocab_size) for block in blocks)
 
     def describe(self):
-        """The data section of result.json. Losses are what knowing nothing costs, in nats per validation target:
+        """The data section of result.json. Losses say what knowing little costs, in nats per validation target:
 
-        uniform_loss ln V, a guess over the vocabulary; unigram_loss the cross-entropy under the frequencies of the
-        training tokens used, one added to each. val_bytes: of the text of the targets, null if not known.
+        uniform_loss ln V, a guess over the vocabulary; unigram_loss the cross-entropy under the frequencies of
+        the training tokens used, one added to each. val_bytes: of the text of the targets, null if not known.
         """
         counts, targets = self._count(self.train) + 1.0, self._count(self.val[1:])
-        return {'dataset': self.meta['dataset'], 'tokenizer': self.meta['tokenizer'], 'vocab_size': self.vocab_size,
+        return {'dataset': self.meta['dataset'], 'tokenizer': self.meta['tokenizer'],
+                'vocab_size': self.vocab_size,
                 'train_tokens': len(self.train), 'val_tokens': len(self.val),
                 'val_bytes': int(targets @ self.tokenizer.token_bytes) if self.tokenizer else None,
                 'train_sha256': self.meta['train']['sha256'], 'val_sha256': self.meta['val']['sha256'],
@@ -603,14 +614,16 @@ class Corpus:
 
 if __name__ == '__main__':
     from configurator import configure, fail
-    # --------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # what to prepare
-    dataset = 'stdlib'      # stdlib = the standard library of this Python, about 12 MB; or a text file, a folder of
-                            # text files (.txt .md .py ...; split by file), a folder with nanoGPT's train.bin and val.bin
-    tokenizer = 'bpe'       # bpe = trained on the training split; bytes; gpt2 or another of tiktoken's (a download)
+    dataset = 'stdlib'      # stdlib = the standard library of this Python, about 12 MB; or a text file, a
+                            # folder of text files (.txt .md .py ...; split by file), or a folder with
+                            # nanoGPT's train.bin and val.bin
+    tokenizer = 'bpe'       # bpe = trained on the training split; bytes; gpt2 or another name of tiktoken's,
+                            # which is a download
     vocab_size = 4096       # of bpe, the end of text included
     data_root = ''          # where prepared folders go; empty = data/ beside data.py
-    # --------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     configure(globals())
     try:
         folder = prepare(dataset, tokenizer, vocab_size, data_root)
@@ -625,4 +638,5 @@ if __name__ == '__main__':
         text_bytes = corpus.meta[part]['text_bytes']
         ratio = f', {text_bytes / facts[f"{part}_tokens"]:.2f} bytes each' if text_bytes else ''
         print(f'  {part:5} {facts[f"{part}_tokens"]:,} tokens{ratio}')
-    print(f'  loss of a uniform guess {facts["uniform_loss"]:.4f}, of unigram frequencies {facts["unigram_loss"]:.4f}')
+    print(f'  loss of a uniform guess {facts["uniform_loss"]:.4f}, '
+          f'of unigram frequencies {facts["unigram_loss"]:.4f}')

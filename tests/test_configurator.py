@@ -82,11 +82,12 @@ def run(program, tmp_path, monkeypatch, capsys):
 def error(run, *argv, **options):
     """The one line a bad input ends with."""
     status, out, err = run(*argv, **options)
-    assert status == 2 and out == '' and err.startswith('train.py: ') and err.count('\n') == 1 and err.endswith('\n'), err
+    assert status == 2 and out == '' and err.startswith('train.py: ') and err.count('\n') == 1
+    assert err.endswith('\n'), err
     return err
 
 
-# ---- reading the block ---------------------------------------------------------------------------------------
+# ---- reading the block -------------------------------------------------------------------------------------
 
 def test_defaults_come_from_the_block_in_its_order_and_with_their_types(run):
     values = run()
@@ -98,7 +99,8 @@ def test_sections_comments_and_types_are_read_from_the_text_of_the_block(program
     knobs, docstring = configurator.read_block(program)
     assert knobs['n_layer'].section == 'size of the model' and knobs['dataset'].section == 'input'
     assert knobs['learning_rate'].comment == 'peak of the schedule; the same for all'
-    assert knobs['attn'].comment == 'kind # of it' and knobs['attn'].choices == ['baseline', 'lora', 'enhanced']
+    assert knobs['attn'].comment == 'kind # of it'
+    assert knobs['attn'].choices == ['baseline', 'lora', 'enhanced']
     assert knobs['q_lora_rank'].types == ['None', 'int'] and knobs['device'].types == ['None']
     assert knobs['dataset'].comment == '' and docstring.startswith('Trains a thing')
 
@@ -108,7 +110,8 @@ def test_a_block_may_stand_indented_under_main(tmp_path):
     path.write_text("if __name__ == '__main__':\n" + textwrap.indent(
         f'# {"-" * 40}\n# part\nroot = 1  # one\n          # two\nb = 2\n# {"-" * 40}\nconfigure(globals())\n', '    '))
     knobs, _ = configurator.read_block(path)
-    assert list(knobs) == ['root', 'b'] and knobs['root'].comment == 'one two' and knobs['b'].section == 'part'
+    assert list(knobs) == ['root', 'b'] and knobs['root'].comment == 'one two'
+    assert knobs['b'].section == 'part'
 
 
 def test_rulers_and_knobs_inside_a_string_are_not_a_block(tmp_path):
@@ -118,7 +121,7 @@ def test_rulers_and_knobs_inside_a_string_are_not_a_block(tmp_path):
         configurator.read_block(path)
 
 
-# ---- the order of the sources --------------------------------------------------------------------------------
+# ---- the order of the sources ------------------------------------------------------------------------------
 
 def test_flags_override_config_files_which_override_defaults(run, tmp_path):
     (tmp_path / 'a.py').write_text('"""What it is for."""\nn_layer = 2 * 4\nlearning_rate = 1\nq_lora_rank = 3  # low\n')
@@ -130,11 +133,14 @@ def test_flags_override_config_files_which_override_defaults(run, tmp_path):
 
 
 @pytest.mark.parametrize('flag, value', [
-    ('n_layer=1_000', 1000), ('n_layer=1e3', 1000), ('n_layer=-4', -4), ('n_layer=9007199254740993', 2**53 + 1),
+    ('n_layer=1_000', 1000), ('n_layer=1e3', 1000), ('n_layer=-4', -4),
+    ('n_layer=9007199254740993', 2**53 + 1),
     ('learning_rate=3', 3.0), ('learning_rate=-1e-4', -1e-4), ('compile=false', False), ('compile=0', False),
-    ('compile=1', True), ('compile=TRUE', True), ('q_lora_rank=None', None), ('q_lora_rank=none', None), ('q_lora_rank=7', 7),
+    ('compile=1', True), ('compile=TRUE', True), ('q_lora_rank=None', None), ('q_lora_rank=none', None),
+    ('q_lora_rank=7', 7),
     ('dropout=none', None), ('dropout=0.5', 0.5), ('device=none', None), ('name=none', None), ('name=', ''),
-    ('dataset=', ''), ('dataset=none', 'none'), ("dataset='x'", "'x'"), ('runs=p,q', ('p', 'q')), ('runs=', ())])
+    ('dataset=', ''), ('dataset=none', 'none'), ("dataset='x'", "'x'"), ('runs=p,q', ('p', 'q')),
+    ('runs=', ())])
 def test_a_flag_is_read_in_the_type_of_its_knob(run, flag, value):
     got = run('--' + flag)[flag.split('=')[0]]
     assert got == value and type(got) is type(value)
@@ -148,12 +154,13 @@ def test_positional_arguments_may_be_the_value_of_a_knob(run):
     assert 'more than once' in error(run, 'a', '--dataset=b', positional='dataset')
 
 
-# ---- mistakes ------------------------------------------------------------------------------------------------
+# ---- mistakes ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('flag, hint', [
     ('--lr=3', '--learning_rate=3?'), ('--lr', '--learning_rate=...?'), ('--n-layer=3', '--n_layer=3?'),
     ('--N_LAYER=3', '--n_layer=3?'), ('--learning_rte=1', '--learning_rate=1?'), ('--drop=1', '--dropout=1?'),
-    ('--bs=2', '--block_size=2 or --batch_size=2?'), ('--lora_rank=4', '--q_lora_rank=4?'), ('-n_layer=3', '--n_layer=3?'),
+    ('--bs=2', '--block_size=2 or --batch_size=2?'), ('--lora_rank=4', '--q_lora_rank=4?'),
+    ('-n_layer=3', '--n_layer=3?'),
     ('--lr={0}', '--learning_rate={0}?')])
 def test_an_unknown_flag_is_told_what_it_may_have_meant(run, flag, hint):
     line = error(run, flag)
@@ -161,15 +168,22 @@ def test_an_unknown_flag_is_told_what_it_may_have_meant(run, flag, hint):
 
 
 @pytest.mark.parametrize('argv, part', [
-    (['--zzz=1'], 'unknown knob --zzz (python'), (['-x'], 'unknown knob -x'), (['--'], 'unknown knob'), (['-'], 'unknown'),
+    (['--zzz=1'], 'unknown knob --zzz (python'), (['-x'], 'unknown knob -x'), (['--'], 'unknown knob'),
+    (['-'], 'unknown'),
     (['--=3'], 'unknown knob'), (['foo'], 'unexpected argument foo'), (['--help=1'], 'unknown knob --help'),
-    (['--compile'], 'type --compile=True'), (['--n_layer', '9'], 'type --n_layer=9'), (['--attn'], 'type --attn=baseline'),
-    (['--n_layer=six'], 'whole number'), (['--n_layer=2.5'], 'whole number'), (['--n_layer='], 'whole number'),
-    (['--n_layer=True'], 'whole number'), (['--n_layer=1e30'], '64 bits'), (['--n_layer=inf'], 'whole number'),
+    (['--compile'], 'type --compile=True'), (['--n_layer', '9'], 'type --n_layer=9'),
+    (['--attn'], 'type --attn=baseline'),
+    (['--n_layer=six'], 'whole number'), (['--n_layer=2.5'], 'whole number'),
+    (['--n_layer='], 'whole number'),
+    (['--n_layer=True'], 'whole number'), (['--n_layer=1e30'], '64 bits'),
+    (['--n_layer=inf'], 'whole number'),
     (['--n_layer=' + '9' * 5000], 'whole number'), (['--n_layer=none'], 'whole number'),
-    (['--learning_rate=nan'], 'finite'), (['--learning_rate=-inf'], 'finite'), (['--learning_rate=1e999'], 'finite'),
-    (['--compile=maybe'], 'True or False'), (['--compile=2'], 'True or False'), (['--q_lora_rank=x'], 'none or a whole'),
-    (['--attn=lara'], 'one of baseline, lora, enhanced; did you mean lora?'), (['--attn=enh'], 'did you mean enhanced?'),
+    (['--learning_rate=nan'], 'finite'), (['--learning_rate=-inf'], 'finite'),
+    (['--learning_rate=1e999'], 'finite'),
+    (['--compile=maybe'], 'True or False'), (['--compile=2'], 'True or False'),
+    (['--q_lora_rank=x'], 'none or a whole'),
+    (['--attn=lara'], 'one of baseline, lora, enhanced; did you mean lora?'),
+    (['--attn=enh'], 'did you mean enhanced?'),
     (['--device=gpu'], 'one of auto, cpu or none'), (['--n_layer=1', '--n_layer=2'], 'given twice (1 and 2)'),
     (['no/such.py'], 'no/such.py: No such file')])
 def test_a_bad_argument_ends_in_one_line_that_says_what_is_needed(run, argv, part):
@@ -179,22 +193,32 @@ def test_a_bad_argument_ends_in_one_line_that_says_what_is_needed(run, argv, par
 @pytest.mark.parametrize('text, line, part', [
     ('n_layer = 2\nlearning_rte = 1\n', 2, 'unknown knob learning_rte; did you mean learning_rate?'),
     ('\n\nlr = 1\n', 3, 'did you mean learning_rate?'), ('n_layer = len("abc")\n', 1, 'literal'),
-    ('import os\n', 1, 'nothing is executed'), ('print("x")\n', 1, 'nothing is executed'), ('n_layer += 1', 1, 'only lines'),
-    ('a = b = 1', 1, 'only lines'), ('n_layer, attn = 1, 2', 1, 'only lines'), ('if True:\n  n_layer = 1', 1, 'only lines'),
-    ('n_layer: int = 1', 1, 'only lines'), ("n_layer = '6'", 1, 'not be in quotes'), ('dataset = 6', 1, 'in quotes'),
-    ('dataset = ["x"]', 1, 'in quotes'), ('n_layer = 2.5', 1, 'whole number'), ('n_layer = True', 1, 'whole number'),
+    ('import os\n', 1, 'nothing is executed'), ('print("x")\n', 1, 'nothing is executed'),
+    ('n_layer += 1', 1, 'only lines'),
+    ('a = b = 1', 1, 'only lines'), ('n_layer, attn = 1, 2', 1, 'only lines'),
+    ('if True:\n  n_layer = 1', 1, 'only lines'),
+    ('n_layer: int = 1', 1, 'only lines'), ("n_layer = '6'", 1, 'not be in quotes'),
+    ('dataset = 6', 1, 'in quotes'),
+    ('dataset = ["x"]', 1, 'in quotes'), ('n_layer = 2.5', 1, 'whole number'),
+    ('n_layer = True', 1, 'whole number'),
     ('n_layer = [1]', 1, ''), ('runs = [1]', 1, ''), ('runs = "x"', 1, ''), ('n_layer = 1/0', 1, 'literal'),
-    ('n_layer = 2**3', 1, 'literal'), ('dataset = "x" * 1000000000', 1, 'literal'), ('learning_rate = 1e999', 1, 'finite'),
-    ('n_layer = 3j', 1, 'whole'), ('n_layer = {}', 1, ''), ('n_layer = ...', 1, ''), ('dataset = b"x"', 1, 'quotes'),
-    ('n_layer = 1\nn_layer = 2', 2, 'second time'), ('n_layer = (1', 1, 'lines of name = literal'), ('attn = "mla"', 1, 'one of'),
-    ('dataset = f"{1}"', 1, 'literal'), ('n_layer = n_layer', 1, 'literal'), ('x\n', 1, 'only lines'), ('dataset = None', 1, '')])
+    ('n_layer = 2**3', 1, 'literal'), ('dataset = "x" * 1000000000', 1, 'literal'),
+    ('learning_rate = 1e999', 1, 'finite'),
+    ('n_layer = 3j', 1, 'whole'), ('n_layer = {}', 1, ''), ('n_layer = ...', 1, ''),
+    ('dataset = b"x"', 1, 'quotes'),
+    ('n_layer = 1\nn_layer = 2', 2, 'second time'), ('n_layer = (1', 1, 'lines of name = literal'),
+    ('attn = "mla"', 1, 'one of'),
+    ('dataset = f"{1}"', 1, 'literal'), ('n_layer = n_layer', 1, 'literal'), ('x\n', 1, 'only lines'),
+    ('dataset = None', 1, '')])
 def test_a_bad_config_file_is_named_with_its_line(run, tmp_path, text, line, part):
     (tmp_path / 'c.py').write_text(text)
     assert f'c.py:{line}: ' in (message := error(run, 'c.py')) and part in message
 
 
-@pytest.mark.parametrize('content', [b'\xff\xfe', b'n_layer = 1\x00', b'(' * 5000, b'-' * 200000 + b'1', b'n_layer = ' + b'1+' * 50000 + b'1',
-                                     b'n_layer = ' + b'9' * 5000, b'dataset = "\\d" + 1', b'\x0c\r\r n_layer', b'# coding: wat\nx'])
+@pytest.mark.parametrize('content', [b'\xff\xfe', b'n_layer = 1\x00', b'(' * 5000, b'-' * 200000 + b'1',
+                                     b'n_layer = ' + b'1+' * 50000 + b'1',
+                                     b'n_layer = ' + b'9' * 5000, b'dataset = "\\d" + 1', b'\x0c\r\r n_layer',
+                                     b'# coding: wat\nx'])
 def test_a_file_that_is_not_even_python_ends_in_one_line(run, tmp_path, content):
     (tmp_path / 'c.py').write_bytes(content)
     assert 'c.py' in error(run, 'c.py')
@@ -212,7 +236,7 @@ def test_fail_prints_one_line_whatever_the_message(monkeypatch, capsys):
     assert end.value.code == 2 and capsys.readouterr().err == 'bench.py: one two three four\n'
 
 
-# ---- help ----------------------------------------------------------------------------------------------------
+# ---- help --------------------------------------------------------------------------------------------------
 
 def test_help_shows_every_knob_with_section_value_and_comment_within_100_columns(run, tmp_path):
     (tmp_path / 'c.py').write_text('n_layer = 12\n')
@@ -220,14 +244,17 @@ def test_help_shows_every_knob_with_section_value_and_comment_within_100_columns
         status, out, err = run(*argv)
         assert status == 0 and err == '' and max(map(len, out.splitlines())) <= 100
         assert out.startswith('Trains a thing, quite \u2192 quickly.\n') and 'Not part' not in out
-        assert all(f'--{name}=' in out for name in DEFAULTS) and 'peak of the schedule; the same for all' in out
-        assert '\nsize of the model\n' in out and '[baseline, lora, enhanced]' in out and '--q_lora_rank=none' in out
+        assert all(f'--{name}=' in out for name in DEFAULTS)
+        assert 'peak of the schedule; the same for all' in out
+        assert '\nsize of the model\n' in out and '[baseline, lora, enhanced]' in out
+        assert '--q_lora_rank=none' in out
         assert ('--n_layer=12 ' in out) == ('c.py' in argv)
 
 
 def start(program, *argv, **options):
     env = {**os.environ, 'PYTHONPATH': str(HERE), **options.pop('env', {})}
-    return subprocess.run([sys.executable, str(program), *argv], capture_output=True, env=env, timeout=60, **options)
+    return subprocess.run([sys.executable, str(program), *argv], capture_output=True, env=env, timeout=60,
+                          **options)
 
 
 def test_as_a_program_it_answers_a_typo_and_help_with_the_right_status(program, tmp_path):
@@ -235,7 +262,8 @@ def test_as_a_program_it_answers_a_typo_and_help_with_the_right_status(program, 
     bad = start(program, '--lr=1')
     assert bad.returncode == 2 and bad.stdout == b'' and bad.stderr.count(b'\n') == 1
     good = start(program, '--n_layer=2', 'c.py', cwd=tmp_path)
-    assert good.returncode == 0 and good.stderr == b'' and ast.literal_eval(good.stdout.decode())['dataset'] == '\\d'
+    assert good.returncode == 0 and good.stderr == b''
+    assert ast.literal_eval(good.stdout.decode())['dataset'] == '\\d'
     plain = start(program, '--help', env={'PYTHONIOENCODING': 'ascii'})
     assert plain.returncode == 0 and b'quite ? quickly' in plain.stdout and plain.stderr == b''
 
@@ -245,7 +273,8 @@ def test_help_into_a_closed_pipe_and_arguments_that_are_not_unicode_leave_no_tra
     reading, writing = os.pipe()
     os.close(reading)
     env = {**os.environ, 'PYTHONPATH': str(HERE)}
-    ended = subprocess.run([sys.executable, str(program), '--help'], stdout=writing, stderr=subprocess.PIPE, env=env)
+    ended = subprocess.run([sys.executable, str(program), '--help'], stdout=writing, stderr=subprocess.PIPE,
+                           env=env)
     os.close(writing)
     assert ended.returncode == 0 and ended.stderr == b''
     odd = start(program, b'--\xff=1')
@@ -257,11 +286,12 @@ def test_importing_it_pulls_in_neither_torch_nor_numpy():
     assert start('-c', code).returncode == 0
 
 
-# ---- fuzzing -------------------------------------------------------------------------------------------------
+# ---- fuzzing -----------------------------------------------------------------------------------------------
 
 def settings(examples):
     from hypothesis import HealthCheck, settings
-    return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck),
+                    database=None)
 
 
 def strategies():
@@ -276,7 +306,8 @@ def check(result, names):
         assert result.keys() == DEFAULTS.keys() and names <= DEFAULTS.keys()
     else:
         status, out, err = result
-        assert (status, err) == (0, '') or status == 2 and err.startswith('train.py: ') and err.count('\n') == 1
+        assert (status, err) == (0, '') or status == 2 and err.startswith('train.py: ')
+        assert err.count('\n') == 1
 
 
 def test_random_arguments_never_end_in_a_traceback_nor_pass_an_unknown_name(run):
@@ -284,7 +315,8 @@ def test_random_arguments_never_end_in_a_traceback_nor_pass_an_unknown_name(run)
     from hypothesis import given
     names = st.sampled_from([*DEFAULTS, 'lr', 'help', 'n-layer']) | st.text(max_size=8)
     flags = st.builds('{}{}{}{}'.format, st.sampled_from(['--', '-', '']), names, st.sampled_from(['=', '']),
-                      st.text(max_size=8) | st.sampled_from(['1', 'none', 'True', 'nan', '1e400', '{}', '0x3', '1_']))
+                      st.text(max_size=8)
+                      | st.sampled_from(['1', 'none', 'True', 'nan', '1e400', '{}', '0x3', '1_']))
 
     @settings(400)
     @given(st.lists(flags, max_size=4))
@@ -298,19 +330,23 @@ def test_random_config_files_never_end_in_a_traceback_nor_pass_an_unknown_name(r
     st = strategies()
     from hypothesis import given
     names = st.sampled_from([*DEFAULTS, 'lr', 'n_layers']) | st.from_regex(r'[a-z_]{1,6}', fullmatch=True)
-    literals = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=3),
-                            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2))
+    literals = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+                            | st.binary(max_size=3),
+                            lambda inner: st.lists(inner, max_size=3)
+                            | st.dictionaries(st.text(max_size=2), inner, max_size=2))
     code = st.text(alphabet='abn_layer=1.+-*/()[]{}"\'\\#: \n\t', max_size=20)
     lines = st.builds('{} = {}'.format, names, literals.map(repr) | code) | code
     path = tmp_path / 'c.py'
 
     @settings(400)
-    @given(st.lists(lines, max_size=4).map('\n'.join) | st.text(max_size=30), st.sampled_from(['utf-8', 'utf-16']))
+    @given(st.lists(lines, max_size=4).map('\n'.join) | st.text(max_size=30),
+           st.sampled_from(['utf-8', 'utf-16']))
     def fuzz(text, encoding):
         path.write_bytes(text.encode(encoding, 'surrogatepass'))
         result, set_names = run('c.py'), set()
         if isinstance(result, dict):
-            set_names = {node.targets[0].id for node in ast.parse(path.read_text('utf-8-sig')).body if isinstance(node, ast.Assign)}
+            set_names = {node.targets[0].id for node in ast.parse(path.read_text('utf-8-sig')).body
+                         if isinstance(node, ast.Assign)}
         check(result, set_names)
     fuzz()
 
@@ -332,5 +368,6 @@ def test_every_value_survives_being_typed_as_a_flag_and_as_a_line_of_a_config_fi
     def round_trip(values):
         (tmp_path / 'c.py').write_text(''.join(f'{k} = {v!r}\n' for k, v in values.items()), encoding='utf-8')
         typed = run(*(f'--{key}={configurator.as_text(value)}' for key, value in values.items()))
-        assert repr(typed) == repr(run('c.py')) == repr({**DEFAULTS, **values})     # repr: -0.0 is not 0.0, 1 is not True
+        assert repr(typed) == repr(run('c.py')) == repr({**DEFAULTS,
+                                                         **values})     # repr: -0.0 is not 0.0, 1 is not True
     round_trip()

@@ -1,0 +1,761 @@
+"""analyze.py: statistics held against scipy and hand counts, honest reports, files that are not what they should be."""
+
+import copy
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import analyze  # noqa: E402
+
+stats = pytest.importorskip('scipy.stats', reason='scipy is the reference here: pip install scipy')
+
+NETWORKS = {    # name: class, parameters, active, cache bytes per token at 2 bytes a number
+    'baseline': ('MultiHeadAttention', 13_200_000, 7_100_000, 18432),
+    'gqa': ('MultiHeadAttention', 12_500_000, 6_400_000, 4608),
+    'mqa': ('MultiHeadAttention', 12_300_000, 6_300_000, 2304),
+    'lora': ('LatentAttention', 12_000_000, 5_900_000, 1152),
+    'enhanced': ('LatentAttention', 12_400_000, 6_200_000, 1150),
+    'mla': ('LatentAttention', 12_600_000, 6_500_000, 3120),
+}
+
+
+def result(name='baseline', seed=0, loss=4.0, **changes):
+    """A valid result file as an object; `changes` are dotted fields with __ for the dot, e.g. config__n_layer=2."""
+    rng = random.Random(f'{name} {seed}')
+    kind, total, active, cache = NETWORKS.get(name.removesuffix('-again'), NETWORKS['baseline'])
+    run = {
+        'schema': 1, 'status': 'complete', 'name': name, 'started': '2024-01-01T00:00:00',
+        'finished': '2024-01-01T00:02:00',
+        'config': {
+            'attn': name.removesuffix('-again'), 'name': name, 'seed': seed, 'dataset': 'stdlib', 'tokenizer': 'bpe',
+            'n_layer': 4, 'n_head': 4, 'n_kv_head': 4, 'n_embd': 128, 'd_ff': 256, 'n_expert': 4, 'top_k': 2,
+            'block_size': 128, 'batch_size': 8, 'micro_batch_size': 8, 'max_steps': 100, 'learning_rate': 1e-3,
+            'optimizer': 'adamw', 'device': 'cpu', 'dtype': 'float32', 'compile': False, 'q_lora_rank': None,
+            'rope_theta': 10000.0, 'rope_factor': 1.0, 'out_dir': 'out', 'experiment': 'laptop'},
+        'model': {
+            'attention_class': kind, 'params_total': total, 'params_active': active, 'params_attention': total // 10,
+            'params_embedding': 524288, 'flops_per_token': 4e7, 'kv_cache_bytes_per_token': 2 * cache,
+            'kv_cache_bytes_per_token_16bit': cache},
+        'data': {
+            'dataset': 'stdlib', 'tokenizer': 'bpe', 'vocab_size': 4096, 'train_tokens': 3_000_000,
+            'val_tokens': 100_000, 'val_bytes': 340_000, 'train_sha256': 'ab' * 32, 'val_sha256': 'cd' * 32,
+            'uniform_loss': 8.3178, 'unigram_loss': 6.3},
+        'environment': {
+            'device_name': 'a CPU', 'threads': 2, 'torch': '2.9.0', 'python': '3.11.2', 'platform': 'Linux',
+            'git_commit': 'abc', 'git_dirty': False, 'source_sha256': {'model.py': '11'}, 'world_size': 1},
+        'history': [{'step': step, 'tokens': 1024 * step, 'seconds': 0.5 * step, 'learning_rate': 1e-3,
+                     'train_loss': loss, 'val_loss': None if step == 25 else loss + 4 * (100 - step) / 100,
+                     'grad_norm': 1.0, 'balance': {'max_violation': 0.2}} for step in (0, 25, 50, 75, 100)],
+        'final': {
+            'step': 100, 'updates': 100, 'tokens': 102400, 'val_loss': loss, 'val_perplexity': math.exp(loss),
+            'val_accuracy': 0.2 + (4 - loss) / 10, 'val_bits_per_byte': loss / math.log(2) / 3.4,
+            'seconds_training': 100 + rng.random(), 'seconds_total': 130.0, 'step_ms_median': 1000 + rng.random(),
+            'tokens_per_second': 1024.0, 'mfu': None, 'peak_memory_gb': 1.25, 'peak_memory_kind': 'resident',
+            'expert_load': [[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]], 'max_violation': 0.6, 'router_entropy': 1.2,
+            'balance_loss': 1.1, 'z_loss': 0.01}}
+    for field, value in changes.items():
+        *path, last = field.split('__')
+        at = run
+        for key in path:
+            at = at[key]
+        at[last] = value
+    return run
+
+
+def save(folder, *runs):
+    """Each run into <folder>/<name>-s<seed>/result.json; the folder as text."""
+    for run in runs:
+        place = folder / f'{run["name"]}-s{run["config"]["seed"]}'
+        place.mkdir(parents=True, exist_ok=True)
+        (place / 'result.json').write_text(json.dumps(run), encoding='utf-8')
+    return str(folder)
+
+
+def experiment(seeds=range(8), effects=None, noise=0.004, rng_seed=0):
+    """Runs of the effects' arms whose losses share a per-seed noise, so that pairs correlate."""
+    effects = effects or {'baseline': 0, 'lora': 0.02, 'enhanced': -0.03}
+    rng = np.random.default_rng(rng_seed)
+    runs = []
+    for seed in seeds:
+        shared = 4 + rng.normal(0, 0.02)
+        runs += [result(name, seed, float(shared + effect + rng.normal(0, noise))) for name, effect in effects.items()]
+    return runs
+
+
+def cli(*arguments, **environment):
+    return subprocess.run([sys.executable, os.path.join(ROOT, 'analyze.py'), *map(str, arguments)], text=True,
+                          capture_output=True, encoding='utf-8', env={**os.environ, **environment}, timeout=60)
+
+
+def analysed(folder, baseline='baseline', metric='val_loss', margin=0.01):
+    arms = analyze.load(str(folder), baseline)
+    return arms, analyze.compare(arms, baseline, metric, margin)
+
+
+def report_of(folder, **options):
+    arms, r = analysed(folder, **options)
+    return analyze.report(arms, r, [], 'test')
+
+
+def refusal(capsys, call, *arguments):
+    """The one line on stderr with which the call ends the program."""
+    with pytest.raises(SystemExit) as stop:
+        call(*arguments)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# ---- statistics against scipy, textbooks and hand counts
+
+@pytest.mark.parametrize('df', [1, 2, 3, 4, 5, 7, 8, 15, 30, 101, 1000])
+def test_students_t_agrees_with_scipy(df):
+    for t in (0.0, 1e-3, 0.5, 1.0, 2.3, 5.0, 12.0, 300.0):
+        assert analyze.t_area(t, df) == pytest.approx(1 - 2 * stats.t.sf(t, df), abs=1e-12)
+        assert analyze.t_tail(t, df) == pytest.approx(stats.t.sf(t, df), abs=1e-12)
+        assert analyze.t_tail(-t, df) == pytest.approx(stats.t.cdf(t, df), abs=1e-12)
+    for p in (0.5, 0.6, 0.9, 0.95, 0.975, 0.995, 0.9995):
+        assert analyze.t_quantile(p, df) == pytest.approx(stats.t.ppf(p, df), rel=1e-9, abs=1e-9)
+
+
+def test_students_t_has_the_table_values_of_every_textbook():
+    for df, t in [(1, 12.706), (2, 4.303), (4, 2.776), (7, 2.365), (10, 2.228), (30, 2.042)]:
+        assert round(analyze.t_quantile(0.975, df), 3) == t
+
+
+@pytest.mark.parametrize('df', [1, 2, 4, 7, 23, 200])
+def test_noncentral_t_agrees_with_scipy(df):
+    compared = 0
+    for ncp in (-3.0, 0.0, 0.7, 2.8, 9.0):
+        for t in (-4.0, -0.5, 0.0, 0.3, 2.4, 6.0, 40.0):
+            expected = float(stats.nct.cdf(t, df, ncp))
+            if math.isfinite(expected):                 # scipy gives nan in some far tails
+                assert analyze.noncentral_t_cdf(t, df, ncp) == pytest.approx(expected, abs=1e-6), (t, ncp)
+                compared += 1
+    assert compared >= 30
+
+
+def test_noncentral_t_stays_right_where_its_step_is_narrow():
+    """t = 2000: Phi(t u - ncp) is a step of width 1/2000; against the chi distribution, its limit for large t."""
+    for share in (0.6, 0.9, 1.0, 1.3):
+        expected = 1 - stats.chi2.cdf(7 * share ** 2, 7)
+        assert analyze.noncentral_t_cdf(2000.0, 7, 2000.0 * share) == pytest.approx(expected, abs=1e-5)
+
+
+def test_power_and_needed_n_have_the_published_values():
+    """Cohen's d_z = 0.5, two-sided 0.05: 34 pairs for 80% power (G*Power 3.1); 0.8: 15; 0.2: 199."""
+    assert [analyze.needed_n(effect) for effect in (0.5, 0.8, 0.2)] == [34, 15, 199]
+
+
+def test_power_agrees_with_scipy_and_the_detectable_difference_inverts_it():
+    for n, effect, alpha in [(3, 1.5, 0.05), (8, 1.1, 0.05), (8, 1.1, 0.01), (20, 0.6, 0.025)]:
+        critical = stats.t.ppf(1 - alpha / 2, n - 1)
+        expected = stats.nct.sf(critical, n - 1, effect * n ** .5) + stats.nct.cdf(-critical, n - 1, effect * n ** .5)
+        assert analyze.power(effect, n, alpha) == pytest.approx(expected, abs=1e-6)
+    for n in (2, 3, 8, 30):
+        assert analyze.power(analyze.detectable(n), n) == pytest.approx(0.8, abs=1e-6)
+    assert analyze.needed_n(analyze.detectable(8) * 1.0001) == 8
+    assert analyze.needed_n(1e-6) is None
+
+
+def test_a_needed_n_is_the_smallest_that_suffices():
+    for effect in (0.3, 0.9, 2.5, 40.0):
+        n = analyze.needed_n(effect)
+        assert analyze.power(effect, n) >= 0.8 and (n == 2 or analyze.power(effect, n - 1) < 0.8)
+
+
+def test_holm_follows_the_worked_example():
+    """p = .01, .04, .03, .005 over four tests: .005*4 = .02, .01*3 = .03, .03*2 = .06, .04*1 -> at least .06."""
+    assert analyze.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert analyze.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert analyze.holm([0.02, None, 0.03]) == [pytest.approx(0.04), None, pytest.approx(0.04)]
+    assert analyze.holm([]) == []
+
+
+def test_sign_flip_agrees_with_counting_by_hand():
+    assert analyze.sign_flip([1.0, 2.0, 3.0]) == (0.25, True)          # only +++ and --- reach |sum| = 6
+    assert analyze.sign_flip([1.0, 2.0, -3.0]) == (1.0, True)          # a sum of 0: all 8 patterns reach it
+    assert analyze.sign_flip([0.1, 0.2, -0.05]) == (0.5, True)         # 0.25 and 0.35 and their mirrors: 4 of 8
+    assert analyze.sign_flip([0.0, 0.0]) == (1.0, True)
+    assert analyze.sign_flip([5.0]) == (1.0, True)
+    assert analyze.sign_flip([0.1] * 8) == (2 / 256, True)             # the floor
+
+
+def test_sign_flip_agrees_with_a_loop_over_all_patterns():
+    rng = np.random.default_rng(3)
+    for n in (2, 5, 9, 12):
+        d = rng.normal(0.4, 1, n).round(1)                             # rounded: ties must count
+        hits = sum(abs(np.dot(signs, d)) >= abs(d.sum()) - 1e-9 for signs in itertools.product((1, -1), repeat=n))
+        assert analyze.sign_flip(d)[0] == pytest.approx(hits / 2 ** n)
+
+
+def test_sign_flip_by_sampling_is_repeatable_and_near_the_exact_one(monkeypatch):
+    d = np.random.default_rng(5).normal(0.5, 1, 18)
+    exact = analyze.sign_flip(d)
+    monkeypatch.setattr(analyze, 'EXACT_FLIPS', 10)
+    sampled = analyze.sign_flip(d)
+    assert exact[1] and not sampled[1]
+    assert sampled == analyze.sign_flip(d)
+    assert abs(sampled[0] - exact[0]) < 4 * math.sqrt(exact[0] * (1 - exact[0]) / analyze.SAMPLED_FLIPS) + 1e-4
+    assert analyze.sign_flip(np.full(150, 0.1))[0] == 1 / (1 + analyze.SAMPLED_FLIPS)
+
+
+def test_hedges_factor_has_its_published_values():
+    """J(11) = 0.92996 and J(22) = 0.96545: R package CohensdpLibrary, documentation of J(). J(2) = 1/sqrt(pi)."""
+    assert analyze.hedges(11) == pytest.approx(0.9299598, abs=1e-7)
+    assert analyze.hedges(22) == pytest.approx(0.9654507, abs=1e-7)
+    assert analyze.hedges(2) == pytest.approx(1 / math.sqrt(math.pi))
+    assert analyze.hedges(1) is None
+
+
+def test_the_paired_test_reproduces_students_sleep_data():
+    """Student 1908, as in R's t.test(extra ~ group, paired = TRUE): t = -4.0621, p = 0.002833, [-2.4599, -0.7001]."""
+    one = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    two = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    c = analyze.paired(one, two, 0.5)
+    assert c['t'] == pytest.approx(-4.0621, abs=5e-5)
+    assert c['p'] == pytest.approx(0.002833, abs=5e-7)
+    assert (c['low'], c['high']) == pytest.approx((-2.4598858, -0.7001142), abs=1e-6)
+    assert c['d_z'] == pytest.approx(-1.2845, abs=1e-4)
+
+
+def test_paired_agrees_with_scipy_in_everything_scipy_has():
+    rng = np.random.default_rng(11)
+    for n in (2, 3, 8, 13):
+        base = rng.normal(4, 0.02, n)
+        variant = base + rng.normal(0.005, 0.01, n)
+        c, d = analyze.paired(list(variant), list(base), 0.01), variant - base
+        reference = stats.ttest_rel(variant, base)
+        assert (c['t'], c['p']) == pytest.approx((reference.statistic, reference.pvalue), rel=1e-8)
+        assert (c['low'], c['high']) == pytest.approx(tuple(reference.confidence_interval()), rel=1e-8)
+        upper = stats.ttest_1samp(d, 0.01, alternative='less').pvalue
+        lower = stats.ttest_1samp(d, -0.01, alternative='greater').pvalue
+        assert c['tost'] == pytest.approx(max(upper, lower), abs=1e-10)
+        assert c['correlation'] == pytest.approx(np.corrcoef(variant, base)[0, 1], abs=1e-8)
+        assert c['d_pooled'] == pytest.approx(d.mean() / math.sqrt((variant.var(ddof=1) + base.var(ddof=1)) / 2))
+        for bound, tail in ((c['d_z_low'], 0.975), (c['d_z_high'], 0.025)):
+            assert stats.nct.cdf(c['t'], n - 1, bound * math.sqrt(n)) == pytest.approx(tail, abs=1e-5)
+
+
+def test_tost_is_the_90_percent_interval_inside_the_margin():
+    rng = np.random.default_rng(2)
+    both = set()
+    for _ in range(200):
+        d = rng.normal(0.003, 0.008, 8)
+        mean, se = d.mean(), d.std(ddof=1) / math.sqrt(8)
+        half = analyze.t_quantile(0.95, 7) * se
+        inside = -0.01 < mean - half and mean + half < 0.01
+        assert (analyze.tost(mean, se, 7, 0.01) < 0.05) == inside
+        both.add(inside)
+    assert both == {True, False}
+
+
+def test_under_the_null_the_paired_test_rejects_5_percent_and_the_interval_covers_95():
+    rng, rounds = np.random.default_rng(1), 4000
+    rejected = covered = flipped = 0
+    for d in rng.normal(0, 1, (rounds, 8)):
+        s = analyze.summary(list(d))
+        rejected += 1 - analyze.t_area(s['mean'] / (s['sd'] / math.sqrt(8)), 7) < 0.05
+        covered += s['low'] < 0 < s['high']
+        flipped += analyze.sign_flip(d)[0] <= 0.05
+    assert abs(rejected / rounds - 0.05) < 0.014       # 4 standard errors of a share of 4000
+    assert abs(covered / rounds - 0.95) < 0.014
+    assert abs(flipped / rounds - 12 / 256) < 0.014    # the largest share of 256 patterns, in twos, up to 0.05
+
+
+def test_under_the_null_holm_keeps_the_family_wise_rate_where_uncorrected_tests_do_not():
+    rng, rounds, corrected, uncorrected = np.random.default_rng(4), 2000, 0, 0
+    losses = rng.normal(0, 1, (rounds, 6, 8))          # a baseline and five variants, all the same
+    for arms in losses:
+        ps = []
+        for variant in arms[1:]:
+            s = analyze.summary(list(variant - arms[0]))
+            ps.append(1 - analyze.t_area(s['mean'] / (s['sd'] / math.sqrt(8)), 7))
+        corrected += min(analyze.holm(ps)) < 0.05
+        uncorrected += min(ps) < 0.05
+    assert corrected / rounds < 0.05 + 0.015
+    assert uncorrected / rounds > 0.10
+
+
+def test_effect_sizes_are_unbiased_and_their_intervals_cover():
+    """True d_z = 0.8; groups with correlation 0.9 and sd 1, so true pooled d = 0.8 * sqrt(2 (1 - 0.9)) = 0.358."""
+    rng, rounds, n, r = np.random.default_rng(8), 600, 8, 0.9
+    spread = math.sqrt(2 * (1 - r))
+    pooled, found = 0.8 * spread, []
+    for _ in range(rounds):
+        base = rng.normal(0, 1, n)
+        variant = r * base + math.sqrt(1 - r * r) * rng.normal(0, 1, n) + pooled
+        c = analyze.paired(list(variant), list(base), 0.5)
+        found.append((c['g_z'], c['g_pooled'], c['d_z_low'] < 0.8 < c['d_z_high'],
+                      c['d_pooled_low'] < pooled < c['d_pooled_high']))
+    g_z, g_pooled, covers_z, covers_pooled = np.mean(found, axis=0)
+    assert g_z == pytest.approx(0.8, abs=0.08)
+    assert g_pooled == pytest.approx(pooled, abs=0.04)
+    assert abs(covers_z - 0.95) < 0.036                # 4 standard errors
+    assert abs(covers_pooled - 0.95) < 0.05            # approximate by construction
+
+
+# ---- what can and cannot be said
+
+def verdict_of(tmp_path, d, margin=0.01, metric='val_loss'):
+    runs = [run for seed, x in enumerate(d) for run in (result('baseline', seed, 4 + seed / 100),
+                                                        result('lora', seed, 4 + seed / 100 + x))]
+    _, r = analysed(save(tmp_path, *runs), margin=margin, metric=metric)
+    return r['comparisons']['lora']
+
+
+@pytest.mark.parametrize('d, verdict', [
+    ([-0.030, -0.031, -0.028, -0.033, -0.029], 'better'),
+    ([0.030, 0.031, 0.028, 0.033, 0.029], 'worse'),
+    ([0.0003, -0.0002, 0.0001, -0.0004, 0.0002], 'equivalent'),
+    ([0.0030, 0.0031, 0.0028, 0.0033, 0.0029], 'equivalent'),
+    ([0.03, -0.02, 0.01, -0.04, 0.02], 'undecided'),
+    ([0.0, 0.0, 0.0], 'equivalent'),
+    ([0.25, 0.25, 0.25], 'undecided'),
+    ([0.02], 'not tested'),
+])
+def test_each_comparison_gets_the_one_verdict_that_its_numbers_allow(tmp_path, d, verdict):
+    c = verdict_of(tmp_path, d)
+    assert c['verdict'] == verdict
+    assert c['sentence'].startswith('lora: ' + verdict) and f'{len(d)}' in c['sentence']
+
+
+def test_a_small_difference_that_is_measurable_is_equivalent_and_says_so(tmp_path):
+    assert 'though measurably higher' in verdict_of(tmp_path, [0.0030, 0.0031, 0.0028, 0.0033, 0.0029])['sentence']
+
+
+def test_higher_accuracy_is_better_although_the_difference_is_positive(tmp_path):
+    c = verdict_of(tmp_path, [-0.30, -0.31, -0.28, -0.33, -0.29], metric='val_accuracy')   # accuracy = .2 - loss / 10
+    assert c['mean'] > 0 and c['verdict'] == 'better'
+
+
+def test_undecided_names_an_n_above_the_present_one(tmp_path):
+    for i, d in enumerate([[0.03, -0.02, 0.01, -0.04, 0.02], [0.011, 0.001, 0.010, -0.001, 0.007]]):
+        c = verdict_of(tmp_path / str(i), d)
+        assert c['verdict'] == 'undecided' and (c['needed_n'] <= len(d)) == (i == 1)
+        assert int(c['sentence'].split('about n = ')[1].split()[0]) > len(d)
+
+
+def test_differences_equal_up_to_rounding_give_no_t_statistic():
+    """0.1 - 0.0, 0.3 - 0.2, ... differ in the last bit; a t from that spread would be 1e15."""
+    base = [4.1, 4.2, 4.3, 4.7]
+    c = analyze.paired([x + 0.1 for x in base], base, 0.01)
+    assert c['constant'] and c['t'] is None and c['p'] is None and c['d_z'] is None and c['mean'] == pytest.approx(0.1)
+
+
+def test_one_seed_gives_no_sd_no_interval_and_no_effect_size_and_says_why(tmp_path):
+    text = report_of(save(tmp_path, *experiment(seeds=[0])))
+    assert 'lora: not tested (n = 1)' in text and 'no standard deviation' in text
+    assert '## Effect sizes' not in text and '±' not in text.split('## Results')[1].split('|', 30)[-1].split('Time:')[0]
+
+
+def test_two_seeds_say_that_one_degree_of_freedom_is_little(tmp_path):
+    text = report_of(save(tmp_path, *experiment(seeds=[0, 1])))
+    assert 'n = 2. The spread is estimated from one degree of freedom' in text
+    assert 'cannot fall below 0.5000 with n = 2' in text
+
+
+def test_the_sign_flip_floor_is_a_caveat_at_five_seeds_and_none_at_eight(tmp_path):
+    assert 'cannot fall below 0.0625 with n = 5' in report_of(save(tmp_path / 'five', *experiment(range(5))))
+    assert 'cannot fall below' not in report_of(save(tmp_path / 'eight', *experiment(range(8))))
+
+
+def test_unpaired_seeds_are_named_and_left_out_of_the_pairs(tmp_path):
+    runs = experiment(range(4)) + [result('lora', 9, 5.9), result('baseline', 7, 1.0)]
+    arms, r = analysed(save(tmp_path, *runs))
+    c = r['comparisons']['lora']
+    assert c['seeds'] == [0, 1, 2, 3] and c['only_variant'] == [9] and c['only_baseline'] == [7]
+    assert abs(c['mean']) < 0.05
+    text = analyze.report(arms, r, [], 'test')
+    assert 'lora seed(s) 9: no complete baseline run of that seed' in text
+    assert 'lora: no run for seed(s) 7' in text
+
+
+@pytest.mark.parametrize('status', ['diverged', 'interrupted', 'running'])
+def test_a_run_that_is_not_complete_is_named_and_not_counted(tmp_path, status):
+    runs = experiment(range(4)) + [result('baseline', 4, 4.0), result('lora', 4, 4.0, status=status, error='loss is NaN')]
+    runs[-1]['final'] = None if status == 'running' else {**runs[-1]['final'], 'val_loss': None}
+    arms, r = analysed(save(tmp_path, *runs))
+    assert r['arms']['lora']['seeds'] == [0, 1, 2, 3] and r['comparisons']['lora']['n'] == 4
+    text = analyze.report(arms, r, [], 'test')
+    assert f'lora seed 4: {status}' in text and 'loss is NaN' in text and 'over the seeds that did' in text
+
+
+def test_an_arm_without_any_complete_run_is_reported_without_numbers(tmp_path):
+    runs = experiment(range(3)) + [result('mla', s, 4.0, status='diverged', final=None) for s in range(3)]
+    text = report_of(save(tmp_path, *runs))
+    assert 'mla: not tested (n = 0' in text and '| mla | 0 | - | - |' in text
+
+
+def test_the_aa_arm_is_reported_as_noise_floor_and_left_out_of_holm(tmp_path):
+    runs = experiment(range(4))
+    runs += [{**copy.deepcopy(run), 'name': 'baseline-again'} for run in runs if run['name'] == 'baseline']
+    arms, r = analysed(save(tmp_path, *runs))
+    assert r['family'] == ['lora', 'enhanced'] and r['comparisons']['baseline-again']['d'] == [0.0] * 4
+    text = analyze.report(arms, r, [], 'test')
+    assert 'largest difference 0.0000 nats: the same seed gives the same number' in text
+    assert 'baseline over 4 seeds: sd ' in text
+
+
+def test_a_variant_that_is_the_baseline_to_the_last_digit_is_suspected(tmp_path):
+    runs = [result(name, seed, 4 + seed / 50, model__params_total=13_200_000) for seed in range(3)
+            for name in ('baseline', 'lora')]
+    assert 'was it the same network?' in report_of(save(tmp_path, *runs))
+
+
+def test_the_report_states_epochs_parameters_and_a_loss_above_unigram(tmp_path):
+    runs = [{**run} for run in experiment(range(3))]
+    for run in runs:
+        run['data'].update(train_tokens=51200, unigram_loss=3.0)
+    text = report_of(save(tmp_path, *runs))
+    assert 'saw its training data 2.00 times' in text
+    assert 'lora has 9.1% fewer parameters than baseline' in text
+    assert 'is not below the 3.0000 of token frequencies' in text
+
+
+def test_pareto_holds_whatever_nothing_else_beats_on_both(tmp_path):
+    runs = [result(name, 0, loss) for name, loss in [('baseline', 4.0), ('gqa', 4.1), ('mqa', 4.2), ('lora', 4.05)]]
+    _, r = analysed(save(tmp_path, *runs))
+    assert r['pareto']['params_total'] == ['baseline', 'lora']                 # gqa, mqa: larger and worse than lora
+    assert r['pareto']['kv_cache_bytes_per_token_16bit'] == ['baseline', 'lora']
+
+
+def test_the_table_has_the_mean_and_the_spread_of_numpy(tmp_path):
+    runs = experiment()
+    losses = [run['final']['val_loss'] for run in runs if run['name'] == 'lora']
+    row = next(line for line in report_of(save(tmp_path, *runs)).splitlines() if line.startswith('| lora | 8 |'))
+    assert f'{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}' in row
+    assert '| 12.000 | 5.900 | 1152 |' in row
+
+
+def test_expert_load_is_sorted_before_it_is_averaged(tmp_path):
+    """Two seeds whose busiest experts differ: averaged by index they would look even."""
+    runs = [result('baseline', seed, final__expert_load=[load], ) for seed, load in enumerate([[0.7, 0.3], [0.3, 0.7]])]
+    _, r = analysed(save(tmp_path, *runs))
+    assert np.allclose(r['arms']['baseline']['load_by_rank'], [[1.4, 0.6]])
+
+
+def test_the_text_forest_has_a_line_per_variant_with_zero_margin_and_mean(tmp_path):
+    _, r = analysed(save(tmp_path, *experiment()))
+    lines = analyze.text_forest(r)
+    lora, enhanced = (next(line for line in lines if line.startswith(name)) for name in ('lora', 'enhanced'))
+    assert lora.index('o', 6) > lora.index('|') > enhanced.index('o', 9)
+    assert lora.count(':') >= 1 and '---' in lora
+
+
+# ---- comparability
+
+@pytest.mark.parametrize('field, value', [
+    ('config__learning_rate', 0.002), ('config__max_steps', 101), ('config__batch_size', 9), ('config__dtype', 'bfloat16'),
+    ('config__rope_theta', 5000.0), ('config__new_knob', 1), ('data__val_sha256', 'ef' * 32), ('data__vocab_size', 4097),
+    ('environment__device_name', 'a GPU'), ('environment__torch', '2.8.0'), ('final__tokens', 102399),
+])
+def test_runs_that_disagree_are_refused_naming_field_values_and_runs(tmp_path, capsys, field, value):
+    runs = experiment(range(3)) + [result('baseline', 3), result('lora', 3, **{field: value})]
+    found = analyze.disagreements(analyze.load(save(tmp_path, *runs), 'baseline'), 'baseline')
+    assert len(found) == 1
+    assert field.replace('__', '.') in found[0] and json.dumps(value) in found[0] and '(lora seed 3)' in found[0]
+
+
+@pytest.mark.parametrize('field, value', [
+    ('config__rope_factor', 2.0), ('config__rope_scaling', 'linear'), ('config__n_kv_head', 2), ('config__q_lora_rank', 32),
+    ('config__out_dir', 'elsewhere'), ('config__experiment', 'other'), ('config__resume', True),
+])
+def test_a_variants_own_knobs_and_bookkeeping_are_no_disagreement(tmp_path, field, value):
+    runs = [result('baseline', s) for s in range(2)] + [result('lora', s, **{field: value}) for s in range(2)]
+    assert analyze.disagreements(analyze.load(save(tmp_path, *runs), 'baseline'), 'baseline') == []
+
+
+def test_one_name_for_two_networks_is_a_disagreement(tmp_path):
+    runs = [result('baseline', 0), result('lora', 0), result('lora', 1, config__q_lora_rank=64)]
+    found = analyze.disagreements(analyze.load(save(tmp_path, *runs), 'baseline'), 'baseline')
+    assert found == ['config.q_lora_rank: null (lora seed 0) against 64 (lora seed 1)']
+
+
+def test_an_aa_arm_must_be_the_baselines_network(tmp_path):
+    runs = [result('baseline', 0), result('baseline-again', 0, model__params_total=13_200_001)]
+    found = analyze.disagreements(analyze.load(save(tmp_path, *runs), 'baseline'), 'baseline')
+    assert len(found) == 1 and 'model.params_total' in found[0]
+
+
+def test_other_source_files_or_commits_are_a_caveat_not_a_refusal(tmp_path):
+    runs = experiment(range(3))
+    runs[-1]['environment'].update(git_commit='def', git_dirty=True, source_sha256={'model.py': '22'})
+    folder = save(tmp_path, *runs)
+    assert analyze.disagreements(analyze.load(folder, 'baseline'), 'baseline') == []
+    text = report_of(folder)
+    assert 'different git commits' in text and 'source changed between the runs: model.py' in text
+    assert 'uncommitted changes: enhanced seed 2' in text
+
+
+def test_the_same_name_and_seed_twice_is_refused_naming_both_files(tmp_path, capsys):
+    save(tmp_path / 'a', result('baseline', 0)), save(tmp_path / 'b', result('baseline', 0))
+    line = refusal(capsys, analyze.load, str(tmp_path), 'baseline')
+    assert os.path.join('a', 'baseline-s0') in line and os.path.join('b', 'baseline-s0') in line
+
+
+# ---- the program as it is used
+
+def test_importing_analyze_needs_neither_torch_nor_scipy_nor_matplotlib():
+    code = 'import sys, analyze; print(sorted({"torch", "scipy", "matplotlib"} & set(sys.modules)))'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == '[]', done.stderr
+
+
+def test_the_report_is_printed_and_written_and_the_same_bytes_each_time(tmp_path):
+    one, two = tmp_path / 'one' / 'laptop', tmp_path / 'two' / 'laptop'
+    runs = experiment(range(3))
+    save(one, *runs)
+    two.mkdir(parents=True)
+    random.Random(0).shuffle(runs)
+    for run in runs:                                    # flat files, written in another order, keys in another order
+        shuffled = {key: run[key] for key in sorted(run, reverse=True)}
+        (two / f'{run["name"]}-s{run["config"]["seed"]}.json').write_text(json.dumps(shuffled))
+    a, b = cli(one, PYTHONHASHSEED='1'), cli(two, '--figures=False', PYTHONHASHSEED='2')
+    assert (a.returncode, b.returncode) == (0, 0), a.stderr + b.stderr
+    assert a.stdout == b.stdout == (one / 'report.md').read_text('utf-8') == (two / 'report.md').read_text('utf-8')
+    assert (one / 'report.json').read_bytes() == (two / 'report.json').read_bytes()
+    assert str(tmp_path) not in a.stdout + (one / 'report.json').read_text()
+    again = cli(one, '--figures=False')                 # its own report.json among the runs changes nothing
+    assert again.stdout == a.stdout
+
+
+def test_report_json_is_strict_json_with_the_numbers_of_the_report(tmp_path):
+    folder = save(tmp_path, *experiment(range(2)), result('mla', 0, status='diverged', final=None))
+    assert cli(folder, '--figures=False').returncode == 0
+    def refuse(text):
+        raise AssertionError(text)
+    data = json.loads((tmp_path / 'report.json').read_text(), parse_constant=refuse)
+    _, r = analysed(folder)
+    assert data['comparisons']['lora']['mean'] == pytest.approx(r['comparisons']['lora']['mean'], rel=1e-11)
+    assert data['comparisons']['lora']['verdict'] == r['comparisons']['lora']['verdict']
+
+
+def test_disagreeing_runs_exit_2_and_with_force_stand_in_the_report(tmp_path):
+    folder = save(tmp_path, *experiment(range(3)), result('baseline', 3), result('lora', 3, data__val_sha256='ef' * 32))
+    refused = cli(folder, '--figures=False')
+    assert refused.returncode == 2 and refused.stdout == '' and len(refused.stderr.splitlines()) == 1
+    assert 'data.val_sha256' in refused.stderr and 'lora seed 3' in refused.stderr and '--force=True' in refused.stderr
+    assert not (tmp_path / 'report.md').exists()
+    forced = cli(folder, '--force=True', '--figures=False')
+    assert forced.returncode == 0 and 'not comparable' in forced.stdout and 'data.val_sha256' in forced.stdout
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['nowhere'], ['nowhere', 'no such folder']),
+    (['{}', '--margin=0'], ['margin', 'above 0']),
+    (['{}', '--baseline=basline'], ['basline', 'baseline']),
+    (['{}', '--metric=loss'], ['metric']),
+    (['{}', '--margni=0.1'], ['margin']),
+    (['{}/empty'], ['empty', 'no result files']),
+])
+def test_a_wrong_command_line_is_one_line_on_stderr_and_exit_2(tmp_path, arguments, words):
+    save(tmp_path, result())
+    (tmp_path / 'empty').mkdir()
+    done = cli(*(argument.replace('{}', str(tmp_path)) for argument in arguments))
+    assert done.returncode == 2 and done.stdout == '' and len(done.stderr.splitlines()) == 1, done.stderr
+    assert all(word in done.stderr for word in words)
+
+
+def test_another_metric_and_baseline_are_used_and_named(tmp_path):
+    done = cli(save(tmp_path, *experiment(range(3))), '--metric=val_bits_per_byte', '--baseline=lora', '--figures=False')
+    assert done.returncode == 0, done.stderr
+    assert 'validation bits per byte against lora' in done.stdout and 'is bits/byte, not nats' in done.stdout
+    assert 'baseline: ' in done.stdout.split('## What')[0]
+
+
+def test_without_matplotlib_one_line_says_so_and_the_report_is_the_same(tmp_path):
+    pytest.importorskip('matplotlib', reason='compares with and without matplotlib')
+    folder = save(tmp_path / 'runs', *experiment(range(3)))
+    with_it = cli(folder)
+    hide = tmp_path / 'hide' / 'matplotlib'
+    hide.mkdir(parents=True)
+    (hide / '__init__.py').write_text('raise ImportError("hidden")')
+    without = cli(folder, PYTHONPATH=str(hide.parent))
+    assert without.returncode == 0 and without.stdout == with_it.stdout
+    assert len(without.stderr.splitlines()) == 1 and 'pip install matplotlib' in without.stderr
+
+
+def test_every_figure_the_report_shows_is_written(tmp_path):
+    pytest.importorskip('matplotlib', reason='no figures without matplotlib')
+    runs = experiment(range(3), {name: 0.01 * i for i, name in enumerate(NETWORKS)})
+    folder = save(tmp_path, *runs, result('gqa', 3, status='diverged', final=None))
+    arms, r = analysed(folder)
+    analyze.draw(arms, r, folder)
+    shown = [line.split('](')[1].rstrip(')') for line in analyze.report(arms, r, [], 'x').splitlines() if line.startswith('![')]
+    assert shown == [file for file, *_ in analyze.FIGURES]
+    for file in shown:
+        content = (tmp_path / file).read_bytes()
+        assert content.startswith(b'\x89PNG') and len(content) > 10_000
+
+
+@pytest.mark.parametrize('runs', [[result('baseline', 0)], [result('baseline', 0, history=[])],
+                                  [result('baseline', 0, status='diverged', final=None)],
+                                  [result('baseline', 0), result('lora', 1)],
+                                  [result('baseline', 0, final__expert_load=[]), result('lora', 0)]])
+def test_figures_and_report_survive_runs_with_little_in_them(tmp_path, runs):
+    pytest.importorskip('matplotlib', reason='no figures without matplotlib')
+    arms, r = analysed(save(tmp_path, *runs))
+    text = analyze.report(arms, r, [], 'x')
+    analyze.draw(arms, r, str(tmp_path))
+    assert sorted(p.name for p in tmp_path.glob('*.png')) == sorted(
+        line.split('](')[1].rstrip(')') for line in text.splitlines() if line.startswith('!['))
+    assert 'nan' not in text.lower().replace('finance', '') and 'None' not in text.replace('None:', '')
+
+
+@pytest.mark.parametrize('names, seeds', [(6, 167), (125, 8)])
+def test_a_thousand_result_files_take_less_than_5_seconds(tmp_path, names, seeds):
+    labels = ['baseline', *(f'arm{i}' for i in range(names - 1))]
+    rng = np.random.default_rng(0)
+    for name in labels:
+        for seed in range(seeds):
+            save(tmp_path, result(name, seed, 4 + float(rng.normal(0, 0.01))))
+    start = time.perf_counter()
+    arms, r = analysed(tmp_path)
+    assert analyze.disagreements(arms, 'baseline') == []
+    text = analyze.report(arms, r, [], 'many')
+    assert sum(len(arm) for arm in arms.values()) >= 1000 and len(text) > 10_000
+    assert time.perf_counter() - start < 5
+
+
+# ---- files that are not what they should be
+
+def read(tmp_path, text):
+    file = tmp_path / 'result.json'
+    file.write_bytes(text if isinstance(text, bytes) else text.encode('utf-8', 'surrogatepass'))
+    return str(file)
+
+
+def outcome(tmp_path, capsys, text):
+    """None if the file is accepted, else the one line of its refusal, which names it. A traceback fails the test."""
+    file = read(tmp_path, text)
+    try:
+        analyze.read_run(file)
+    except SystemExit as stop:
+        lines = capsys.readouterr().err.splitlines()
+        assert stop.code == 2 and len(lines) == 1 and file in lines[0], lines
+        return lines[0]
+    return None
+
+
+def leaves(value, path=()):
+    """Every (path) in a result file, containers included, lists by their first entry."""
+    yield path
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, path + (key,))
+    elif isinstance(value, list) and value:
+        yield from leaves(value[0], path + (0,))
+
+
+def changed(run, path, value=None, remove=False):
+    run = copy.deepcopy(run)
+    at = run
+    for key in path[:-1]:
+        at = at[key]
+    if remove:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = value
+    return run
+
+
+def test_a_file_truncated_at_any_byte_is_refused(tmp_path, capsys):
+    text = json.dumps(result(), indent=1).encode()
+    for end in range(len(text)):
+        assert 'not valid JSON' in outcome(tmp_path, capsys, text[:end])
+    assert outcome(tmp_path, capsys, text) is None
+
+
+# what the report is computed from; other fields of a file are not read
+USED = {tuple(field.split('.')) for field in analyze.FIELDS} | {('final', field) for field in analyze.FINAL} | {('schema',)}
+
+
+def test_a_missing_field_is_named(tmp_path, capsys):
+    for path in USED:
+        line = outcome(tmp_path, capsys, json.dumps(changed(result(), path, remove=True)))
+        assert line and 'lacks the field ' + '.'.join(path) in line, path
+    line = outcome(tmp_path, capsys, json.dumps(changed(result(), ('history', 2, 'val_loss'), remove=True)))
+    assert 'history[2].val_loss' in line
+
+
+def test_a_wrong_type_is_named_with_its_field(tmp_path, capsys):
+    kinds = {**{tuple(field.split('.')): kind for field, kind in analyze.FIELDS.items()},
+             **{('final', field): kind for field, kind in analyze.FINAL.items()}}
+    for path, kind in kinds.items():
+        for value in (None, True, 'text', '', -1.5, [], {}, [None], 10 ** 400, -7):
+            fits = (value is None and kind.endswith('?') or value is True and kind.startswith('bool')
+                    or value == 'text' and kind.startswith('text') or isinstance(value, dict) and kind.startswith('object')
+                    or isinstance(value, list) and kind.startswith('list')
+                    or value == -1.5 and kind.startswith('number') or value == -7 and kind.startswith(('number', 'int')))
+            line = outcome(tmp_path, capsys, json.dumps(changed(result(), path, value)))
+            if not fits:
+                assert line and '.'.join(path) in line, (path, value, line)
+
+
+def test_nan_infinity_and_overflow_are_refused(tmp_path, capsys):
+    for path in (('final', 'val_loss'), ('final', 'seconds_training'), ('config', 'learning_rate'), ('data', 'unigram_loss')):
+        for text in ('NaN', 'Infinity', '-Infinity', '1e999', '1e200'):
+            json_text = json.dumps(changed(result(), path, '@')).replace('"@"', text)
+            assert outcome(tmp_path, capsys, json_text), (path, text)
+
+
+@pytest.mark.parametrize('text', ['', ' ', 'null', '[]', '1', '"x"', '{}', '{"schema": 1}', '[' * 100_000, '{"a":' * 100_000,
+                                  '\ufeff{}', b'\xff\xfe\x00', b'\x00' * 100, '{"schema": "1"}', '{"schema": true}'])
+def test_what_is_not_a_result_file_at_all_is_refused(tmp_path, capsys, text):
+    assert outcome(tmp_path, capsys, text)
+
+
+@pytest.mark.parametrize('schema', [0, 2, 99, '1', 1.5, None, True])
+def test_another_schema_is_named(tmp_path, capsys, schema):
+    assert 'schema' in outcome(tmp_path, capsys, json.dumps(result(schema=schema)))
+
+
+@pytest.mark.parametrize('changes', [
+    {'final__val_perplexity': 60.0}, {'final__val_accuracy': 1.5}, {'final__val_loss': -4.0}, {'status': 'done'},
+    {'model__params_active': 99_000_000}, {'final__expert_load': [[0.5, 0.5], [1.0]]}, {'final__expert_load': [[0.0, 0.0]]},
+    {'final__expert_load': [['a']]}, {'name': 'two\nlines'}, {'name': 'x' * 100}, {'final': None}, {'name': '\ud800'},
+    {'history': [3]}, {'history': [{'step': -1, 'val_loss': 3.0}]}, {'history': [{'step': 1, 'val_loss': 'x'}]},
+])
+def test_a_file_that_contradicts_itself_is_refused(tmp_path, capsys, changes):
+    run = result()
+    for field, value in changes.items():
+        run = changed(run, field.split('__'), value)
+    assert outcome(tmp_path, capsys, json.dumps(run))
+
+
+def test_damaged_files_by_the_hundred_end_in_one_line_or_in_a_report_of_finite_numbers(tmp_path, capsys):
+    """One value of one run replaced at random: refused with a line, or reported without a nan; never a traceback."""
+    rng = random.Random(7)
+    runs = [result(name, seed, 4 + seed / 100) for seed in range(2) for name in ('baseline', 'lora')]
+    folder = save(tmp_path, *runs)
+    paths = [path for path in leaves(runs[0]) if path]
+    refused = reported = 0
+    for _ in range(400):
+        path = rng.choice(paths)
+        value = rng.choice([None, True, 'x', 'NaN', '\x00', 0, -1, 3, 1e30, 1e-30, 2 ** 62, [], {}, [1], {'a': 1}])
+        save(tmp_path, changed(runs[0], path, value, remove=rng.random() < 0.2) | {'name': 'baseline'}
+             if path not in (('config',), ('config', 'seed')) else runs[0])
+        try:
+            arms = analyze.load(folder, 'baseline')
+            problems = analyze.disagreements(arms, 'baseline')
+            r = analyze.compare(arms, 'baseline', 'val_loss', 0.01)
+            text = analyze.report(arms, r, problems, 'x')
+            json.dumps(analyze.rounded(r), allow_nan=False)
+            assert ' nan' not in text and ' inf' not in text
+            reported += 1
+        except SystemExit as stop:
+            assert stop.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+            refused += 1
+    assert refused > 50 and reported > 50
