@@ -35,8 +35,8 @@ TEXT_ENDINGS = ('.txt', '.md', '.rst', '.tex', '.html',
                 '.py', '.c', '.h', '.cpp', '.js', '.ts', '.java', '.go', '.rs')
 BPE_SAMPLE = 100_000_000         # characters the vocabulary is learned from at most
 
-# The chunks within which pairs are merged: GPT-4's pattern, each repetition bounded to 64, since unbounded ones
-# overflow tiktoken's stack on a megabyte of blanks and send the trainer over one endless chunk time and again.
+# The chunks within which pairs are merged: GPT-4's pattern, each repetition bounded to 64: unbounded ones
+# overflow tiktoken's stack on a megabyte of blanks and send the trainer over one endless chunk over and over.
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}{1,64}|\p{N}{1,3}"
            r"| ?[^\s\p{L}\p{N}]{1,64}[\r\n]{0,64}|\s{0,64}[\r\n]{1,64}|\s{1,64}(?!\S)|\s{1,64}")
 
@@ -60,8 +60,8 @@ class Tokenizer:
         """str -> list of ids. '<|endoftext|>' in the text is ordinary text, never the eot token."""
         if self.pattern is None:
             return list(text.encode('utf-8', 'replace'))
-        if self.encoding is None:     # from our own ranks: tiktoken's loaders cache local files by name and go
-            import tiktoken           # on serving the old vocabulary after a retraining
+        if self.encoding is None:     # from our own ranks: tiktoken's loaders cache local files by name and
+            import tiktoken           # would serve the old vocabulary after a retraining
             ranks = {token: i for i, token in enumerate(self.tokens) if token is not None}
             self.encoding = tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=ranks,
                                               special_tokens={})
@@ -91,8 +91,8 @@ class Tokenizer:
 def train_bpe(chunks, vocab_size, log=lambda line: None):
     """Byte-pair encoding (Sennrich et al., arXiv 1508.07909, on bytes): {chunk: count} -> tokens by rank.
 
-    Starts from the 256 bytes; the most frequent adjacent pair becomes the next token, until there are vocab_size
-    or no pair occurs twice. Among equals the pair with the smaller ids goes first.
+    Starts from the 256 bytes; the most frequent adjacent pair becomes the next token, until there are
+    vocab_size or no pair occurs twice. Among equals the pair with the smaller ids goes first.
 
     >>> train_bpe({b'ab': 3, b'abc': 2}, 258)[256:]          # (a, b) occurs 5 times, then (ab, c) twice
     [b'ab', b'abc']
@@ -175,7 +175,7 @@ def check_tokenizer(name, vocab_size):
         import tiktoken
         known = tiktoken.list_encoding_names()
         if name not in known:
-            raise DataError(f'--tokenizer={name} is unknown; there are bpe, bytes, and of tiktoken {", ".join(known)}')
+            raise DataError(f'--tokenizer={name} is unknown; there are bpe, bytes, {", ".join(known)}')
 
 
 def fetch_tokenizer(name, log, seconds=30):
@@ -195,9 +195,9 @@ def fetch_tokenizer(name, log, seconds=30):
     encoding = result[0] if result else f'no answer in {seconds} s'
     if not isinstance(encoding, tiktoken.Encoding):
         reason = type(encoding).__name__ if isinstance(encoding, Exception) else encoding
-        raise DataError(f'the vocabulary {name} is neither in the cache of tiktoken nor could it be downloaded '
-                        f'({reason}); point TIKTOKEN_CACHE_DIR at a copy of that cache, or take --tokenizer=bpe '
-                        f'or --tokenizer=bytes')
+        raise DataError(f'the vocabulary {name} is not in the cache of tiktoken and could not be downloaded '
+                        f'({reason}); point TIKTOKEN_CACHE_DIR at a copy of that cache, or take '
+                        f'--tokenizer=bpe or --tokenizer=bytes')
     tokens = [None] * encoding.n_vocab
     for token, i in encoding._mergeable_ranks.items():
         tokens[i] = token
@@ -217,8 +217,8 @@ def locate(dataset):
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f'--dataset={dataset}: {error}') from None
     if kind is None:
-        raise DataError(f'--dataset={dataset}: no such file or folder (looked from {os.getcwd()}); give stdlib, '
-                        f'a text file, a folder of text files, or a folder with train.bin and val.bin')
+        raise DataError(f'--dataset={dataset}: no such file or folder (looked from {os.getcwd()}); give '
+                        f'stdlib, a text file, a folder of text files, or a folder with train.bin and val.bin')
     if (path / 'train.bin').is_file() and (path / 'val.bin').is_file():
         kind = 'tokens'
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
@@ -278,9 +278,9 @@ def read_documents(kind, files):
 def split(documents):
     """list of texts -> (train, val, rule in words, number dropped).
 
-    Copies and blank documents are dropped: a copy could end up on either side. The order is that of the SHA-256
-    of the text: arbitrary, so that the first N tokens are a fair sample of the corpus, yet the same everywhere.
-    In this order documents go to val while they fit into 5% of the bytes. A lone one is cut at a line end.
+    Copies and blank documents are dropped: a copy could end up on either side. The order is that of the
+    SHA-256 of the text: arbitrary, so that the first N tokens are a fair sample, yet the same everywhere. In
+    this order documents go to val while they fit into 5% of the bytes. A lone one is cut at a line end.
     """
     unique = {hashlib.sha256(text.encode()).digest(): text for text in documents if text.strip()}
     dropped = len(documents) - len(unique)
@@ -364,7 +364,7 @@ def read_meta(folder):
     try:
         meta = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise DataError(f'{path}: missing, so this is no prepared corpus (python data.py makes one)') from None
+        raise DataError(f'{path}: missing, so this is no prepared corpus (data.py makes one)') from None
     except OSError as error:
         raise damaged(path, f'cannot be read ({error.strerror})') from None
     except (ValueError, RecursionError):
@@ -372,14 +372,14 @@ def read_meta(folder):
     if not isinstance(meta, dict) or type(meta.get('format')) is not int:
         raise damaged(path, 'is not what data.py writes')
     if meta['format'] > FORMAT:
-        raise DataError(f'{path}: format {meta["format"]}, data.py knows {FORMAT}; update it or remove the folder')
+        raise DataError(f'{path}: format {meta["format"]}, data.py knows {FORMAT}; update it or rm the folder')
     if meta['format'] == FORMAT and meta.get('checksum') != checksum(meta):
         raise damaged(path, 'does not agree with its own checksum')
     return meta
 
 
 def up_to_date(folder, want):
-    """If a folder holds what is wanted. False: build it. DataError: what lies there is damaged or not ours."""
+    """If a folder holds what is wanted. False: build it. DataError: what is there is damaged or not ours."""
     for attempt in range(2):
         try:
             if not folder.exists() or not any(folder.iterdir()):
@@ -495,8 +495,8 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=print):
             shutil.rmtree(old, ignore_errors=True)
         return folder
     except OSError as error:
-        raise DataError(f'{folder}: cannot be written ({error.strerror or error}), nothing half made is left; '
-                        f'make room or give another place with --data_root=FOLDER') from None
+        raise DataError(f'{folder}: cannot be written ({error.strerror or error}), nothing half made is '
+                        f'left; make room or give another place with --data_root=FOLDER') from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -506,7 +506,7 @@ def load_tokenizer(folder):
     folder = pathlib.Path(folder)
     meta, path = read_meta(folder), folder / 'vocab.json'
     if meta['vocabulary'] is None:
-        raise DataError(f'{folder}: whose vocabulary these tokens are is not known; prepare with --tokenizer=NAME')
+        raise DataError(f'{folder}: the vocabulary of these tokens is not known; try --tokenizer=NAME')
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -582,7 +582,7 @@ class Corpus:
         return window[:, :-1], window[:, 1:]
 
     def val_windows(self):
-        """(x, y), int64 (n_windows, block_size) each: side by side over the whole split, the same for all runs.
+        """(x, y), int64 (n_windows, block_size) each: side by side over the whole split, always the same.
 
         Every token but the first is a target once; the last window is filled up with x = 0, y = -1 (ignore).
         """
@@ -596,10 +596,10 @@ class Corpus:
         return sum(np.bincount(block, minlength=self.vocab_size) for block in blocks)
 
     def describe(self):
-        """The data section of result.json. Losses say what knowing little costs, in nats per validation target:
+        """The data section of result.json. Losses: what knowing little costs, in nats per validation target:
 
-        uniform_loss ln V, a guess over the vocabulary; unigram_loss the cross-entropy under the frequencies of
-        the training tokens used, one added to each. val_bytes: of the text of the targets, null if not known.
+        uniform_loss ln V, a guess over the vocabulary; unigram_loss the cross-entropy under the frequencies
+        of the training tokens used, one added to each. val_bytes: of the text of the targets, null if not known.
         """
         counts, targets = self._count(self.train) + 1.0, self._count(self.val[1:])
         return {'dataset': self.meta['dataset'], 'tokenizer': self.meta['tokenizer'],

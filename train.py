@@ -298,6 +298,13 @@ def describe_model():
             'kv_cache_bytes_per_token_16bit': raw_model.cache_bytes_per_token(torch.bfloat16)}
 
 
+def cpu_name():
+    try:                                                    # Linux tells the model here and nowhere else
+        return next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def describe_environment():
     here = Path(__file__).resolve().parent
 
@@ -308,7 +315,7 @@ def describe_environment():
             return None                                     # no git, or no repository
 
     changes = git('status', '--porcelain', '--untracked-files=no')
-    return {'device_name': torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine(),
+    return {'device_name': torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name(),
             'world_size': world_size, 'threads': torch.get_num_threads(), 'torch': torch.__version__,
             'python': platform.python_version(), 'platform': platform.platform(), 'git_commit': git('rev-parse', 'HEAD'),
             'git_dirty': None if changes is None else bool(changes),

@@ -108,7 +108,7 @@ def test_sections_comments_and_types_are_read_from_the_text_of_the_block(program
 def test_a_block_may_stand_indented_under_main(tmp_path):
     path = tmp_path / 'data.py'
     path.write_text("if __name__ == '__main__':\n" + textwrap.indent(
-        f'# {"-" * 40}\n# part\nroot = 1  # one\n          # two\nb = 2\n# {"-" * 40}\nconfigure(globals())\n', '    '))
+        f'# {"-" * 40}\n# part\nroot = 1  # one\n          # two\nb = 2\n# {"-" * 40}\n', '    '))
     knobs, _ = configurator.read_block(path)
     assert list(knobs) == ['root', 'b'] and knobs['root'].comment == 'one two'
     assert knobs['b'].section == 'part'
@@ -124,7 +124,7 @@ def test_rulers_and_knobs_inside_a_string_are_not_a_block(tmp_path):
 # ---- the order of the sources ------------------------------------------------------------------------------
 
 def test_flags_override_config_files_which_override_defaults(run, tmp_path):
-    (tmp_path / 'a.py').write_text('"""What it is for."""\nn_layer = 2 * 4\nlearning_rate = 1\nq_lora_rank = 3  # low\n')
+    (tmp_path / 'a.py').write_text('"""What it is for."""\nn_layer = 2 * 4\nlearning_rate = 1\nq_lora_rank = 3\n')
     (tmp_path / 'b.py').write_text("q_lora_rank = None\nattn = 'lora'\ncompile = False\nruns = ['x']\n")
     values = run('--n_layer=3', 'a.py', 'b.py', '--dataset=a=b c')
     assert values == {**DEFAULTS, 'n_layer': 3, 'learning_rate': 1.0, 'attn': 'lora', 'compile': False,
@@ -258,7 +258,7 @@ def start(program, *argv, **options):
 
 
 def test_as_a_program_it_answers_a_typo_and_help_with_the_right_status(program, tmp_path):
-    (tmp_path / 'c.py').write_text('dataset = "\\d"\n')     # an invalid escape: Python itself would warn about it
+    (tmp_path / 'c.py').write_text('dataset = "\\d"\n')     # an invalid escape: Python would warn about it
     bad = start(program, '--lr=1')
     assert bad.returncode == 2 and bad.stdout == b'' and bad.stderr.count(b'\n') == 1
     good = start(program, '--n_layer=2', 'c.py', cwd=tmp_path)
@@ -301,7 +301,7 @@ def strategies():
 
 
 def check(result, names):
-    """Any input ends in values for exactly the known knobs, or in status 0 (help), or in one line and status 2."""
+    """Any input ends in values for just the known knobs, or in status 0 (help), or in one line and status 2."""
     if isinstance(result, dict):
         assert result.keys() == DEFAULTS.keys() and names <= DEFAULTS.keys()
     else:
