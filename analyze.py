@@ -1,7 +1,7 @@
-"""Result files -> table, paired statistics, one verdict per variant, figures. Reads nothing else, needs no torch.
+"""Result files -> table, paired statistics, one verdict per variant, figures. Reads nothing else; no torch.
 
-    python analyze.py out/laptop                   prints the report; report.md, report.json, *.png beside the runs
-    python analyze.py out/laptop --margin=0.02     another smallest difference worth having; choose it BEFORE the runs
+    python analyze.py out/laptop                 report to stdout; report.md, report.json, *.png beside it
+    python analyze.py out/laptop --margin=0.02   the smallest difference worth having, chosen BEFORE the runs
 
 An arm is the runs of one `name`, a pair is two runs of one seed, and every claim is about paired differences
 d_i = variant_i - baseline_i. The same result files give the same report.md, byte for byte.
@@ -22,21 +22,21 @@ from configurator import configure, fail
 
 SCHEMA = 1
 ALPHA, POWER = 0.05, 0.80
-EXACT_FLIPS, SAMPLED_FLIPS = 20, 100_000    # sign flips: up to 20 pairs all 2^n patterns, beyond that so many drawn
+EXACT_FLIPS, SAMPLED_FLIPS = 20, 100_000    # sign flips: to 20 pairs all 2^n patterns, beyond so many drawn
 MOST_SEEDS = 10_000                         # a needed n above this is reported as "more than"
 MOST_DRAWN = 12                             # arms in a figure; the tables hold all of them
 ORDER = ['gqa', 'mqa', 'lora', 'enhanced', 'mla']       # after the baseline; then the alphabet
-METRICS = {'val_loss': ('validation loss', 'nats', 'lower'),        # final.<metric>: name, unit, what is better
+METRICS = {'val_loss': ('validation loss', 'nats', 'lower'),        # final.<metric>: name, unit, better is
            'val_bits_per_byte': ('validation bits per byte', 'bits/byte', 'lower'),
            'val_accuracy': ('validation accuracy', 'as a fraction', 'higher')}
 PARETO = {'params_total': 'parameters', 'params_active': 'active parameters',
           'kv_cache_bytes_per_token_16bit': 'cache', 'step_ms_median': 'time per update'}
-VARIANT = {'attn', 'n_kv_head', 'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim',
-           'attention_bias'}                # what is being compared; so is every rope_* except rope_theta
+VARIANT = {'attn', 'n_kv_head', 'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim',
+           'v_head_dim', 'attention_bias'}  # what is being compared; so is every rope_* except rope_theta
 BOOKKEEPING = {'name', 'seed', 'out_dir', 'data_root', 'experiment', 'resume', 'overwrite', 'log_interval',
                'checkpoint_interval', 'checkpoint'}                 # without influence on the numbers
 
-# ---- reading: every field that is used below is checked here, once, so that nothing after it can meet a surprise
+# ---- reading: every field that is used below is checked here, once, so that later code meets no surprise
 
 KINDS = {
     'object': ('an object', lambda v: isinstance(v, dict)),
@@ -59,7 +59,8 @@ text?   environment.git_commit final.peak_memory_kind
 bool?   environment.git_dirty
 int     config.seed
 count   config.n_layer config.n_head config.n_embd config.d_ff config.n_expert config.top_k config.block_size
-count   config.batch_size config.max_steps data.vocab_size data.train_tokens data.val_tokens environment.world_size
+count   config.batch_size config.max_steps environment.world_size
+count   data.vocab_size data.train_tokens data.val_tokens
 count   model.params_total model.params_active model.params_attention model.params_embedding
 count   final.step final.updates final.tokens
 count?  data.val_bytes environment.threads
@@ -70,6 +71,8 @@ size?   final.val_perplexity final.val_bits_per_byte final.mfu final.peak_memory
 share   final.val_accuracy
 number? final.max_violation final.router_entropy final.balance_loss final.z_loss
 '''.strip().splitlines()) for field in fields}     # ? = may be null; final.* are needed in complete runs only
+FINAL = [field[6:] for field, kind in FIELDS.items() if field.startswith('final.')       # its plain numbers
+         and kind.rstrip('?') not in ('text', 'list')]
 
 
 def check(file, field, value, kind):
@@ -89,7 +92,7 @@ def lookup(file, run, field):
 
 
 def read_run(file):
-    """One result file -> its object plus `file` and `seed`. Fails with one line naming file and field if unsound."""
+    """One result file -> its object plus `file` and `seed`. Fails, naming file and field, if unsound."""
     def not_a_number(text):
         raise ValueError(f'{text} is not JSON, train.py writes null')
     try:
@@ -113,9 +116,11 @@ def read_run(file):
     if len(run['name']) > 60:
         fail(f'{file}: name is {len(run["name"])} characters long, at most 60 fit a table')
     for i, row in enumerate(run['history']):
+        check(file, f'history[{i}]', row, 'object')
         for field, kind in [('step', 'count'), ('val_loss', 'size?')]:
-            check(file, f'history[{i}].{field}', lookup(file, run['history'][i], field), kind) \
-                if isinstance(row, dict) and field in row else fail(f'{file}: lacks the field history[{i}].{field}')
+            if field not in row:
+                fail(f'{file}: lacks the field history[{i}].{field}')
+            check(file, f'history[{i}].{field}', row[field], kind)
     if status == 'complete':
         perplexity, loss = final['val_perplexity'], final['val_loss']
         if perplexity is not None and abs(math.log(max(perplexity, 1e-300)) - loss) > 0.01:
@@ -143,10 +148,11 @@ def load(path, baseline):
         run = read_run(file)
         twin = arms.setdefault(run['name'], {}).setdefault(run['seed'], run)
         if twin is not run:
-            fail(f'{twin["file"]} and {file} are both {run["name"]} seed {run["seed"]}; if these are two experiments,'
-                 ' name the folder of one')
+            fail(f'{twin["file"]} and {file} are both {run["name"]} seed {run["seed"]}; if these are two'
+                 ' experiments, name the folder of one')
     if baseline not in arms:
-        fail(f'{path}: no runs named {ascii(baseline)}, the baseline; there are {", ".join(sorted(arms)[:20])};'
+        names = ', '.join(sorted(arms)[:20])
+        fail(f'{path}: no runs named {ascii(baseline)}, the baseline; there are {names};'
              ' --baseline=... takes one of them')
     rank = {name: i for i, name in enumerate([baseline] + ORDER)}
     return {name: dict(sorted(arms[name].items()))
@@ -175,19 +181,21 @@ def who(runs):
 
 
 def differing(runs, section, key):
-    """'' if all runs have the same run[section][key], else 'value (runs) against value (runs)'; absent is a value."""
+    """'' if all runs have the same run[section][key], else 'value (runs) against value (runs)'."""
     groups = {}
     for run in runs:
         value = json.dumps(run[section][key], sort_keys=True)[:80] if key in run[section] else 'absent'
         groups.setdefault(value, []).append(run)
-    return ' against '.join(f'{value} ({who(group)})' for value, group in groups.items()) if len(groups) > 1 else ''
+    named = [f'{value} ({who(group)})' for value, group in groups.items()]
+    return ' against '.join(named) if len(named) > 1 else ''
 
 
 def disagreements(arms, baseline):
     """What keeps the runs from being comparable, as texts naming field, values and runs. Empty: comparable.
 
-    Over all runs: data (the tokens' sha256 among it), device, torch, every knob but the variant's and bookkeeping;
-    over complete runs: the budget they used. Within an arm (and its A/A twin): the variant's knobs, the model.
+    Over all runs: data (the tokens' sha256 among it), device, torch, every knob but the variant's and
+    bookkeeping; over complete runs: the budget they used. Within an arm (and its A/A twin): the model and
+    the variant's knobs.
     """
     runs = [run for arm in arms.values() for run in arm.values()]
     keys = {part: sorted({key for run in runs for key in run[part]}) for part in ('config', 'data', 'model')}
@@ -199,10 +207,13 @@ def disagreements(arms, baseline):
         networks.setdefault(baseline if run['name'] == f'{baseline}-again' else run['name'], []).append(run)
     checks = [(runs, 'config', key) for key in sorted(common)] + [(runs, 'data', key) for key in keys['data']]
     checks += [(runs, 'environment', key) for key in ('device_name', 'torch')]
-    checks += [([r for r in runs if r['status'] == 'complete'], 'final', key) for key in ('updates', 'tokens')]
+    finished = [run for run in runs if run['status'] == 'complete']
+    checks += [(finished, 'final', key) for key in ('updates', 'tokens')]
     for same in networks.values():
-        checks += [(same, 'config', key) for key in sorted(variant)] + [(same, 'model', key) for key in keys['model']]
-    return [f'{part}.{ascii(key)[1:-1]}: {text}' for some, part, key in checks if (text := differing(some, part, key))]
+        checks += [(same, 'config', key) for key in sorted(variant)]
+        checks += [(same, 'model', key) for key in keys['model']]
+    return [f'{part}.{ascii(key)[1:-1]}: {text}' for some, part, key in checks
+            if (text := differing(some, part, key))]
 
 
 # ---- statistics
@@ -216,7 +227,7 @@ def root(f, low, high, rounds=60):
 
 
 def t_tail(t, df):
-    """P(T > t) of Student's t, whole df >= 1, to 1e-15: the finite sums of Abramowitz & Stegun 26.7.3 (odd), 26.7.4."""
+    """P(T > t) of Student's t, whole df, to 1e-15: Abramowitz & Stegun 26.7.3 (odd df), 26.7.4 (even)."""
     theta, odd = math.atan(abs(t) / math.sqrt(df)), df % 2
     sin, cos = math.sin(theta), math.cos(theta)
     term = cos if odd else 1.0
@@ -239,7 +250,7 @@ NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 def noncentral_t_cdf(t, df, ncp):
-    """P((Z + ncp) / U <= t), Z standard normal, U^2 a chi-square over its df: the integral of Phi(t u - ncp) f(u) du.
+    """P((Z + ncp) / U <= t), Z normal, U^2 a chi-square over its df: the integral of Phi(t u - ncp) f(u) du.
 
     Gauss-Legendre with 64 nodes before, across and after the step of Phi at u = ncp / t.
     """
@@ -258,7 +269,7 @@ def noncentral_t_cdf(t, df, ncp):
 
 
 def ncp_interval(t, df, level=0.95):
-    """The noncentralities that an observed t does not reject (Steiger & Fouladi 1997); over sqrt(n): those of d_z."""
+    """The noncentralities that an observed t does not reject (Steiger & Fouladi 1997); / sqrt(n): d_z's."""
     reach = 20 * math.sqrt(1 + t * t / (2 * df))
     return [root(lambda ncp: p - noncentral_t_cdf(t, df, ncp), t - reach, t + reach, 50)
             for p in ((1 + level) / 2, (1 - level) / 2)]
@@ -266,7 +277,7 @@ def ncp_interval(t, df, level=0.95):
 
 @lru_cache(maxsize=None)
 def power(effect, n, alpha=ALPHA):
-    """Power of the two-sided paired t test, n pairs, true mean difference of `effect` standard deviations of d."""
+    """Power of the two-sided paired t test with n pairs; effect: true mean difference over the sd of d."""
     t, ncp = t_quantile(1 - alpha / 2, n - 1), abs(effect) * math.sqrt(n)
     return 1 - noncentral_t_cdf(t, n - 1, ncp) + noncentral_t_cdf(-t, n - 1, ncp)
 
@@ -274,11 +285,12 @@ def power(effect, n, alpha=ALPHA):
 @lru_cache(maxsize=None)
 def detectable(n, alpha=ALPHA):
     """The true difference, in standard deviations of d, that n pairs find with the wanted power."""
-    return root(lambda effect: power(effect, n, alpha) - POWER, 0, 2 * t_quantile(1 - alpha / 2, n - 1) + 6, 40)
+    high = 2 * t_quantile(1 - alpha / 2, n - 1) + 6
+    return root(lambda effect: power(effect, n, alpha) - POWER, 0, high, 40)
 
 
 def needed_n(effect, alpha=ALPHA):
-    """The fewest pairs (2 or more) that find it with the wanted power; None if that is more than MOST_SEEDS."""
+    """The fewest pairs (2 or more) that find it with the wanted power; None if more than MOST_SEEDS."""
     n = 2 + bisect_left(range(2, MOST_SEEDS + 1), POWER, key=lambda n: power(effect, n, alpha))
     return n if n <= MOST_SEEDS else None
 
@@ -296,7 +308,7 @@ def holm(ps):
 def sign_flip(d):
     """Two-sided p of the sign-flip permutation test on the mean (Fisher 1935), and whether it is exact.
 
-    The share of the 2^n sign patterns whose |sum| is at least the observed one, so never below 2 / 2^n. Beyond
+    The share of the 2^n sign patterns whose |sum| is at least the observed one, so never below 2 / 2^n. Past
     EXACT_FLIPS pairs: patterns drawn from a fixed seed, (1 + hits) / (1 + drawn) as in Phipson & Smyth 2010.
     """
     d = np.asarray(d, dtype=float)
@@ -307,7 +319,7 @@ def sign_flip(d):
             sums = np.concatenate([sums + value, sums - value])
         return float(np.mean(np.abs(sums) >= enough)), True
     generator, hits, words = np.random.PCG64(0), 0, -(-len(d) // 64)
-    for _ in range(SAMPLED_FLIPS // 1000):                  # random_raw: the same bits in every version of numpy
+    for _ in range(SAMPLED_FLIPS // 1000):                  # random_raw: the same bits with every numpy
         bits = generator.random_raw(1000 * words).astype('<u8').reshape(1000, words).view(np.uint8)
         flipped = np.unpackbits(bits, axis=1)[:, :len(d)] @ d
         hits += int(np.sum(np.abs(d.sum() - 2 * flipped) >= enough))
@@ -315,12 +327,12 @@ def sign_flip(d):
 
 
 def tost(mean, se, df, margin):
-    """p of two one-sided t tests (Schuirmann 1987) of |true difference| >= margin; small: it is within the margin."""
+    """p of two one-sided t tests (Schuirmann 1987) of |true difference| >= margin; small: within it."""
     return max(t_tail((mean + margin) / se, df), t_tail((margin - mean) / se, df))
 
 
 def hedges(df):
-    """Hedges' (1981) exact factor against the small-sample bias of a standardised mean; None where there is none."""
+    """Hedges' (1981) exact factor against the small-sample bias of a standardised mean, or None."""
     return math.exp(math.lgamma(df / 2) - math.lgamma((df - 1) / 2)) / math.sqrt(df / 2) if df > 1 else None
 
 
@@ -341,13 +353,14 @@ def summary(values):
 def paired(variant, base, margin, alpha=ALPHA):
     """Two lists in the order of their seeds -> all that is said about d_i = variant_i - base_i, as a dict.
 
-    margin in the unit of the values; alpha for the power figures. n = 1: the difference itself and nothing else. All
-    d_i one number: no spread, no t statistic; `constant` is then True and what would need a spread stays None.
+    margin in the unit of the values; alpha for the power figures. n = 1: the difference itself, nothing else.
+    All d_i one number: no spread, no t statistic; `constant` is True and what would need a spread stays None.
     """
     scale = max(map(abs, [*variant, *base]), default=0.0)
     d = [0.0 if abs(v - b) <= 1e-12 * scale else v - b for v, b in zip(variant, base)]
     n, base_mean = len(d), summary(base)['mean']
-    c = {'d': d, **summary(d), 'constant': False, 'floor': 2 / 2 ** n if n > 1 else None, 'sign_flip_exact': None,
+    c = {'d': d, **summary(d), 'constant': False, 'sign_flip_exact': None,
+         'floor': 2 / 2 ** n if n > 1 else None,
          'percent': 100 * math.fsum(d) / n / base_mean if base_mean else None, **dict.fromkeys(
              ['t', 'p', 'sign_flip', 'tost', 'd_z', 'g_z', 'd_z_low', 'd_z_high', 'd_pooled', 'g_pooled',
               'd_pooled_low', 'd_pooled_high', 'correlation', 'detectable', 'needed_n'])}
@@ -383,23 +396,26 @@ def complete(arm):
 def compare(arms, baseline, metric, margin):
     """{arm: {seed: run}} -> every number and verdict of the report, as one dict that JSON can hold."""
     finals = {name: complete(arm) for name, arm in arms.items()}
-    values = {name: {seed: run['final'][metric] for seed, run in runs.items()} for name, runs in finals.items()}
-    for name, seed in ((name, seed) for name in values for seed in values[name] if values[name][seed] is None):
+    values = {name: {seed: run['final'][metric] for seed, run in runs.items()}
+              for name, runs in finals.items()}
+    for name, seed in [(name, seed) for name in values for seed, x in values[name].items() if x is None]:
         fail(f'{arms[name][seed]["file"]}: final.{metric} is null; --metric=val_loss does without it')
     again, every_seed = f'{baseline}-again', {seed for arm in arms.values() for seed in arm}
     shared = {name: sorted(set(values[name]) & set(values[baseline])) for name in arms if name != baseline}
-    family = [name for name in shared if name != again and len(shared[name]) > 1]      # the A/A arm is no hypothesis
-    r = {'schema': 1, 'baseline': baseline, 'again': again, 'metric': metric, 'margin': margin, 'family': family}
+    family = [name for name in shared if name != again and len(shared[name]) > 1]   # A/A is no hypothesis
+    r = {'schema': 1, 'baseline': baseline, 'again': again, 'metric': metric, 'margin': margin,
+         'family': family}
     r['label'], r['unit'], r['better'] = METRICS[metric]
     r['arms'] = {name: {
-        'seeds': list(runs), 'values': list(values[name].values()), 'missing': sorted(every_seed - set(arms[name])),
+        'seeds': list(runs), 'values': list(values[name].values()),
+        'missing': sorted(every_seed - set(arms[name])),
         'not_complete': [{'seed': seed, 'status': run['status'], 'error': run.get('error')}
                          for seed, run in arms[name].items() if seed not in runs],
         'attention_class': sorted({run['model']['attention_class'] for run in arms[name].values()}),
         **{key: sorted({run['model'][key] for run in arms[name].values()}) for key in (
             'params_total', 'params_active', 'params_attention', 'kv_cache_bytes_per_token_16bit')},
-        **{field[6:]: summary([run['final'][field[6:]] for run in runs.values() if run['final'][field[6:]] is not None])
-           for field, kind in FIELDS.items() if field.startswith('final.') and kind.rstrip('?') not in ('text', 'list')},
+        **{key: summary([run['final'][key] for run in runs.values() if run['final'][key] is not None])
+           for key in FINAL},
         'load_by_rank': load_by_rank(runs.values())} for name, runs in finals.items()}
     cs = r['comparisons'] = {name: {
         'seeds': seeds, 'only_variant': sorted(set(values[name]) - set(seeds)),
@@ -417,7 +433,7 @@ def compare(arms, baseline, metric, margin):
 
 
 def load_by_rank(runs):
-    """Mean over runs of load relative to even, experts of a layer sorted from busiest: (layers x experts), or [].
+    """Mean over runs of load relative to even, experts of a layer from busiest on: (layers x experts), or [].
 
     Sorted before averaging: expert 3 of one seed has nothing to do with expert 3 of another.
     """
@@ -428,7 +444,7 @@ def load_by_rank(runs):
 
 
 def pareto(r, cost):
-    """Arms that no other arm beats on the metric AND the cost (as good in both, better in one), by their means."""
+    """Arms that no other beats on the metric AND the cost (as good in both, better in one), by means."""
     sign = 1 if r['better'] == 'lower' else -1
     points = {name: (sign * arm[r['metric']]['mean'],
                      arm[cost]['mean'] if isinstance(arm[cost], dict) else arm[cost][-1])
@@ -441,11 +457,11 @@ def verdict(name, c, r):
     """(verdict, one sentence), by the first of these that holds, so that each comparison gets exactly one:
 
     not tested    no pair, or one
-    equivalent    TOST puts the true difference within the margin (Holm p < 0.05), or every d_i is exactly 0. First,
-                  since the margin is the smallest difference worth having: one inside it is not worth having even
+    equivalent    TOST puts the true difference within the margin (Holm p < 0.05), or every d_i is exactly 0.
+                  First: the margin is the smallest difference worth having, so one inside it is not, even
                   when it is measurably not zero, and the sentence then says so
     better/worse  the paired t test rejects zero (Holm p < 0.05)
-    undecided     neither; with the n that would find, at 80% power, a difference of the margin or, where there are
+    undecided     neither; with the n that would find, at 80% power, a difference of the margin or, with
                   that many pairs already, one of the size observed
     """
     n, unit, margin, base = c['n'], r['unit'], r['margin'], r['baseline']
@@ -454,7 +470,8 @@ def verdict(name, c, r):
     if c['constant'] and c['mean'] == 0:
         return 'equivalent', f'{name}: equivalent to {base}: all {n} paired differences are exactly 0.'
     if c['constant']:
-        return 'undecided', (f'{name}: undecided: all {n} paired differences are {num(c["mean"], sign=True)} {unit}, '
+        return 'undecided', (f'{name}: undecided: all {n} paired differences are {num(c["mean"], 4, True)} '
+                             f'{unit}, '
                              'so there is no spread to test them against.')
     how, size = 'lower' if c['mean'] < 0 else 'higher', num(abs(c['mean']))
     interval = f'95% interval {interval_text(c["low"], c["high"])}, n = {n} pairs'
@@ -465,17 +482,20 @@ def verdict(name, c, r):
                               f'{p_text(c["tost_holm"])}; {interval}){also}.')
     if measurable:
         word = 'better' if how == r['better'] else 'worse'
-        worth = ('reaches inside the margin: perhaps too little to matter' if min(abs(c['low']), abs(c['high'])) < margin
+        near = min(abs(c['low']), abs(c['high'])) < margin
+        worth = ('reaches inside the margin: perhaps too little to matter' if near
                  else 'lies wholly beyond the margin')
-        return word, (f'{name}: {word} than {base}: {r["label"]} {size} {unit} {how} ({interval}; {measurable}); '
+        return word, (f'{name}: {word} than {base}: {r["label"]} {size} {unit} {how} ({interval}; '
+                      f'{measurable}); '
                       f'the interval {worth}.')
     target, what = c['needed_n'], f'{margin:g} {unit}'
     if target is not None and target <= n:
         target = needed_n(c['d_z'], ALPHA / max(1, len(r['family']) if name in r['family'] else 1))
         what = f'one as small as observed, {size} {unit},'
     about = f'about n = {target}' if target else f'more than n = {MOST_SEEDS}'
-    return 'undecided', (f'{name}: undecided against {base}: neither zero nor a difference of {margin:g} {unit} is ruled '
-                         f'out ({interval}); {about} would be needed to find {what} with {POWER:.0%} power.')
+    return 'undecided', (f'{name}: undecided against {base}: neither zero nor a difference of {margin:g} '
+                         f'{unit} is ruled out ({interval}); {about} would be needed to find {what} with '
+                         f'{POWER:.0%} power.')
 
 
 # ---- report: fixed formats, a fixed order, nothing of the clock or of where the files lie
@@ -511,7 +531,8 @@ def table(head, rows):
     """Markdown, first column to the left, numbers to the right. head: titles with | between them."""
     head = head.split(' | ')
     lines = [head, ['---'] + ['--:'] * (len(head) - 1), *rows]
-    return '\n'.join('| ' + ' | '.join(str(cell).replace('|', '\\|') for cell in line) + ' |' for line in lines)
+    cells = [[str(cell).replace('|', '\\|') for cell in line] for line in lines]
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in cells)
 
 
 def text_forest(r, width=57):
@@ -537,30 +558,35 @@ def noise_floor(r):
     """What the baseline does against itself: no difference below this is evidence of anything."""
     base, c = r['arms'][r['baseline']], r['comparisons'].get(r['again'], {'n': 0})
     s = base[r['metric']]
-    lines = [f'{r["baseline"]} has {s["n"]} complete run(s): its spread over seeds is unknown.' if s['n'] < 2 else
-             f'{r["baseline"]} over {s["n"]} seeds: sd {num(s["sd"])} {r["unit"]}, from {num(min(base["values"]))} to '
-             f'{num(max(base["values"]))}. Two unpaired runs that differ in the seed alone differ with an sd of '
+    lines = [f'{r["baseline"]} has {s["n"]} complete run(s): its spread over seeds is unknown.'
+             if s['n'] < 2 else
+             f'{r["baseline"]} over {s["n"]} seeds: sd {num(s["sd"])} {r["unit"]}, from '
+             f'{num(min(base["values"]))} to {num(max(base["values"]))}. Two unpaired runs that differ in '
+             f'the seed alone differ with an sd of '
              f'{num(math.sqrt(2) * s["sd"])} (sqrt 2 times as much).']
     lines += [f'{name}: paired differences have an sd of {num(x["sd"])} (correlation of the pairs '
-              f'{x["correlation"]:+.2f}).' for name, x in r['comparisons'].items() if x['correlation'] is not None]
+              f'{x["correlation"]:+.2f}).' for name, x in r['comparisons'].items()
+              if x['correlation'] is not None]
     if not c['n']:
         return lines + [f'No A/A pairs ({r["again"]}, the same seeds a second time) among these runs.']
-    same = 'This much comes from the machine alone.' if any(c['d']) else 'The same seed gives the same number.'
+    same = 'This is from the machine alone.' if any(c['d']) else 'The same seed gives the same number.'
     return lines + [f'A/A check: {r["again"]} repeats {c["n"]} seed(s), largest difference '
-                    f'{num(max(map(abs, c["d"])))} {r["unit"]}. {same} It is no hypothesis, so not in the Holm correction.']
+                    f'{num(max(map(abs, c["d"])))} {r["unit"]}. {same} It is no hypothesis and not in Holm.']
 
 
 def left_out(r):
     """Runs that did not finish, seeds without a file, seeds without a partner."""
     lines, base = [], r['baseline']
     for name, arm in r['arms'].items():
-        lines += [f'{name} seed {run["seed"]}: {run["status"]}' + (f' ({str(run["error"])[:160]})' if run['error'] else '')
+        lines += [f'{name} seed {run["seed"]}: {run["status"]}'
+                  + (f' ({str(run["error"])[:160]})' if run['error'] else '')
                   + '; not in the table, not in a pair.' for run in arm['not_complete']]
-        lines += [f'{name}: no run for seed(s) {spans(arm["missing"])}, which others have.'] * bool(arm['missing'])
+        if arm['missing']:
+            lines.append(f'{name}: no run for seed(s) {spans(arm["missing"])}, which others have.')
     for name, c in r['comparisons'].items():
         for mine, other, seeds in [(name, base, c['only_variant']), (base, name, c['only_baseline'])]:
-            lines += [f'{mine} seed(s) {spans(seeds)}: no complete {other} run of that seed; in the table, left out of '
-                      'the pairs.'] * bool(seeds)
+            lines += [f'{mine} seed(s) {spans(seeds)}: no complete {other} run of that seed; in the table, '
+                      'left out of the pairs.'] * bool(seeds)
     return lines or ['None: every configuration has a complete run for every seed.']
 
 
@@ -572,51 +598,56 @@ def caveats(arms, r):
     for name, c in r['comparisons'].items():
         n, m = c['n'], len(r['family']) if name in r['family'] else 1
         if n == 1:
-            lines.append(f'{name}: n = 1. One pair has no standard deviation: no interval, no test, no effect size.')
+            lines.append(f'{name}: n = 1. One pair has no standard deviation: no interval, no test, no '
+                         'effect size.')
         if n == 2:
-            lines.append(f'{name}: n = 2. The spread is estimated from one degree of freedom: the interval is 9.0 standard'
-                         ' deviations wide on each side, and the bias of d_z has no correction.')
+            lines.append(f'{name}: n = 2. The spread is estimated from one degree of freedom: the interval '
+                         'is 9.0 standard deviations wide on each side, the bias of d_z has no correction.')
         if n > 1 and c['floor'] * m >= ALPHA:
             lines.append(f'{name}: the sign-flip test cannot fall below {num(c["floor"])} with n = {n}'
                          + f', {num(min(1, c["floor"] * m))} after Holm over {m} comparisons' * (m > 1)
                          + f', so it cannot reach {ALPHA:g}.')
         if c['sign_flip_exact'] is False:
-            lines.append(f'{name}: with n = {n} the sign-flip p is from {SAMPLED_FLIPS} drawn patterns (fixed seed).')
+            lines.append(f'{name}: n = {n}, so the sign-flip p is from {SAMPLED_FLIPS} drawn patterns.')
         if name != r['again'] and c['constant'] and c['mean'] == 0:
             lines.append(f'{name}: equal to {base} to the last digit on every seed: was it the same network?')
         change, active = (100 * (arm[name][key][-1] / max(1, arm[base][key][-1]) - 1)
                           for key in ('params_total', 'params_active'))
         if max(abs(change), abs(active)) >= 1:
-            lines.append(f'{name} has {change:+.1f}% parameters against {base} ({active:+.1f}% active): a difference in '
-                         'loss is not due to the mechanism alone.')
+            lines.append(f'{name} has {change:+.1f}% parameters against {base} ({active:+.1f}% active): a '
+                         'difference in loss is not due to the mechanism alone.')
     for name in arm:
-        facts = [arm[name][key] for key in ('attention_class', 'params_total', 'kv_cache_bytes_per_token_16bit')]
+        facts = [arm[name][key] for key in ('attention_class', 'params_total',
+                                            'kv_cache_bytes_per_token_16bit')]
         networks.setdefault(str(facts), []).append(name) if name != r['again'] else None
-    lines += [f'{", ".join(names)}: the same attention class, parameters and cache. Settings of one network, or one network.'
+    lines += [f'{", ".join(names)}: the same attention class, parameters and cache. Settings of one network, '
+              'or one network.'
               for names in networks.values() if len(names) > 1]
-    lines += [f'{name}: mean loss {num(arm[name]["val_loss"]["mean"])} is not below the {first["data"]["unigram_loss"]:.4f} '
-              'of token frequencies alone: nothing else about the text was learned.' for name in arm
+    lines += [f'{name}: mean loss {num(arm[name]["val_loss"]["mean"])} is not below the '
+              f'{first["data"]["unigram_loss"]:.4f} of token frequencies alone: nothing else was learned.'
+              for name in arm
               if arm[name]['values'] and arm[name]['val_loss']['mean'] >= first['data']['unigram_loss']]
     if (epochs := tokens_seen(first) / max(1, first['data']['train_tokens'])) > 1:
-        lines.append(f'The model saw its training data {epochs:.2f} times: part of the loss is about repetition.')
+        lines.append(f'The model saw its training data {epochs:.2f} times: part of the loss is repetition.')
     steps, losses = curve(complete(arms[base]).values())
     if len(steps) > 1 and (fall := float(np.mean(losses[:, -2] - losses[:, -1]))) > 0:
-        lines.append(f'{base} was still improving at the end: {num(fall)} nats between its evaluations at steps {steps[-2]} '
-                     f'and {steps[-1]}. A longer budget can change the order.')
+        lines.append(f'{base} was still improving at the end: {num(fall)} nats between its evaluations at '
+                     f'steps {steps[-2]} and {steps[-1]}. A longer budget can change the order.')
     if r['metric'] != 'val_loss':
         lines.append(f'The margin of {r["margin"]:g} is {r["unit"]} here, not nats.')
-    lines += [f'environment.{key} differs: {text}.' for key in ('git_commit', 'threads', 'python', 'platform', 'world_size')
+    lines += [f'environment.{key} differs: {text}.'
+              for key in ('git_commit', 'threads', 'python', 'platform', 'world_size')
               if (text := differing(runs, 'environment', key))]
     sources = [run['environment']['source_sha256'] for run in runs]
-    changed = [ascii(file)[1:-1] for file in sorted(set().union(*sources)) if any(s.get(file) != sources[0].get(file)
-                                                                                  for s in sources)]
+    changed = [ascii(file)[1:-1] for file in sorted(set().union(*sources))
+               if any(s.get(file) != sources[0].get(file) for s in sources)]
     if changed:
         lines.append(f'The source changed between the runs: {", ".join(changed)}.')
     if dirty := [run for run in runs if run['environment']['git_dirty']]:
         lines.append(f'From a working tree with uncommitted changes: {who(dirty)}.')
     if any(a['not_complete'] for a in arm.values()):
         lines.append('Some runs did not finish: the comparison is over the seeds that did.')
-    return lines + ['n counts seeds. One corpus, one model size, one budget, one learning rate stand behind all of them.']
+    return lines + ['n counts seeds. One corpus, model size, budget and learning rate stand behind them all.']
 
 
 def tokens_seen(run):
@@ -630,8 +661,9 @@ REPORT = '''\
 
 {verdicts}
 
-The margin, the smallest difference worth having, is {margin:g} ({unit}). Differences are variant minus {baseline}
-within pairs of one seed; {better} is better. Every verdict holds at {alpha:g} after Holm's correction.
+The margin, the smallest difference worth having, is {margin:g} ({unit}). Differences are variant minus
+{baseline} within pairs of one seed; {better} is better. A variant is called better, worse or equivalent at
+{alpha:g} after Holm's correction over the variants.
 
 ```
 {forest}
@@ -639,15 +671,15 @@ within pairs of one seed; {better} is better. Every verdict holds at {alpha:g} a
 
 ## What was compared
 
-- model: {config[n_layer]} layers, width {config[n_embd]}, {config[n_head]} heads, {config[n_expert]} experts of which
-  {config[top_k]} are active, feed-forward {config[d_ff]}, context {config[block_size]}
-- data: {data[dataset]}, tokenizer {data[tokenizer]}, vocabulary {data[vocab_size]}, {data[train_tokens]} training and
-  {data[val_tokens]} validation tokens (sha256 {data[train_sha256]:.12}, {data[val_sha256]:.12})
-- reference losses: {data[uniform_loss]:.4f} nats for a guess, {data[unigram_loss]:.4f} from token frequencies alone
-- budget: {config[max_steps]} updates of {config[batch_size]} x {config[block_size]} = {tokens} tokens, {epochs:.2f} epochs;
-  {config[optimizer]}, learning rate {config[learning_rate]:g}
-- device: {environment[device_name]}, {config[dtype]}, torch {environment[torch]}, threads {environment[threads]},
-  processes {environment[world_size]}
+- model: {config[n_layer]} layers, width {config[n_embd]}, {config[n_head]} heads, {config[n_expert]} experts
+  of which {config[top_k]} are active, feed-forward {config[d_ff]}, context {config[block_size]}
+- data: {data[dataset]}, tokenizer {data[tokenizer]}, vocabulary {data[vocab_size]}, {data[train_tokens]}
+  training and {data[val_tokens]} validation tokens (sha256 {data[train_sha256]:.12}, {data[val_sha256]:.12})
+- reference losses: {data[uniform_loss]:.4f} nats for a guess, {data[unigram_loss]:.4f} from token frequencies
+- budget: {config[max_steps]} updates of {config[batch_size]} x {config[block_size]} = {tokens} tokens,
+  {epochs:.2f} epochs; {config[optimizer]}, learning rate {config[learning_rate]:g}
+- device: {environment[device_name]}, {config[dtype]}, torch {environment[torch]}, threads
+  {environment[threads]}, processes {environment[world_size]}
 - complete runs: {complete}
 
 ## Results
@@ -656,15 +688,15 @@ Mean ± standard deviation over complete runs.
 
 {results}
 
-Time: updates only, without compilation and evaluation, and no claim of speed (that is for bench.py). Memory: {memory}.
-Cache: all layers, at 2 bytes a number.
+Time: updates only, without compilation and evaluation, and no claim of speed (that is for bench.py). Memory:
+{memory}. Cache: all layers, at 2 bytes a number.
 
 ## Paired differences
 
 {differences}
 
-p: paired t test, two-sided. Holm: over {m} variant(s). Sign-flip: permutation test, floor 2/2^n.
-Every single difference ({unit}):
+p: paired t test, two-sided. Holm: over {m} variant(s). Sign-flip: permutation test, floor 2/2^n. Every single
+difference ({unit}):
 
 {singles}
 
@@ -672,17 +704,18 @@ Every single difference ({unit}):
 
 {effects}
 
-d divides the mean difference by the pooled sd of the two groups, d_z by the sd of the differences; g is d without its
-small-sample bias (Hedges 1981; for pooled d with 2(n-1)/(1+r^2) degrees of freedom, Cousineau 2020). The intervals are
-for the population's value: noncentral t inverted (Steiger & Fouladi 1997), for pooled d rescaled (Algina & Keselman 2003).
+d divides the mean difference by the pooled sd of the two groups, d_z by the sd of the differences; g is d
+without its small-sample bias (Hedges 1981; for pooled d with 2(n-1)/(1+r^2) degrees of freedom, Cousineau
+2020). The intervals are for the population's value: noncentral t inverted (Steiger & Fouladi 1997), for
+pooled d rescaled (Algina & Keselman 2003).
 
 ## Equivalence, and what this n can see
 
 {sensitivity}
 
-TOST: two one-sided t tests against the margin. Detectable: the true difference that a two-sided paired t test finds with
-{power:.0%} power if the sd is the one observed; beside it the pairs that a difference of the margin needs. Both at alpha
-= {alpha:g} / {m}, the first step of Holm; power from the noncentral t.
+TOST: two one-sided t tests against the margin. Detectable: the true difference that a two-sided paired t test
+finds with {power:.0%} power if the sd is the one observed; beside it the pairs that a difference of the
+margin needs. Both at alpha = {alpha:g} / {m}, the first step of Holm; power from the noncentral t.
 
 ## Noise floor
 
@@ -692,15 +725,15 @@ TOST: two one-sided t tests against the margin. Detectable: the true difference 
 
 {efficiency}
 
-Loss per million parameters falls for any larger model. Unbeaten: no other configuration is as good in both {label} and
-that cost and better in one, by the means alone; whether a difference is real is for the verdicts.
+Loss per million parameters falls for any larger model. Unbeaten: no other configuration is as good in both
+{label} and that cost and better in one, by the means alone; whether a difference is real is for the verdicts.
 
 ## Expert balance
 
 {balance}
 
-Load relative to an even share in the worst layer, mean over runs. Even use of {config[n_expert]} experts has an entropy
-of {entropy:.3f} nats.
+Load relative to an even share in the worst layer, mean over runs. Even use of {config[n_expert]} experts has
+an entropy of {entropy:.3f} nats.
 
 ## Not in the comparison
 
@@ -723,53 +756,70 @@ def report(arms, r, problems, title):
     have = {name: c for name, c in cs.items() if c['n']}
     several = {name: c for name, c in cs.items() if c['n'] > 1}
     by_seed = {name: dict(zip(c['seeds'], c['d'])) for name, c in have.items()}
-    memory = sorted({run['final']['peak_memory_kind'] or 'unknown' for a in arms.values() for run in complete(a).values()})
+    memory = {run['final']['peak_memory_kind'] or 'unknown'
+              for arm in arms.values() for run in complete(arm).values()}
     return REPORT.format(
-        **r | {key: first[key] for key in ('config', 'data', 'environment')}, title=title, alpha=ALPHA, power=POWER,
-        m=max(1, len(r['family'])), tokens=tokens_seen(first), memory=' and '.join(memory) or 'unknown',
-        epochs=tokens_seen(first) / max(1, first['data']['train_tokens']), entropy=math.log(max(1, first['config']['n_expert'])),
-        forced='' if not problems else '\n**These runs are not comparable; the report was forced. They disagree in**\n\n'
+        **r | {key: first[key] for key in ('config', 'data', 'environment')}, title=title, alpha=ALPHA,
+        power=POWER,
+        m=max(1, len(r['family'])), tokens=tokens_seen(first),
+        memory=' and '.join(sorted(memory)) or 'unknown',
+        epochs=tokens_seen(first) / max(1, first['data']['train_tokens']),
+        entropy=math.log(max(1, first['config']['n_expert'])),
+        forced='' if not problems else '\n**These runs are not comparable; the report was forced. They '
+        'disagree in**\n\n'
         + marked(problems) + '\n',
-        verdicts=marked([c['sentence'] for c in cs.values()] or [f'only {r["baseline"]}: nothing to compare']),
+        verdicts=marked([c['sentence'] for c in cs.values()] or ['nothing to compare with the baseline']),
         forest='\n'.join(text_forest(r)),
-        complete='; '.join(f'{name} {len(a["seeds"])} (seeds {spans(a["seeds"])})' for name, a in r['arms'].items()),
-        results=table('Configuration | n | Val Loss | Val Perp | bits/byte | Time (min) | Peak Mem (GB) | Params (M) | '
-                      'Active (M) | Cache B/token', [[
+        complete='; '.join(f'{name} {len(a["seeds"])} (seeds {spans(a["seeds"])})'
+                           for name, a in r['arms'].items()),
+        results=table('Configuration | n | Val Loss | Val Perp | bits/byte | Time (min) | Peak Mem (GB) | '
+                      'Params (M) | Active (M) | Cache B/token', [[
                           name, len(a['seeds']), mean_sd(a['val_loss'], 4), mean_sd(a['val_perplexity'], 2),
                           mean_sd(a['val_bits_per_byte'], 4), mean_sd(a['seconds_training'], 2, 1 / 60),
                           mean_sd(a['peak_memory_gb'], 2), shared(a['params_total'], 3, 1e-6),
                           shared(a['params_active'], 3, 1e-6), shared(a['kv_cache_bytes_per_token_16bit'], 0)]
                           for name, a in r['arms'].items()]),
-        differences=table(f'Variant | n | mean d ({r["unit"]}) | % | 95% interval | p | p (Holm) | sign-flip p | its floor | '
-                          'sign-flip p (Holm) | verdict', [[
+        differences=table(f'Variant | n | mean d ({r["unit"]}) | % | 95% interval | p | p (Holm) | '
+                          'sign-flip p | its floor | sign-flip p (Holm) | verdict', [[
                               name, c['n'], num(c['mean'], 4, True), num(c['percent'], 2, True),
-                              interval_text(c['low'], c['high']), p_text(c['p']), p_text(c['p_holm']), p_text(c['sign_flip']),
-                              p_text(c['floor']), p_text(c['sign_flip_holm']), c['verdict']] for name, c in have.items()]),
-        singles=table(' | '.join(['Seed', *have]), [[seed, *(num(d.get(seed), 4, True) for d in by_seed.values())]
-                                                    for seed in sorted(set().union(*by_seed.values()))]),
-        effects=table('Variant | n | d (pooled sd) | Hedges g | 95% interval | d_z (pairs) | Hedges g_z | 95% interval', [[
+                              interval_text(c['low'], c['high']), p_text(c['p']), p_text(c['p_holm']),
+                              p_text(c['sign_flip']),
+                              p_text(c['floor']), p_text(c['sign_flip_holm']), c['verdict']]
+                              for name, c in have.items()]),
+        singles=table(' | '.join(['Seed', *have]), [
+            [seed, *(num(d.get(seed), 4, True) for d in by_seed.values())]
+            for seed in sorted(set().union(*by_seed.values()))]),
+        effects=table('Variant | n | d (pooled sd) | Hedges g | 95% interval | d_z (pairs) | Hedges g_z | '
+                      '95% interval', [[
             name, c['n'], num(c['d_pooled'], 2, True), num(c['g_pooled'], 2, True),
-            interval_text(c['d_pooled_low'], c['d_pooled_high'], 2), num(c['d_z'], 2, True), num(c['g_z'], 2, True),
+            interval_text(c['d_pooled_low'], c['d_pooled_high'], 2), num(c['d_z'], 2, True),
+            num(c['g_z'], 2, True),
             interval_text(c['d_z_low'], c['d_z_high'], 2)] for name, c in several.items()]),
-        sensitivity=table(f'Variant | n | sd of d | TOST p | TOST p (Holm) | detectable ({r["unit"]}) | n for {r["margin"]:g}', [[
+        sensitivity=table(f'Variant | n | sd of d | TOST p | TOST p (Holm) | detectable ({r["unit"]}) | '
+                          f'n for {r["margin"]:g}', [[
             name, c['n'], num(c['sd']), p_text(c['tost']), p_text(c['tost_holm']), num(c['detectable']),
             '-' if c['constant'] else c['needed_n'] or f'> {MOST_SEEDS}'] for name, c in several.items()]),
         noise=marked(noise_floor(r)), left_out=marked(left_out(r)), caveats=marked(caveats(arms, r)),
         efficiency=table('Configuration | loss / M params | attention (M) | ms per update | ' + ' | '.join(
             f'unbeaten: {text}' for text in PARETO.values()), [[
-                name, num(a['val_loss']['mean'] / max(1, a['params_total'][-1]) * 1e6), shared(a['params_attention'], 3, 1e-6),
-                mean_sd(a['step_ms_median'], 1), *('-' if name == r['again'] else 'yes' if name in r['pareto'][cost] else 'no'
-                                                   for cost in PARETO)] for name, a in r['arms'].items() if a['values']]),
-        balance=table('Configuration | n | busiest / even | idlest / even | largest excess | router entropy (nats) | '
-                      'balance loss | z loss', [[
+                name, num(a['val_loss']['mean'] / max(1, a['params_total'][-1]) * 1e6),
+                shared(a['params_attention'], 3, 1e-6),
+                mean_sd(a['step_ms_median'], 1),
+                *('-' if name == r['again'] else 'yes' if name in r['pareto'][cost] else 'no'
+                  for cost in PARETO)]
+                for name, a in r['arms'].items() if a['values']]),
+        balance=table('Configuration | n | busiest / even | idlest / even | largest excess | '
+                      'router entropy (nats) | balance loss | z loss', [[
                           name, len(a['seeds']), num(max(map(max, a['load_by_rank']), default=None), 2),
-                          num(min(map(min, a['load_by_rank']), default=None), 2), mean_sd(a['max_violation'], 3),
-                          mean_sd(a['router_entropy'], 3), mean_sd(a['balance_loss'], 4), mean_sd(a['z_loss'], 4)]
+                          num(min(map(min, a['load_by_rank']), default=None), 2),
+                          mean_sd(a['max_violation'], 3),
+                          mean_sd(a['router_entropy'], 3), mean_sd(a['balance_loss'], 4),
+                          mean_sd(a['z_loss'], 4)]
                           for name, a in r['arms'].items()]),
         figures='\n\n'.join(f'![{text}]({file})' for file, text, _ in figures(arms, r)) or 'Nothing to draw.')
 
 
-# ---- figures: opaque white ground for light and dark pages; Okabe & Ito's colours, and for each arm a marker as well
+# ---- figures: opaque white ground for light and dark pages; Okabe & Ito's colours, and a marker to each
 
 COLOURS = ['#444444', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']
 MARKERS = 'os^DvPX*<>hd'
@@ -788,31 +838,40 @@ def canvas(width, height, rows=1, columns=1, **keywords):
 
 
 def styles(r, again=False):
-    """{arm: (colour, marker)} of the arms to draw; the A/A arm, which lies on the baseline, only if asked for."""
-    return {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(list(r['arms'])[:MOST_DRAWN])
+    """{arm: (colour, marker)} of the arms to draw; the A/A arm, which lies on the baseline, on demand."""
+    return {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
+            for i, name in enumerate(list(r['arms'])[:MOST_DRAWN])
             if r['arms'][name]['values'] and (again or name != r['again'])}
 
 
 def curve(runs):
-    """The steps at which every one of the runs was evaluated, and the validation losses there (runs x steps)."""
-    rows = [{row['step']: row['val_loss'] for row in run['history'] if row['val_loss'] is not None} for run in runs]
+    """The steps at which each of the runs was evaluated, and the validation losses there (runs x steps)."""
+    rows = [{row['step']: row['val_loss'] for row in run['history'] if row['val_loss'] is not None}
+            for run in runs]
     steps = sorted(set.intersection(*map(set, rows))) if rows else []
     return steps, np.array([[row[step] for step in steps] for row in rows])
 
 
+def thin(ax, x, curves, **style):
+    """Many curves as one artist with gaps: quick with a thousand of them."""
+    gap = np.full((len(curves), 1), np.nan)
+    ax.plot(np.tile([*x, np.nan], len(curves)), np.hstack([curves, gap]).ravel(), **style)
+
+
 def band(ax, steps, curves, colour, label):
     """Every run thin, the mean thick, its 95% t interval shaded."""
-    gap = np.full((len(curves), 1), np.nan)                 # all thin lines as one artist: quick with many runs
-    ax.plot(np.tile([*steps, np.nan], len(curves)), np.hstack([curves, gap]).ravel(), color=colour, lw=0.6, alpha=0.35)
+    thin(ax, steps, curves, color=colour, lw=0.6, alpha=0.35)
     mean = [summary(list(column)) for column in curves.T]
     ax.plot(steps, [s['mean'] for s in mean], color=colour, lw=2, label=label)
     if len(curves) > 1:
-        ax.fill_between(steps, [s['low'] for s in mean], [s['high'] for s in mean], color=colour, alpha=0.2, lw=0)
+        ax.fill_between(steps, [s['low'] for s in mean], [s['high'] for s in mean], color=colour, alpha=0.2,
+                        lw=0)
 
 
 def legend(figure, ax):
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=6 if len(labels) <= 6 else 4, frameon=False)
+    columns = 6 if len(labels) < 7 else 4
+    figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
 
 
 def figure_curves(arms, r):
@@ -827,8 +886,10 @@ def figure_curves(arms, r):
         if steps:
             band(right, steps, losses[:len(both)] - losses[len(both):], colour, name)
     right.axhline(0, color='#444444', lw=1)
-    left.set(xlabel='optimizer updates', ylabel='validation loss (nats)', title='Every run, mean, 95% interval')
-    right.set(xlabel='optimizer updates', ylabel=f'loss minus {r["baseline"]} (nats)', title='Difference within pairs')
+    left.set(xlabel='optimizer updates', ylabel='validation loss (nats)',
+             title='Every run, mean, 95% interval')
+    right.set(xlabel='optimizer updates', ylabel=f'loss minus {r["baseline"]} (nats)',
+              title='Difference within pairs')
     legend(figure, left)
     return figure
 
@@ -837,10 +898,10 @@ def figure_pairs(arms, r):
     figure, (ax,) = canvas(8, 4.2)
     drawn = styles(r, again=True)
     by_seed = [dict(zip(r['arms'][name]['seeds'], r['arms'][name]['values'])) for name in drawn]
-    for seed in sorted(set().union(*by_seed)):
-        ax.plot([values.get(seed, math.nan) for values in by_seed], color='#888888', lw=0.8, alpha=0.7, zorder=1)
+    lines = [[values.get(seed, math.nan) for values in by_seed] for seed in sorted(set().union(*by_seed))]
+    thin(ax, range(len(drawn)), lines, color='#888888', lw=0.8, alpha=0.7, zorder=1)
     for i, (values, (colour, marker)) in enumerate(zip(by_seed, drawn.values())):
-        ax.plot([i] * len(values), values.values(), marker, color=colour, ms=7, alpha=0.85, mec='white', mew=0.5)
+        ax.plot([i] * len(values), values.values(), marker, color=colour, ms=7, alpha=0.85, mec='white')
     ax.set_xticks(range(len(drawn)), [f'{name}\nn = {len(values)}' for name, values in zip(drawn, by_seed)],
                   rotation=0 if len(drawn) < 8 else 40)
     ax.set(ylabel=f'{r["label"]} ({r["unit"]})', title='One line per seed', xlim=(-0.5, len(drawn) - 0.5))
@@ -848,7 +909,7 @@ def figure_pairs(arms, r):
 
 
 def figure_forest(arms, r):
-    drawn = {name: r['comparisons'][name] for name in styles(r, again=True) if r['comparisons'].get(name, {'n': 0})['n']}
+    drawn = {name: c for name, c in r['comparisons'].items() if c['n'] and name in styles(r, again=True)}
     figure, (ax,) = canvas(8, 1.5 + 0.5 * len(drawn))
     ax.axvspan(-r['margin'], r['margin'], color='#999999', alpha=0.22, lw=0)
     ax.axvline(0, color='#444444', lw=1)
@@ -864,7 +925,8 @@ def figure_forest(arms, r):
     right.set_yticks(range(len(drawn)), [f'{c["verdict"]}, n = {c["n"]}' for c in drawn.values()])
     right.tick_params(length=0)
     right.spines['right'].set_visible(False)
-    ax.set_title(f'Mean and 95% interval; small dots: each pair; grey: the margin, ± {r["margin"]:g} {r["unit"]}', fontsize=10)
+    ax.set_title(f'Mean and 95% interval; small dots: each pair; grey: the margin, '
+                 f'± {r["margin"]:g} {r["unit"]}', fontsize=10)
     return figure
 
 
@@ -888,10 +950,12 @@ def figure_efficiency(arms, r):
 
 def figure_experts(arms, r):
     from matplotlib.colors import TwoSlopeNorm
-    loads = {name: np.array(r['arms'][name]['load_by_rank']) for name in styles(r) if r['arms'][name]['load_by_rank']}
+    loads = {name: np.array(r['arms'][name]['load_by_rank']) for name in styles(r)
+             if r['arms'][name]['load_by_rank']}
     columns = min(4, len(loads))
     rows = -(-len(loads) // columns)
-    figure, axes = canvas(8, 1.2 + rows * (0.9 + 0.14 * max(len(load) for load in loads.values())), rows, columns)
+    layers = max(len(load) for load in loads.values())
+    figure, axes = canvas(8, 1.2 + rows * (0.9 + 0.14 * layers), rows, columns)
     norm = TwoSlopeNorm(1, 0, max(2, max(load.max() for load in loads.values())))
     for ax in axes[len(loads):]:
         ax.remove()
@@ -908,7 +972,7 @@ def figure_experts(arms, r):
 
 
 def figures(arms, r):
-    """(file, caption, function) of each figure that these runs have something for; the same with and without matplotlib."""
+    """(file, caption, function) of each figure these runs have something for, with or without matplotlib."""
     drawn = styles(r, again=True)
     possible = [
         ('forest.png', 'paired differences with 95% intervals and the margin', figure_forest,
@@ -917,7 +981,8 @@ def figures(arms, r):
         ('curves.png', 'validation loss during training, and its paired difference', figure_curves,
          any(len(curve(complete(arms[name]).values())[0]) > 1 for name in styles(r))),
         ('efficiency.png', 'loss against active parameters and cache', figure_efficiency, styles(r)),
-        ('experts.png', 'load of the experts by layer', figure_experts, any(r['arms'][name]['load_by_rank'] for name in styles(r)))]
+        ('experts.png', 'load of the experts by layer', figure_experts,
+         any(r['arms'][name]['load_by_rank'] for name in styles(r)))]
     return [figure[:3] for figure in possible if figure[3]]
 
 
@@ -935,7 +1000,7 @@ def draw(arms, r, folder):
 # ---- the program
 
 def rounded(x):
-    """For report.json: 12 significant digits, so that the last bit of another machine's arithmetic does not show."""
+    """For report.json: 12 significant digits, so that another machine's last bit does not show."""
     if isinstance(x, dict):
         return {key: rounded(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
@@ -949,14 +1014,15 @@ def main(runs, baseline, metric, margin, force, plots):
     arms = load(runs, baseline)
     problems = disagreements(arms, baseline)
     if problems and not force:
-        fail(f'{runs}: these runs are not comparable (--force=True reports all the same): ' + ' | '.join(problems))
+        fail(f'{runs}: not comparable (--force=True reports all the same): ' + ' | '.join(problems))
     r = compare(arms, baseline, metric, margin)
     folder = runs if os.path.isdir(runs) else os.path.dirname(runs) or '.'
     text = report(arms, r, problems, os.path.basename(os.path.abspath(folder)))
     data = json.dumps(rounded({**r, 'disagreements': problems}), indent=1, allow_nan=False) + '\n'
     try:
         for name, content in [('report.md', text), ('report.json', data)]:
-            with open(os.path.join(folder, name), 'w', encoding='utf-8', errors='backslashreplace', newline='\n') as f:
+            path = os.path.join(folder, name)
+            with open(path, 'w', encoding='utf-8', errors='backslashreplace', newline='\n') as f:
                 f.write(content)
         if plots:
             draw(arms, r, folder)
@@ -969,12 +1035,12 @@ def main(runs, baseline, metric, margin, force, plots):
 if __name__ == '__main__':
     # -----------------------------------------------------------------------------
     # what to read
-    runs = 'out/laptop'         # a folder of runs (result.json or <name>-s<seed>.json at any depth), or one such file
+    runs = 'out/laptop'         # a folder with result.json or <name>-s<seed>.json at any depth, or one file
     # what to claim
     baseline = 'baseline'       # the name that the others are compared against
-    metric: Literal['val_loss', 'val_bits_per_byte', 'val_accuracy'] = 'val_loss'       # the number that is compared
-    margin = 0.01               # smallest difference worth having, in the metric's unit; to be chosen before the runs
-    force = False               # report on runs that are not comparable; what they disagree in then stands in it
+    metric: Literal['val_loss', 'val_bits_per_byte', 'val_accuracy'] = 'val_loss'   # the number compared
+    margin = 0.01               # smallest difference worth having, in the metric's unit; choose it first
+    force = False               # report on runs that are not comparable; it then says what they disagree in
     # output
     plots = True                # draw the figures too; needs matplotlib
     # -----------------------------------------------------------------------------

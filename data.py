@@ -218,7 +218,7 @@ def locate(dataset):
         raise DataError(f'--dataset={dataset}: {error}') from None
     if kind is None:
         raise DataError(f'--dataset={dataset}: no such file or folder (looked from {os.getcwd()}); give '
-                        f'stdlib, a text file, a folder of text files, or a folder with train.bin and val.bin')
+                        f'stdlib, a text file, a folder of them, or a folder with train.bin and val.bin')
     if (path / 'train.bin').is_file() and (path / 'val.bin').is_file():
         kind = 'tokens'
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
@@ -372,7 +372,7 @@ def read_meta(folder):
     if not isinstance(meta, dict) or type(meta.get('format')) is not int:
         raise damaged(path, 'is not what data.py writes')
     if meta['format'] > FORMAT:
-        raise DataError(f'{path}: format {meta["format"]}, data.py knows {FORMAT}; update it or rm the folder')
+        raise DataError(f'{path}: format {meta["format"]}, data.py knows {FORMAT}; update or rm the folder')
     if meta['format'] == FORMAT and meta.get('checksum') != checksum(meta):
         raise damaged(path, 'does not agree with its own checksum')
     return meta
@@ -599,7 +599,7 @@ class Corpus:
         """The data section of result.json. Losses: what knowing little costs, in nats per validation target:
 
         uniform_loss ln V, a guess over the vocabulary; unigram_loss the cross-entropy under the frequencies
-        of the training tokens used, one added to each. val_bytes: of the text of the targets, null if not known.
+        of the training tokens used, one added to each. val_bytes: of the targets' text, null if not known.
         """
         counts, targets = self._count(self.train) + 1.0, self._count(self.val[1:])
         return {'dataset': self.meta['dataset'], 'tokenizer': self.meta['tokenizer'],

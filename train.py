@@ -409,12 +409,12 @@ def evaluate():
         load = load + torch.zeros(model_config.n_layer, model_config.n_expert, dtype=torch.float64)
         sums, load = add_up(torch.from_numpy(sums)).numpy(), add_up(load)
     model.train()
-    nll, targets = sums[0], int((y >= 0).sum())
+    (nll, correct, balance_loss, z_loss, entropy, windows), targets = sums.tolist(), int((y >= 0).sum())
     fractions = load / load.sum(1, keepdim=True)            # (n_layer, E)
     val_bytes = result['data']['val_bytes']
     return {'val_loss': nll / targets, 'val_perplexity': math.exp(nll / targets) if nll / targets < 700 else math.inf,
-            'val_accuracy': sums[1] / targets, 'val_bits_per_byte': nll / math.log(2) / val_bytes if val_bytes else None,
-            'balance_loss': sums[2] / sums[5], 'z_loss': sums[3] / sums[5], 'router_entropy': sums[4] / sums[5],
+            'val_accuracy': correct / targets, 'val_bits_per_byte': nll / math.log(2) / val_bytes if val_bytes else None,
+            'balance_loss': balance_loss / windows, 'z_loss': z_loss / windows, 'router_entropy': entropy / windows,
             'expert_load': fractions.tolist(), 'max_violation': (fractions.max() * model_config.n_expert - 1).item()}
 
 

@@ -13,6 +13,6 @@ max_steps = 300
 batch_size = 16
 micro_batch_size = 16
 warmup_steps = 15
-learning_rate = 6e-3            # from results/sweep
+learning_rate = 3e-3            # from results/sweep
 eval_interval = 100
 experiment = 'laptop'

@@ -1,0 +1,353 @@
+"""train.py: what is reported was run, and a run that is repeated, split up, interrupted or resumed ends in the same numbers."""
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from attention import LatentAttention, MultiHeadAttention
+from conftest import REPOSITORY, TINY, flags, one_line
+from model import LanguageModel, ModelConfig
+
+VARIANTS = ['baseline', 'gqa', 'mqa', 'lora', 'enhanced', 'mla']
+
+
+def result_of(run):
+    assert run.code == 0, run.err
+    return json.loads((run.folder / 'result.json').read_text())
+
+
+def weights_of(run):
+    return torch.load(run.folder / 'checkpoint.pt', weights_only=True)['model']
+
+
+def losses_of(run):
+    return [(r['train_loss'], r['val_loss'], r['grad_norm']) for r in result_of(run)['history']]
+
+
+def assert_same_bits(a, b):
+    assert losses_of(a) == losses_of(b)
+    a, b = weights_of(a), weights_of(b)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def call_at_step(monkeypatch, step, what):
+    """what() at the moment when update number `step` (from 0) asks for its batch."""
+    batch = data.Corpus.batch
+    monkeypatch.setattr(data.Corpus, 'batch', lambda self, seed, t, n: (what() if t == step else None, batch(self, seed, t, n))[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is reported was run
+
+@pytest.mark.parametrize('attn', VARIANTS)
+def test_the_result_describes_the_network_that_was_trained(train, attn):
+    run = train(attn, attn=attn)
+    result, weights = result_of(run), weights_of(run)
+    C, H, L = TINY['n_embd'], TINY['n_head'], TINY['n_layer']
+    latent = attn in ('lora', 'enhanced', 'mla')
+    m = result['model']
+    assert m['attention_class'] == ('LatentAttention' if latent else 'MultiHeadAttention')
+    assert m['params_total'] == sum(p.numel() for p in weights.values())
+    assert m['params_attention'] == sum(p.numel() for name, p in weights.items() if '.attn.' in name)
+    assert any('kv_a_proj_with_mqa' in name for name in weights) == latent
+    # attention's parameters and the cache in closed form, from the sizes in the config (reference, section 1)
+    c, d = result['config'], C // H
+    if latent:
+        q, r, dn, dr, dv = (c[k] for k in ('q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim'))
+        size = C * q + q + q * H * (dn + dr) + C * (r + dr) + r + r * H * (dn + dv) + H * dv * C
+        size += (q + r + dr + C) if attn == 'enhanced' else 0
+        assert m['kv_cache_bytes_per_token'] == L * (r + dr) * 4
+    else:
+        size = 2 * C * C + 2 * C * c['n_kv_head'] * d
+        assert m['kv_cache_bytes_per_token'] == L * 2 * c['n_kv_head'] * d * 4
+    assert m['params_attention'] == L * size
+    assert m['kv_cache_bytes_per_token_16bit'] * 2 == m['kv_cache_bytes_per_token']
+    assert m['params_total'] - m['params_active'] == L * (4 - 2) * 3 * C * TINY['d_ff']
+    assert result['status'] == 'complete' and result['final']['updates'] == 6 and result['final']['tokens'] == 6 * 6 * 32
+
+
+def test_a_run_whose_optimizer_holds_another_model_is_refused(train, monkeypatch):
+    adamw, other = torch.optim.AdamW, LanguageModel(ModelConfig(vocab_size=257, n_layer=2, n_head=2, n_embd=32, d_ff=32, n_expert=4))
+    monkeypatch.setattr(torch.optim, 'AdamW', lambda groups, **kw: adamw([{'params': list(other.parameters())}], **kw))
+    with pytest.raises(RuntimeError, match='not those of the model that would be reported'):
+        train()
+
+
+def test_a_run_that_trains_only_some_of_its_parameters_is_refused(train, monkeypatch):
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, 'AdamW', lambda groups, **kw: adamw([{**groups[0], 'params': groups[0]['params'][:-1]}, groups[1]], **kw))
+    with pytest.raises(RuntimeError, match='not those of the model'):
+        train()
+
+
+def test_the_result_file_has_the_fields_of_schema_1(train):
+    result = result_of(train(attn='mla'))
+    assert set(result) == {'schema', 'status', 'name', 'started', 'finished', 'error', 'config', 'model', 'data', 'environment',
+                           'history', 'final'}
+    assert result['schema'] == 1
+    knobs = re.findall(r'^(\w+)(?::.*?)? = .*#', (REPOSITORY / 'train.py').read_text().split('# ----')[1], re.M)
+    assert set(knobs) <= set(result['config']) and len(knobs) > 50          # every knob, with the row applied:
+    assert all(result['config'][k] is not None for k in ('kv_lora_rank', 'rope_scaling', 'balance_loss_weight', 'eval_interval'))
+    assert {'train_sha256', 'val_sha256', 'val_bytes', 'uniform_loss', 'unigram_loss'} <= set(result['data'])
+    assert {'device_name', 'threads', 'torch', 'python', 'platform', 'git_commit', 'git_dirty', 'source_sha256'} <= set(result['environment'])
+    assert {'train.py', 'model.py', 'attention.py', 'moe.py'} <= set(result['environment']['source_sha256'])
+    assert [r['step'] for r in result['history']] == [1, 2, 3, 4, 5, 6]
+    for r in result['history']:
+        assert set(r) == {'step', 'tokens', 'seconds', 'learning_rate', 'train_loss', 'val_loss', 'grad_norm', 'balance'}
+        assert (r['val_loss'] is not None) == (r['step'] in (3, 6)) and r['tokens'] == r['step'] * 6 * 32
+    final = result['final']
+    assert {'step', 'updates', 'tokens', 'val_loss', 'val_perplexity', 'val_accuracy', 'val_bits_per_byte', 'seconds_training', 'seconds_total',
+            'step_ms_median', 'tokens_per_second', 'mfu', 'peak_memory_gb', 'peak_memory_kind'} <= set(final)
+    assert final['peak_memory_kind'] == 'resident' and 0.1 < final['peak_memory_gb'] < 24
+    assert final['val_perplexity'] == pytest.approx(math.exp(final['val_loss']))
+    assert np.allclose(np.sum(final['expert_load'], 1), 1) and np.shape(final['expert_load']) == (2, 4)
+
+
+def test_the_validation_loss_is_that_of_every_target_once_and_of_cross_entropy_alone(train, corpus, data_root):
+    run = train(attn='enhanced', micro_batch_size=4, balance_loss_weight=3.0)       # windows do not fill the last micro-batch
+    result = result_of(run)
+    model = LanguageModel(ModelConfig(**{k: result['config'][k] for k in ModelConfig.__dataclass_fields__})).double()
+    model.load_state_dict(weights_of(run))
+    tokens = torch.from_numpy(np.array(data.Corpus(data.prepare(str(corpus), 'bytes', 0, root=data_root), 0, 0, 32).val, dtype=np.int64))
+    nll = right = 0
+    for start in range(0, len(tokens) - 1, 32):                                     # one window after the other, the last one short
+        window = tokens[start:start + 33]
+        logits = model(window[None, :-1])[0]
+        nll += torch.nn.functional.cross_entropy(logits, window[1:], reduction='sum').item()
+        right += (logits.argmax(-1) == window[1:]).sum().item()
+    assert result['final']['val_loss'] == pytest.approx(nll / (len(tokens) - 1), rel=1e-6)
+    assert result['final']['val_accuracy'] == pytest.approx(right / (len(tokens) - 1), abs=2 / len(tokens))
+    assert result['final']['val_bits_per_byte'] == pytest.approx(nll / math.log(2) / result['data']['val_bytes'], rel=1e-6)
+
+
+def test_a_longer_run_learns_more_than_unigram_frequencies_know(train):
+    result = result_of(train(attn='enhanced', max_steps=60, eval_interval=60))
+    assert result['final']['val_loss'] < 0.6 * result['data']['unigram_loss'] < result['data']['uniform_loss']
+
+
+def test_the_auxiliary_losses_do_not_enter_the_reported_training_loss(train):
+    with_, without = (result_of(train(f'w{w}', balance_loss_weight=w, z_loss_weight=w, max_steps=2)) for w in (50.0, 0.0))
+    assert with_['history'][0]['train_loss'] == without['history'][0]['train_loss']     # the same weights, before any update
+    assert with_['history'][1]['train_loss'] != without['history'][1]['train_loss']     # which they did steer
+
+
+def test_the_learning_rate_never_starts_at_zero_and_ends_where_configured(train):
+    rates = [r['learning_rate'] for r in result_of(train(max_steps=8, warmup_steps=3, min_lr_ratio=0.2))['history']]
+    assert rates[:3] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01]) and rates[-1] == pytest.approx(0.002)
+    assert all(a > b for a, b in zip(rates[3:], rates[4:]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs, repetition, micro-batches, interruption
+
+def test_two_variants_at_one_seed_start_equal_and_see_the_same_batches(train, monkeypatch):
+    seen = []
+    batch = data.Corpus.batch
+    monkeypatch.setattr(data.Corpus, 'batch', lambda *a: (seen.append(batch(*a)), seen[-1])[1])
+    first, second = train('a', attn='baseline', learning_rate=0.0), train('b', attn='lora', learning_rate=0.0)
+    assert len(seen) == 12 and all(np.array_equal(seen[i][0], seen[6 + i][0]) for i in range(6))
+    a, b = weights_of(first), weights_of(second)                                    # never moved: learning rate 0
+    shared = [k for k in a if k in b and a[k].shape == b[k].shape]
+    assert {'embed.weight', 'layers.0.moe.gate_proj', 'layers.1.moe.router.weight'} <= set(shared)
+    assert all(torch.equal(a[k], b[k]) for k in shared)
+
+
+def test_the_same_variant_and_seed_give_the_same_bits_and_another_seed_does_not(train):
+    first, again, other = train('a', attn='enhanced'), train('b', attn='enhanced'), train('c', attn='enhanced', seed=1)
+    assert_same_bits(first, again)
+    assert losses_of(first)[0][0] != losses_of(other)[0][0]
+
+
+@pytest.mark.parametrize('attn', ['baseline', 'enhanced'])
+def test_the_micro_batch_changes_the_result_by_rounding_only(train, attn):
+    whole, *parts = (result_of(train(f'm{m}', attn=attn, micro_batch_size=m)) for m in (6, 4, 1))
+    for part in parts:
+        assert part['final']['val_loss'] == pytest.approx(whole['final']['val_loss'], rel=1e-5)
+        for a, b in zip(whole['history'], part['history']):
+            assert b['train_loss'] == pytest.approx(a['train_loss'], rel=1e-5)
+            assert b['grad_norm'] == pytest.approx(a['grad_norm'], rel=1e-3)
+            assert b['balance']['balance_loss'] == pytest.approx(a['balance']['balance_loss'], rel=1e-4)
+
+
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize('knobs', [dict(attn='enhanced'), dict(attn='mla', router='sigmoid', bias_update_rate=0.05)], ids=str)
+def test_interrupted_and_resumed_ends_in_the_bits_of_a_run_left_alone(train, monkeypatch, number, status, knobs):
+    alone = train('alone', **knobs)
+    with monkeypatch.context() as m:
+        call_at_step(m, 3, lambda: signal.raise_signal(number))
+        stopped = train('stopped', **knobs)
+    assert stopped.code == status and '--resume=True' in stopped.out
+    result = json.loads((stopped.folder / 'result.json').read_text())
+    assert result['status'] == 'interrupted' and len(result['history']) == 4       # the step under way was finished
+    resumed = train('stopped', resume=True, **knobs)
+    assert 'going on after step 4' in resumed.out
+    assert_same_bits(alone, resumed)
+
+
+def test_the_selection_bias_moves_once_per_update_over_the_whole_batch(train):
+    bias = weights_of(train(router='sigmoid', bias_update_rate=0.25, micro_batch_size=1))['layers.0.moe.e_score_correction_bias']
+    assert bias.abs().max() > 0 and bias.abs().max() <= 6 * 0.25
+    assert torch.equal(bias / 0.25, (bias / 0.25).round())                          # whole steps, at most one per update
+
+
+@pytest.mark.parametrize('processes', [2, 3])
+def test_several_processes_give_the_curve_of_one(train, tmp_path, corpus, data_root, processes):
+    knobs = dict(attn='enhanced', batch_size=7, micro_batch_size=2, router='sigmoid', bias_update_rate=0.05)
+    alone = result_of(train('alone', **knobs))
+    knobs = {**TINY, 'dataset': corpus, 'data_root': data_root, 'out_dir': tmp_path / 'several', **knobs}
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--master_port=0', '--rdzv_endpoint=localhost:0',
+                           '--rdzv_backend=c10d', str(REPOSITORY / 'train.py'), *flags(**knobs)], capture_output=True, text=True, timeout=120,
+                          env={**__import__('os').environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count('step 6/6') == 1                                       # one of them speaks
+    several = json.loads((tmp_path / 'several/result.json').read_text())
+    assert several['environment']['world_size'] == processes
+    assert several['final']['val_loss'] == pytest.approx(alone['final']['val_loss'], rel=1e-5)
+    assert several['final']['expert_load'] == pytest.approx(np.array(alone['final']['expert_load']), abs=2e-3)
+    for a, b in zip(alone['history'], several['history']):
+        assert b['train_loss'] == pytest.approx(a['train_loss'], rel=1e-5)
+        assert b['balance']['balance_loss'] == pytest.approx(a['balance']['balance_loss'], rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+def test_a_finished_folder_is_not_overwritten_without_being_told_to(train):
+    first = train()
+    content = (first.folder / 'result.json').read_bytes()
+    one_line(train(), 'finished run', '--overwrite=True')
+    one_line(train(seed=5), 'another config', 'seed: 0 there, 5 here')
+    one_line(train(resume=True, learning_rate=0.5), 'another config', 'learning_rate: 0.01 there, 0.5 here')
+    assert (first.folder / 'result.json').read_bytes() == content
+    again = train(resume=True)
+    assert again.code == 0 and 'complete already' in again.out and (first.folder / 'result.json').read_bytes() == content
+    assert train(seed=5, overwrite=True).code == 0
+
+
+def test_an_unfinished_folder_is_gone_on_with_only_when_asked(train, monkeypatch):
+    with monkeypatch.context() as m:
+        call_at_step(m, 1, lambda: signal.raise_signal(signal.SIGINT))
+        assert train().code == 130
+    one_line(train(), 'unfinished run', '--resume=True', '--overwrite=True')
+    one_line(train(resume=True, batch_size=5), 'batch_size: 6 there, 5 here')
+    assert train(resume=True).code == 0
+
+
+def test_a_second_process_in_the_same_folder_is_refused(train, tmp_path):
+    fcntl = pytest.importorskip('fcntl', reason='no file locks on this system')
+    (tmp_path / 'run').mkdir()
+    with open(tmp_path / 'run/.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        one_line(train(), 'another process is writing')
+    assert train().code == 0
+
+
+@pytest.mark.parametrize('damage', ['emptied', 'cut', 'flipped', 'text', 'pickle', 'folder'])
+def test_a_damaged_checkpoint_ends_in_one_line_and_never_runs_code(train, monkeypatch, tmp_path, damage):
+    with monkeypatch.context() as m:
+        call_at_step(m, 1, lambda: signal.raise_signal(signal.SIGINT))
+        folder = train().folder
+    path = folder / 'checkpoint.pt'
+    whole = path.read_bytes()
+    evil = b"cos\nsystem\n(S'touch " + str(tmp_path / 'ran').encode() + b"'\ntR."
+    cases = {'emptied': [b''], 'text': [b'hello\n' * 100], 'pickle': [evil, __import__('pickle').dumps([1, 2])], 'folder': [None],
+             'cut': [whole[:int(len(whole) * f)] for f in np.linspace(0.01, 0.99, 12)],
+             'flipped': [whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1:] for i in np.linspace(0, len(whole) // 60, 25).astype(int)]}[damage]
+    for content in cases:
+        if content is None:
+            path.unlink()
+            path.mkdir()
+        else:
+            path.write_bytes(content)
+        run = train(resume=True)
+        if damage == 'flipped' and run.code == 0:                                   # in padding between records: nothing was lost
+            path.write_bytes(whole)
+            (folder / 'result.json').unlink()
+            continue
+        one_line(run, 'checkpoint.pt')
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole_and_says_so(train, monkeypatch):
+    import errno
+    import os
+    real, calls = os.fsync, []
+
+    def fsync(fd):
+        calls.append(fd)
+        if len(calls) == 4:                                 # result.json, checkpoint.pt, result.json, then this one
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd)
+    with monkeypatch.context() as m:
+        m.setattr(os, 'fsync', fsync)
+        run = train(max_steps=9)
+    one_line(run, 'checkpoint.pt', 'No space left', 'still there')
+    assert torch.load(run.folder / 'checkpoint.pt', weights_only=True)['step'] == 3
+    assert sorted(p.name for p in run.folder.iterdir()) == ['.lock', 'checkpoint.pt', 'result.json']
+    assert losses_of(train(max_steps=9, resume=True)) == losses_of(train('other', max_steps=9))
+
+
+def test_a_run_that_diverges_stops_at_once_and_keeps_the_last_good_checkpoint(train, monkeypatch):
+    clip = torch.nn.utils.clip_grad_norm_
+    seen = []
+
+    def poisoned(parameters, limit):
+        seen.append(1)
+        return clip(parameters, limit) * (math.nan if len(seen) == 5 else 1)
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', poisoned)
+    run = train()
+    assert run.code == 3 and 'diverged at step 5' in run.err
+    result = json.loads((run.folder / 'result.json').read_text())
+    assert result['status'] == 'diverged' and 'step 5' in result['error'] and result['final']['step'] == 3
+    assert torch.load(run.folder / 'checkpoint.pt', weights_only=True)['step'] == 3
+    assert train(resume=True).code == 3                                             # not silently tried again
+
+
+def test_a_learning_rate_beyond_reason_is_recorded_as_diverged(train):
+    run = train(learning_rate=1e30, grad_clip=0, max_steps=20, eval_interval=20)
+    result = json.loads((run.folder / 'result.json').read_text())
+    assert run.code == 3 and result['status'] == 'diverged' and 'nan' in result['error'] and result['final'] is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+@pytest.mark.parametrize('knobs, words', [
+    (dict(attn='lorra'), ['lorra', '--attn=lora']), (dict(n_embd=33), ['n_embd (33)', 'n_head (2)']),
+    (dict(attn='lora', qk_rope_head_dim=5), ['qk_rope_head_dim (5)', 'even']), (dict(attn='lora', qk_nope_head_dim=0), ['qk_nope_head_dim']),
+    (dict(attn='lora', v_head_dim=0), ['v_head_dim']), (dict(top_k=5), ['top_k (5)', 'n_expert (4)']), (dict(top_k=0), ['top_k (0)']),
+    (dict(attn='gqa', n_kv_head=3), ['n_kv_head (3)', 'n_head (2)']), (dict(attn='baseline', kv_lora_rank=8), ['kv_lora_rank', 'baseline']),
+    (dict(rope_factor=0.5), ['rope_factor (0.5)']), (dict(rope_scaling='yarm'), ['yarm', 'yarn']), (dict(block_size=100_000), ['block_size']),
+    (dict(max_steps=0), ['max_steps']), (dict(micro_batch_size=0), ['micro_batch_size']), (dict(learning_rate=-1), ['learning_rate']),
+    (dict(dataset='no/such/place'), ['no/such/place']), (dict(device='cuda:99'), ['cuda']), (dict(device='abacus'), ['abacus']),
+    (dict(n_embd='big'), ['n_embd', 'big']), (dict(routr='sigmoid'), ['routr', 'router']), (dict(lr=1), ['lr', 'learning_rate'])], ids=str)
+def test_bad_input_ends_in_one_line_and_writes_nothing(train, tmp_path, knobs, words):
+    one_line(train(**knobs), *words)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_config_file_with_a_mistake_is_named_with_its_line(train, tmp_path):
+    (tmp_path / 'mine.py').write_text('n_layer = 1\nn_heads = 2\n')
+    one_line(train('run', tmp_path / 'mine.py'), 'mine.py:2', 'n_heads', 'n_head')
+    (tmp_path / 'mine.py').write_text('n_layer = int(1)\n')
+    one_line(train('run', tmp_path / 'mine.py'), 'mine.py:1')
+
+
+@pytest.mark.parametrize('content', ['', '{', '[]', '{"config": 3}', 'null', '{"config": {}}'])
+def test_a_foreign_result_file_is_not_taken_for_a_run(train, tmp_path, content):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run/result.json').write_text(content)
+    one_line(train(), '--overwrite=True')
+
+
+def test_every_configuration_that_is_shipped_is_accepted(tmp_path):
+    for path in sorted((REPOSITORY / 'config').glob('*.py')):
+        done = subprocess.run([sys.executable, REPOSITORY / 'train.py', path, '--device=abacus'], capture_output=True, text=True)
+        assert done.returncode == 2 and 'abacus' in done.stderr                     # past the configurator, before any work
