@@ -108,9 +108,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 from model import LanguageModel, ModelConfig
+from muon import Muon
 
 SCHEMA = 1
 # Dense bfloat16 matrix rate of GPUs in FLOP/s (vendors' data sheets), for mfu; elsewhere mfu is null
@@ -162,8 +168,10 @@ for knob in ('n_shared_expert', 'max_train_tokens', 'max_val_tokens', 'warmup_st
              'log_interval', 'min_lr_ratio', 'weight_decay', 'grad_clip', 'learning_rate', 'bias_update_rate', 'seed'):
     if config[knob] < 0:
         fail(f'{knob} must not be negative, it is {config[knob]}')
-if batch_size < world_size:
-    fail(f'batch_size ({batch_size}) must be at least the number of processes ({world_size})')
+if shard and (world_size == 1 or optimizer == 'muon'):
+    fail('--shard=True needs several processes (torchrun) and --optimizer=adamw: muon needs whole matrices')
+if batch_size % world_size:
+    fail(f'batch_size ({batch_size}) must be a multiple of the number of processes ({world_size})')
 if balance_loss_weight is None:
     balance_loss_weight = 0.01 if router == 'softmax' else 0.0
 if z_loss_weight is None:
@@ -260,19 +268,40 @@ if world_size > 1:
     # a process that dies takes the others with it: they give up waiting for it after a minute
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(seconds=60))
 
-raw_model = LanguageModel(model_config, seed).to(device)
-if checkpoint:
-    raw_model.load_state_dict(checkpoint['model'])
-model = torch.compile(raw_model) if compile else raw_model
-if world_size > 1:
-    model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[local_rank] if device.type == 'cuda' else None)
+raw_model = LanguageModel(model_config, seed)
+if shard:       # FSDP2: each block's parameters are gathered when it runs; block by block, so that the whole never lies on one GPU
+    for layer in raw_model.layers:
+        if compile:
+            layer.compile()
+        fully_shard(layer, mesh=init_device_mesh(device.type, (world_size,)))
+    model = fully_shard(raw_model, mesh=init_device_mesh(device.type, (world_size,)))
+    raw_model.to(device)                                    # what is not a parameter: the routers' selection bias
+else:
+    raw_model.to(device)
+    model = torch.compile(raw_model) if compile else raw_model
+    if world_size > 1:
+        model = DistributedDataParallel(model, device_ids=[local_rank] if device.type == 'cuda' else None)
 
-matrices = [p for p in raw_model.parameters() if p.ndim >= 2]           # decayed; the stacked experts are matrices, too
-vectors = [p for p in raw_model.parameters() if p.ndim < 2]             # norm gains and biases: not
-opt = torch.optim.AdamW([{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.0}],
-                        lr=learning_rate, betas=(beta1, beta2), fused=True)
+# Each parameter has one owner: decayed or not, and with --optimizer=muon the hidden matrices go to Muon
+named = list(raw_model.named_parameters())
+for_muon = [p for n, p in named if optimizer == 'muon' and p.ndim >= 2 and not n.startswith('embed') and '.router.' not in n]
+taken = set(map(id, for_muon))
+matrices = [p for n, p in named if p.ndim >= 2 and id(p) not in taken]
+vectors = [p for n, p in named if p.ndim < 2]                           # norm gains and biases
+optimizers = [torch.optim.AdamW([{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.0}],
+                                lr=learning_rate, betas=(beta1, beta2), fused=True)]
+if for_muon:
+    optimizers.append(Muon(for_muon, lr=learning_rate, weight_decay=weight_decay))
+
+# Whole tensors on the CPU, by parameter name: any number of processes, sharded or not, reads what any other wrote
+whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
 if checkpoint:
-    opt.load_state_dict(checkpoint['optimizer'])
+    try:
+        set_model_state_dict(raw_model, checkpoint['model'], options=whole)
+        for opt, state in zip(optimizers, checkpoint['optimizer'], strict=True):
+            set_optimizer_state_dict(raw_model, opt, state, options=whole)
+    except Exception as error:
+        fail(f'{checkpoint_path} does not fit this model ({type(error).__name__}); --overwrite=True starts again')
 
 
 def learning_rate_at(step):
@@ -288,7 +317,7 @@ def learning_rate_at(step):
 
 def describe_model():
     """The `model` part of the result. RuntimeError unless what the optimizer moves is exactly the model that is described."""
-    owned = [id(p) for group in opt.param_groups for p in group['params']]
+    owned = [id(p) for opt in optimizers for group in opt.param_groups for p in group['params']]
     if len(owned) != len(set(owned)) or set(owned) != {id(p) for p in raw_model.parameters()}:
         raise RuntimeError('the parameters in the optimizer are not those of the model that would be reported')
     classes = {type(layer.attn).__name__ for layer in raw_model.layers}
@@ -367,9 +396,11 @@ def write_result(status, error=None):
 
 def save_checkpoint(finished=False):
     """Everything that going on needs. Batches are a function of (seed, step) and nothing else is random: no generator states."""
+    weights = get_model_state_dict(raw_model, options=whole)            # of all processes together, where they hold parts
+    moments = None if finished else [get_optimizer_state_dict(raw_model, opt, options=whole) for opt in optimizers]
     if main_process:
-        content = {'schema': SCHEMA, 'config': config, 'model_config': vars(model_config), 'model': raw_model.state_dict(),
-                   'optimizer': None if finished else opt.state_dict(), 'step': step, 'history': history, 'final': final,
+        content = {'schema': SCHEMA, 'config': config, 'model_config': vars(model_config), 'model': weights,
+                   'optimizer': moments, 'step': step, 'history': history, 'final': final,
                    'step_seconds': step_seconds, 'seconds_total': seconds_before + time.perf_counter() - start,
                    'started': result['started'], 'tokenizer': corpus.tokenizer.state() if corpus.tokenizer else None}
         write_atomically(checkpoint_path, lambda file: torch.save(content, file))
@@ -396,17 +427,20 @@ def evaluate():
     """
     model.eval()
     x, y = corpus.val_windows()                             # (windows, T), targets -1 where the last window is padded
-    mine = range(rank * micro_batch_size, len(x), world_size * micro_batch_size)
-    sums, load = np.zeros(6), 0                             # nll, correct, balance, z, entropy (by window), windows
-    for i in mine:
-        xb, yb = (torch.from_numpy(a[i:i + micro_batch_size]).to(device) for a in (x, y))
+    sums = np.zeros(6)                                      # nll, correct, balance, z, entropy (by window), windows
+    load = torch.zeros(model_config.n_layer, model_config.n_expert, dtype=torch.float64)
+    evaluator = raw_model if isinstance(model, DistributedDataParallel) else model      # no gradients to be averaged here
+    for i in range(0, len(x), world_size * micro_batch_size):
+        i += rank * micro_batch_size
+        # sharded processes must run the same number of forwards: one without a window of its own runs an empty-handed one
+        xb, yb = (torch.from_numpy(a[i:i + micro_batch_size] if i < len(x) else a[:1]).to(device) for a in (x, y))
         with autocast:
-            o = raw_model(xb, yb) if world_size > 1 else model(xb, yb)      # no gradients to be averaged here
-        n = len(xb)
-        sums += [o.nll.item(), o.correct.item(), o.balance_loss.item() * n, o.z_loss.item() * n, o.entropy.mean().item() * n, n]
-        load = load + o.load.double().cpu()
+            o = evaluator(xb, yb)
+        if i < len(x):
+            n = len(xb)
+            sums += [o.nll.item(), o.correct.item(), o.balance_loss.item() * n, o.z_loss.item() * n, o.entropy.mean().item() * n, n]
+            load += o.load.double().cpu()
     if world_size > 1:
-        load = load + torch.zeros(model_config.n_layer, model_config.n_expert, dtype=torch.float64)
         sums, load = add_up(torch.from_numpy(sums)).numpy(), add_up(load)
     model.train()
     (nll, correct, balance_loss, z_loss, entropy, windows), targets = sums.tolist(), int((y >= 0).sum())
@@ -453,7 +487,7 @@ if compile:                                                 # now, so that no up
         with autocast:
             o = model(*tensors(*corpus.batch(seed, 0, size)))
         (o.nll + o.balance_loss + o.z_loss).backward()
-    opt.zero_grad()
+    raw_model.zero_grad()
     say(f'compiled in {time.perf_counter() - clock:.0f} s')
 
 stop = None                                                 # the signal that asked for an end, if one did
@@ -473,14 +507,14 @@ signal.signal(signal.SIGTERM, ask_to_stop)
 
 if not step:
     write_result('running')
-mine = np.array_split(np.arange(batch_size), world_size)[rank]          # the rows of every batch that this process takes
+mine = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)   # the rows of every batch that this process takes
 start = time.perf_counter()
 first, first_done = step, start                                         # for the time left; moved past the first update
 
 while step < max_steps:
     clock = time.perf_counter()
     lr = learning_rate_at(step)
-    for group in opt.param_groups:
+    for group in (g for opt in optimizers for g in opt.param_groups):
         group['lr'] = lr
 
     # Gradients of the whole batch, one micro-batch at a time. Every loss is scaled by its share of the batch, so that
@@ -490,6 +524,9 @@ while step < max_steps:
     load = torch.zeros(model_config.n_layer, model_config.n_expert, device=device)
     for i in range(0, len(x), micro_batch_size):
         xb, yb = x[i:i + micro_batch_size], y[i:i + micro_batch_size]
+        if world_size > 1:                                              # gradients travel once, with the last micro-batch
+            last = i + micro_batch_size >= len(x)
+            model.set_requires_gradient_sync(last) if shard else setattr(model, 'require_backward_grad_sync', last)
         with autocast:
             o = model(xb, yb)
         share = len(xb) / batch_size
@@ -497,14 +534,15 @@ while step < max_steps:
         loss = parts[0] + balance_loss_weight * parts[1] + z_loss_weight * parts[2]
         if world_size > 1:                                              # DDP averages gradients, here they are to be summed
             loss = loss * world_size
-            model.require_backward_grad_sync = i + micro_batch_size >= len(x)
         loss.backward()
         losses += parts.detach()
         load += o.load
 
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    opt.step()
-    opt.zero_grad()
+    grad_norm = grad_norm.full_tensor() if shard else grad_norm
+    for opt in optimizers:
+        opt.step()
+    raw_model.zero_grad()
     stopping = torch.tensor([float(stop is not None)], device=device)
     if world_size > 1:
         total = torch.cat((losses, load.flatten(), stopping))
@@ -570,4 +608,5 @@ save_checkpoint(finished=True)
 write_result('complete')
 say(f'validation loss {final["val_loss"]:.4f} after {final["tokens"]:,} tokens in {final["seconds_training"]:.0f} s of updates; {result_path}')
 if world_size > 1:
+    dist.barrier()
     dist.destroy_process_group()

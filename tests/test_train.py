@@ -1,6 +1,7 @@
 """train.py: what is reported was run, and a run that is repeated, split up, interrupted or resumed ends in the same numbers."""
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -199,12 +200,12 @@ def test_the_selection_bias_moves_once_per_update_over_the_whole_batch(train):
 
 @pytest.mark.parametrize('processes', [2, 3])
 def test_several_processes_give_the_curve_of_one(train, tmp_path, corpus, data_root, processes):
-    knobs = dict(attn='enhanced', batch_size=7, micro_batch_size=2, router='sigmoid', bias_update_rate=0.05)
+    knobs = dict(attn='enhanced', micro_batch_size=2, router='sigmoid', bias_update_rate=0.05)
     alone = result_of(train('alone', **knobs))
     knobs = {**TINY, 'dataset': corpus, 'data_root': data_root, 'out_dir': tmp_path / 'several', **knobs}
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--master_port=0', '--rdzv_endpoint=localhost:0',
                            '--rdzv_backend=c10d', str(REPOSITORY / 'train.py'), *flags(**knobs)], capture_output=True, text=True, timeout=120,
-                          env={**__import__('os').environ, 'OMP_NUM_THREADS': '1'})
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count('step 6/6') == 1                                       # one of them speaks
     several = json.loads((tmp_path / 'several/result.json').read_text())

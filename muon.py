@@ -1,0 +1,48 @@
+"""Muon: momentum, orthogonalised, for the matrices of the network (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+The update of a matrix is U V^T of its momentum's singular value decomposition U S V^T: every direction moves equally far.
+torch.optim.Muon exists, but takes two-dimensional parameters only; the experts here are stacked (E, rows, cols), and each
+of them is a matrix of its own.
+"""
+import torch
+
+
+def orthogonalise(g, steps=5):
+    """About U V^T for each matrix of g (..., rows, cols), by Newton-Schulz iteration: all singular values near 1.
+
+    The quintic's coefficients are Muon's: steep at 0, so that 5 steps suffice; they leave singular values within about
+    0.7 to 1.2, which serves as well as exactly 1. In bfloat16 on a GPU, in float32 on a CPU.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.bfloat16() if g.is_cuda else g
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x                                             # the smaller Gram matrix
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)                 # spectral norm at most 1
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(g.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised, decoupled weight decay. For parameters of two dims, or stacks of such.
+
+    Updates are scaled by 0.2 sqrt(max(rows, cols)), which gives their entries the root mean square that AdamW's have, so
+    that AdamW's learning rate and weight decay carry over (Moonlight, arXiv 2502.16982, eq. 4).
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.1):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group['lr'], group['momentum']
+            for p in group['params']:
+                if 'momentum' not in self.state[p]:
+                    self.state[p]['momentum'] = torch.zeros_like(p)
+                m = self.state[p]['momentum']
+                m.lerp_(p.grad, 1 - momentum)
+                update = orthogonalise(p.grad.lerp(m, momentum))
+                p.mul_(1 - lr * group['weight_decay'])
+                p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2:]) ** 0.5)

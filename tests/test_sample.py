@@ -1,0 +1,417 @@
+"""sample.py: the text is the model's, whole characters as they come, every way to end it, every bad input in one line."""
+
+import io
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+import attention
+from data import Tokenizer
+from model import LanguageModel, ModelConfig
+
+ON_CPU = ('--device=cpu', '--dtype=float32', '--compile=False')
+GREEDY = (*ON_CPU, '--temperature=0')
+PROMPT = 'def f(x):'
+BLOCK = 64                                                  # block_size of config/smoke.py
+DASHES = '-' * 20 + '\n'
+
+
+def python(*arguments, **kwargs):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUTF8': '1', **kwargs.pop('env', {})}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=HERE, env=env, stdin=kwargs.pop('stdin', subprocess.DEVNULL),
+                            stdout=kwargs.pop('stdout', subprocess.PIPE), stderr=subprocess.PIPE)
+
+
+def ended(process, given=None):
+    out, err = process.communicate(given, timeout=100)
+    return SimpleNamespace(code=process.returncode, out=(out or b'').decode(), err=err.decode())
+
+
+def one_line(run, *words):
+    """`run` ended as bad input does: exit status 2, one line on stderr that has these words, no text."""
+    assert run.code == 2 and run.err.count('\n') == 1 and 'Traceback' not in run.err and not run.out, run
+    assert all(str(word) in run.err for word in words), (words, run.err)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A run folder as train.py leaves it: latent attention, a vocabulary of 300, two updates."""
+    folder = tmp_path_factory.mktemp('trained')
+    (folder / 'texts').mkdir()
+    for name in ('moe.py', 'attention.py', 'model.py'):
+        shutil.copy(HERE / name, folder / 'texts')
+    run = ended(python('train.py', 'config/smoke.py', '--max_steps=2', '--attn=enhanced', f'--dataset={folder / "texts"}',
+                       '--tokenizer=bpe', '--vocab_size=300', f'--data_root={folder / "data"}', f'--out_dir={folder / "run"}',
+                       '--device=cpu'))
+    assert run.code == 0, run.err
+    return folder / 'run'
+
+
+@pytest.fixture(scope='module')
+def lively(trained, tmp_path_factory):
+    """The same checkpoint with the layers' matrices larger: after two updates the likeliest token is always the last one again."""
+    def louder(weights):
+        return {k: v * 12 if k.startswith('layers') and v.ndim > 1 and 'router' not in k else v for k, v in weights.items()}
+    return changed(trained, tmp_path_factory.mktemp('lively'), model=louder)
+
+
+def changed(run, folder, **entries):
+    """A checkpoint file like run's, but for these entries: a value, or a function of the old one."""
+    content = torch.load(run if run.is_file() else run / 'checkpoint.pt', weights_only=True)
+    for key, value in entries.items():
+        content[key] = value(content[key]) if callable(value) else value
+    torch.save(content, folder / 'changed.pt')
+    return folder / 'changed.pt'
+
+
+def load(path):
+    """-> model, tokenizer of a checkpoint file, not by sample.py."""
+    content = torch.load(path, weights_only=True)
+    model = LanguageModel(ModelConfig(**content['model_config']))
+    model.load_state_dict(content['model'])
+    return model.eval(), Tokenizer.from_state(content['tokenizer'])
+
+
+def greedy_by_full_forwards(path, prompt, n):
+    """Text of prompt + n likeliest tokens; every token from a forward over the whole window. Beyond the context: its newest half."""
+    model, tokenizer = load(path)
+    text = tokenizer.encode(prompt)
+    window, new = text[-BLOCK:], []
+    for _ in range(n):
+        if len(window) > BLOCK:
+            window = window[-(BLOCK // 2):]
+        with torch.no_grad():
+            best = model(torch.tensor([window]))[0, -1].topk(2)
+        assert best.values[0] - best.values[1] > 1e-4       # no tie that rounding could turn
+        new.append(best.indices[0].item())
+        window = window + new[-1:]
+    assert len(set(new)) > n // 5                           # a text that wanders, or it would test nothing
+    return prompt + tokenizer.decode(new)
+
+
+@pytest.fixture
+def sample(monkeypatch, capfd):
+    """sample(path, '--knob=value', ...): sample.py inside this process -> code, out, err."""
+    def run(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['sample.py', *map(str, arguments)])
+        before = signal.getsignal(signal.SIGINT)
+        capfd.readouterr()
+        try:
+            runpy.run_path(str(HERE / 'sample.py'), run_name='__main__')
+            code = None                                     # it ends by sys.exit, always
+        except SystemExit as error:
+            code = error.code
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return SimpleNamespace(code=code, **dict(zip(('out', 'err'), capfd.readouterr())))
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text is the model's
+
+def test_one_seed_gives_one_text_and_another_seed_another(trained, sample):
+    first, again, other = (sample(trained, *ON_CPU, f'--prompt={PROMPT}', '--max_new_tokens=40', f'--seed={s}') for s in (1, 1, 2))
+    assert first.code == again.code == 0
+    assert first.out == again.out != other.out
+    assert first.out.startswith(PROMPT) and first.out.endswith('\n') and len(first.out) > len(PROMPT) + 20
+
+
+def test_greedy_text_is_that_of_an_argmax_over_full_forwards(lively, sample):
+    for n in (1, 40):
+        assert sample(lively, *GREEDY, f'--prompt={PROMPT}', f'--max_new_tokens={n}').out == (
+            greedy_by_full_forwards(lively, PROMPT, n) + '\n')
+
+
+@pytest.mark.parametrize('prompt', [PROMPT, PROMPT + ' return x * 12345 # and then' * 12], ids=['short prompt', 'long prompt'])
+def test_text_longer_than_the_context_goes_on_from_the_newest_half(lively, sample, prompt):
+    assert (len(load(lively)[1].encode(prompt)) > BLOCK) == (prompt != PROMPT)
+    run = sample(lively, *GREEDY, f'--prompt={prompt}', '--max_new_tokens=120')
+    assert run.out == greedy_by_full_forwards(lively, prompt, 120) + '\n'
+
+
+def test_expanding_and_absorbing_give_the_same_greedy_text(lively, sample, monkeypatch):
+    used, absorbs = [], attention.LatentAttention.absorbs
+    monkeypatch.setattr(attention.LatentAttention, 'absorbs', lambda self, T, S: used.append(absorbs(self, T, S)) or used[-1])
+    texts = {}
+    for way in ('expand', 'absorb', 'auto'):
+        used.clear()
+        texts[way] = sample(lively, *GREEDY, f'--prompt={PROMPT}', '--max_new_tokens=50', f'--mla_decode={way}').out
+        assert set(used) == {'expand': {False}, 'absorb': {True}, 'auto': {False, True}}[way]
+    assert texts['expand'] == texts['absorb'] == texts['auto'] and len(texts['auto']) > 50
+
+
+def test_no_top_k_means_all_tokens_and_a_top_k_of_one_the_likeliest(trained, sample):
+    def text(*flags):
+        return sample(trained, *ON_CPU, f'--prompt={PROMPT}', '--max_new_tokens=40', *flags).out
+    everything = text('--top_k=none')
+    assert everything == text('--top_k=0') == text('--top_k=1000') != text('--top_k=2')
+    assert text('--top_k=1', '--temperature=5') == text('--temperature=0')
+
+
+def test_a_static_cache_under_compile_gives_the_same_text(lively, sample, monkeypatch):
+    shapes = []
+
+    def compiled(function):                                 # the real one takes a minute; what it is handed is tested here
+        def wrapped(x, rope, mask, caches, slots, span):
+            shapes.append((x.shape, rope[0].shape, mask.shape, slots.shape, span))
+            return function(x, rope, mask, caches, slots, span)
+        return wrapped
+    monkeypatch.setattr(torch, 'compile', compiled)
+    arguments = lively, f'--prompt={PROMPT}', '--max_new_tokens=90', *GREEDY
+    eager, static = sample(*arguments), sample(*arguments, '--compile=True')
+    assert eager.out == static.out and 'compiled' in static.err
+    assert len(shapes) > 80 and len(set(shapes)) == 1       # nothing to compile a second time
+
+
+def test_without_a_working_compiler_it_goes_on_without(trained, sample, monkeypatch):
+    def broken(function):
+        raise RuntimeError('no compiler')
+    arguments = trained, f'--prompt={PROMPT}', '--max_new_tokens=20', *ON_CPU
+    eager = sample(*arguments)
+    monkeypatch.setattr(torch, 'compile', lambda function: broken)
+    run = sample(*arguments, '--compile=True')
+    assert run.code == 0 and run.out == eager.out and 'does not work here' in run.err and 'Traceback' not in run.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several samples, the end of the text, the prompt
+
+def test_several_samples_are_the_rows_of_one_batch_below_lines_of_dashes(trained, sample):
+    run = sample(trained, *ON_CPU, f'--prompt={PROMPT}', '--max_new_tokens=30', '--num_samples=3', '--seed=5')
+    model, tokenizer = load(trained / 'checkpoint.pt')
+    rows = torch.stack(list(model.generate([tokenizer.encode(PROMPT)] * 3, 30, 0.8, 50, seed=5)), 1).tolist()
+    assert not any(tokenizer.eot in row for row in rows) and rows[0] != rows[1] != rows[2]
+    assert run.out == DASHES.join(f'{PROMPT}{tokenizer.decode(row)}\n' for row in rows)
+
+
+def test_end_of_text_ends_a_sample_and_the_others_go_on(trained, sample, tmp_path):
+    model, tokenizer = load(trained / 'checkpoint.pt')
+    rows = torch.stack(list(model.generate([tokenizer.encode(PROMPT)] * 2, 40, 0.8, 50, seed=3)), 1).tolist()
+    for mine, other in ((0, 1), (1, 0)):                    # which sample is to end
+        eot = next(token for token in rows[mine][5:] if token not in rows[other])
+        path = changed(trained, tmp_path, tokenizer=lambda state: {**state, 'eot': eot})
+        expected = [row[:row.index(eot)] if eot in row else row for row in rows]
+        run = sample(path, *ON_CPU, f'--prompt={PROMPT}', '--max_new_tokens=40', '--num_samples=2', '--seed=3')
+        assert run.out == DASHES.join(f'{PROMPT}{tokenizer.decode(row)}\n' for row in expected)
+    once = next(model.generate([tokenizer.encode(PROMPT)], 1, temperature=0)).item()
+    run = sample(changed(trained, tmp_path, tokenizer=lambda state: {**state, 'eot': once}), *GREEDY, f'--prompt={PROMPT}')
+    assert run.code == 0 and run.out == PROMPT + '\n' and 'then 0 tokens' in run.err
+
+
+def test_an_empty_prompt_starts_from_the_end_of_text(trained, sample):
+    model, tokenizer = load(trained / 'checkpoint.pt')
+    ids = [new.item() for new in model.generate([[tokenizer.eot]], 30, 0.8, 50, seed=1)]
+    expected = tokenizer.decode(ids[:ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids)
+    assert sample(trained, *ON_CPU, '--max_new_tokens=30', '--seed=1').out == expected + '\n'
+
+
+def test_a_prompt_from_a_file_or_standard_input_is_taken_as_it_stands(trained, sample, tmp_path):
+    text = 'class \u00e9:\n\n    pass \n'
+    (tmp_path / 'a prompt.txt').write_bytes(text.encode())
+    arguments = trained, '--max_new_tokens=20', *ON_CPU
+    direct = sample(*arguments, f'--prompt={text}')
+    assert direct.out.startswith(text) and len(direct.out) > len(text) + 5
+    assert sample(*arguments, f'--prompt=FILE:{tmp_path / "a prompt.txt"}').out == direct.out
+    piped = ended(python('sample.py', *arguments, '--prompt=-', stdin=subprocess.PIPE), text.encode())
+    assert piped.out == direct.out and piped.code == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streaming
+
+def reciter(folder, pieces):
+    """A checkpoint whose likeliest continuation of the end of text is these pieces of bytes, one token each.
+
+    The blocks add nothing, so the logits of token i are E e_i up to a factor. With orthonormal u, e_i = 2.5^i (u_i + u_i+1)
+    meets itself with 2, its successor with 2.5, its predecessor with 1/2.5 (times 2.5^2i), and no other.
+    """
+    n = len(pieces) + 1
+    config = ModelConfig(vocab_size=n, block_size=64, n_layer=1, n_head=1, n_embd=n + 1 + (n + 1) % 2, d_ff=4, n_expert=1, top_k=1)
+    model = LanguageModel(config)
+    with torch.no_grad():
+        unit = torch.eye(config.n_embd)
+        model.embed.weight.copy_(torch.stack([2.5**i * (unit[i] + unit[i + 1]) for i in range(n)]))
+        model.layers[0].attn.o_proj.weight.zero_()
+        model.layers[0].moe.down_proj.zero_()
+    torch.save({'schema': 1, 'model_config': vars(config), 'model': model.state_dict(),
+                'tokenizer': Tokenizer('bytes', [None, *pieces], eot=0).state()}, folder / 'reciter.pt')
+    return folder / 'reciter.pt'
+
+
+class Wire(io.RawIOBase):
+    """What reaches the operating system, piece by piece."""
+
+    def __init__(self):
+        self.pieces = []
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        self.pieces.append(bytes(data))
+        return len(data)
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 5])
+def test_streaming_never_splits_a_character(sample, tmp_path, monkeypatch, size):
+    text = 'h\u00e9 \u4e2d\u6587 \U0001f600\U0001f44d\u00f1 ok'
+    data = text.encode()
+    pieces = [data[i:i + size] for i in range(0, len(data), size)]
+    path, wire = reciter(tmp_path, pieces), Wire()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BufferedWriter(wire), encoding='utf-8'))
+    assert sample(path, *GREEDY, f'--max_new_tokens={len(pieces)}').code == 0
+    shown = [piece.decode('utf-8') for piece in wire.pieces]            # raises at a split character
+    assert ''.join(shown) == text + '\n'
+    if size == 1:
+        assert shown == [*text, '\n']                       # every character as soon as its last byte is there
+    else:
+        assert len(shown) > len(pieces) // 2                # not all at once at the end
+
+
+def test_a_character_cut_off_by_the_last_token_is_shown_as_unknown(sample, tmp_path):
+    pieces = [bytes([byte]) for byte in 'a\U0001f600'.encode()]
+    path = reciter(tmp_path, pieces)
+    assert sample(path, *GREEDY, '--max_new_tokens=5').out == 'a\U0001f600\n'
+    assert sample(path, *GREEDY, '--max_new_tokens=4').out == 'a\ufffd\n'
+
+
+def test_a_reader_that_leaves_early_ends_it_quietly(trained):
+    process = python('sample.py', trained, *ON_CPU, '--prompt=def', '--max_new_tokens=1000000000')
+    assert process.stdout.read(3) == b'def'
+    process.stdout.close()
+    process.stdout = None
+    run = ended(process)
+    assert run.code == 0 and run.err == ''
+
+
+def test_control_c_ends_it_quietly_with_the_statistics(trained):
+    process = python('sample.py', trained, *ON_CPU, '--prompt=def', '--max_new_tokens=1000000000', '--num_samples=2', '--top_k=5')
+    assert len(process.stdout.read(40)) == 40               # under way
+    process.send_signal(signal.SIGINT)
+    run = ended(process)
+    assert run.code == 130 and run.err.count('\n') == 1 and 'tokens/s' in run.err
+    assert f'\n{DASHES}def' in run.out                      # the other sample as far as it got
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full here')
+def test_a_full_disk_is_told_in_one_line(trained):
+    with open('/dev/full', 'wb') as full:
+        one_line(ended(python('sample.py', trained, *ON_CPU, '--prompt=def', stdout=full)), 'cannot be written')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The statistics
+
+@pytest.mark.parametrize('dtype, width', [('float32', 4), ('bfloat16', 2)])
+@pytest.mark.parametrize('new, slots', [(20, 21), (100, BLOCK)])
+def test_the_statistics_tell_the_bytes_that_the_cache_has(trained, sample, monkeypatch, dtype, width, new, slots):
+    caches, new_cache = [], LanguageModel.new_cache
+    monkeypatch.setattr(LanguageModel, 'new_cache', lambda *a, **k: caches.append(new_cache(*a, **k)) or caches[-1])
+    run = sample(trained, '--device=cpu', '--compile=False', f'--dtype={dtype}', f'--max_new_tokens={new}', '--num_samples=2',
+                 '--top_k=2', '--seed=1')
+    total, each = (int(n.replace(',', '')) for n in re.search(r'cache: ([\d,]+) bytes .* ([\d,]+) bytes a token', run.err).groups())
+    config = load(trained / 'checkpoint.pt')[0].config
+    assert each == config.n_layer * (config.kv_lora_rank + config.qk_rope_head_dim) * width
+    assert total == max(cache.bytes() for cache in caches) == 2 * slots * each
+    assert float(re.search(r'([\d,.]+) tokens/s', run.err).group(1).replace(',', '')) > 0
+    assert run.err.count('\n') == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, exit status 2
+
+@pytest.mark.parametrize('flag, code, words', [('--help', 0, '--mla_decode=auto'), ('--temprature=1', 2, 'did you mean --temperature=1?'),
+                                               ('out/none', 2, 'no such run folder'), ('--prompt=', 2, 'which run?')])
+def test_help_and_typos_are_answered_without_importing_torch(tmp_path, flag, code, words):
+    (tmp_path / 'torch.py').write_text('raise SystemExit(77)\n')
+    run = ended(python('sample.py', flag, env={'PYTHONPATH': str(tmp_path)}))
+    assert run.code == code and words in run.out + run.err and 'Traceback' not in run.err
+    assert code == 0 or run.err.count('\n') == 1
+
+
+def damaged(trained, folder, kind):
+    """-> path of a checkpoint that is damaged in this way."""
+    path = folder / 'bad.pt'
+    whole = (trained / 'checkpoint.pt').read_bytes()
+    if kind in ('truncated', 'empty', 'text', 'flipped'):
+        half = len(whole) // 2
+        path.write_bytes({'truncated': whole[:half], 'empty': b'', 'text': b'no checkpoint\n' * 99,
+                          'flipped': whole[:-300] + bytes(300)}[kind])
+    elif kind in ('list', 'weights', 'code'):
+        torch.save({'list': [1, 2], 'weights': {'w': torch.zeros(2)}, 'code': {'schema': 1, 'model': Touch(folder / 'touched')}}[kind], path)
+    else:
+        return changed(trained, folder, **{
+            'schema': {'schema': 2}, 'no tokenizer': {'tokenizer': None}, 'odd tokenizer': {'tokenizer': {'name': 'x'}},
+            'small tokenizer': {'tokenizer': Tokenizer('bytes', [b'a'] * 10).state()}, 'config': {'model_config': {'width': 3}},
+            'sizes': {'model_config': lambda c: {**c, 'n_embd': 63}}, 'other model': {'model_config': lambda c: {**c, 'n_layer': 3}},
+            'missing weight': {'model': lambda m: dict(list(m.items())[1:])}}[kind])
+    return path
+
+
+class Touch:
+    """Unpickled with code allowed, this leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize('kind, words', [
+    ('truncated', 'cannot be read'), ('empty', 'cannot be read'), ('text', 'cannot be read'), ('flipped', 'cannot be read'),
+    ('list', 'no checkpoint of train.py'), ('weights', 'no checkpoint of train.py'), ('code', 'cannot be read'),
+    ('schema', 'has schema 2, this program reads 1'), ('no tokenizer', 'no tokenizer'), ('odd tokenizer', 'no sound checkpoint'),
+    ('small tokenizer', '10 tokens in the tokenizer, 300 in the model'), ('config', 'width'), ('sizes', 'n_embd'),
+    ('other model', 'no sound checkpoint'), ('missing weight', 'no sound checkpoint')])
+def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(trained, sample, tmp_path, kind, words):
+    path = damaged(trained, tmp_path, kind)
+    one_line(sample(path, *ON_CPU, '--prompt=a'), path, words)
+    assert not (tmp_path / 'touched').exists()
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--max_new_tokens=0', 'at least 1'), ('--num_samples=0', 'at least 1'), ('--temperature=-1', 'temperature must be'),
+    ('--temperature=1e-300', 'temperature must be'), ('--temperature=1e300', 'temperature must be'), ('--top_k=-1', 'top_k must be'),
+    ('--device=gpu', 'is no device'), ('--device=meta', 'sees 0'), ('--device=cuda:99', 'sees'), ('--prompt=\udcff', 'not UTF-8'),
+    ('--prompt=FILE:/no/such', 'No such file'), ('--prompt=FILE:/', 'cannot be read'), ('--prompt=FILE:', 'cannot be read')])
+def test_a_knob_out_of_range_is_one_line(trained, sample, flag, words):
+    one_line(sample(trained, '--dtype=float32', flag), words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU here')
+def test_asking_for_cuda_where_there_is_none_is_one_line(trained, sample):
+    one_line(sample(trained, '--device=cuda'), '--device=cuda', '--device=auto')
+
+
+def test_a_prompt_file_that_is_not_utf_8_is_one_line(trained, sample, tmp_path):
+    (tmp_path / 'latin.txt').write_bytes('caf\u00e9'.encode('latin-1'))
+    one_line(sample(trained, *ON_CPU, f'--prompt=FILE:{tmp_path / "latin.txt"}'), 'not UTF-8')
+
+
+def test_a_folder_without_a_checkpoint_is_one_line(sample, tmp_path):
+    one_line(sample(tmp_path, *ON_CPU), tmp_path, 'holds no checkpoint.pt')
+
+
+def test_an_empty_prompt_needs_an_end_of_text_in_the_tokenizer(trained, sample, tmp_path):
+    path = changed(trained, tmp_path, tokenizer=lambda state: {**state, 'eot': None})
+    one_line(sample(path, *ON_CPU), 'give a --prompt')
+    assert sample(path, *ON_CPU, '--prompt=a', '--max_new_tokens=5').code == 0
+
+
+def test_a_way_to_decode_latents_is_refused_where_there_are_none(sample, tmp_path):
+    path = reciter(tmp_path, [b'a', b'b'])                  # multi-head attention
+    one_line(sample(path, *GREEDY, '--mla_decode=absorb'), '--mla_decode=absorb', 'MultiHeadAttention')
+    assert sample(path, *GREEDY, '--max_new_tokens=2').out == 'ab\n'
