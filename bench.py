@@ -4,10 +4,10 @@
     --task=parts      where an update's time goes: attention, router, dispatch, experts, head, optimizer, rest
     --task=scaling    tokens/s against the number of experts and against the context, with a figure
     --task=decode     prefill and decoding with a cache, expand against absorb; with several --prompts a figure
-    --peer=transformers sets the same model in Hugging Face transformers beside train and decode
+    --peer=transformers sets the same models in Hugging Face transformers beside ours, in train and decode
 
-Every figure is a median over rounds with minimum and maximum. A round runs all sides once, forwards and backwards
-alternately, together with a matrix product and a copy of the machine's own, so that drift hits all of them alike. A ratio
+Every figure is a median over rounds with minimum and maximum. A round runs every side once, forwards and backwards
+alternately, and with them a matrix product and a copy of the machine's own, so that drift hits all of them alike. A ratio
 is the quotient of two medians, its range that of the quotients within a round. Prints Markdown, writes strict JSON.
 """
 from typing import Literal
@@ -16,12 +16,12 @@ from configurator import as_text, configure, fail
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is timed
-task: Literal['train', 'parts', 'scaling', 'decode', 'memory'] = 'train'    # memory: what train starts for each peak, by itself
-variants = ['all']              # attention variants, separated by commas; all: every one, in parts and scaling baseline, lora, enhanced
-peer: Literal['none', 'transformers'] = 'none'      # the same model in another library; in train and decode
+task: Literal['train', 'parts', 'scaling', 'decode', 'memory'] = 'train'    # memory: what train itself starts for each peak
+variants = ['all']              # attention variants, comma list; all: every one (parts, scaling: baseline, lora, enhanced)
+peer: Literal['none', 'transformers'] = 'none'      # the same models in another library; in train and decode
 peer_experts = 'auto'           # its experts implementation: eager, grouped_mm, batched_mm; auto: the fastest in a trial
 rounds = 5                      # timed rounds
-warmup = 2                      # rounds before them that are not counted
+warmup = 2                      # rounds before them that do not count
 quick = False                   # a tiny model and few rounds, to see that everything works; other knobs still count
 
 # Model: Experiment 1
@@ -37,56 +37,53 @@ vocab_size = 4096               # tokens in the vocabulary
 batch_size = 4                  # sequences in one update
 block_size = 512                # context in tokens
 micro_batch_size = 4            # sequences at once
-memory_steps = 3                # updates after which the peak memory is read; 0: not measured
-experts = ['8', '16', '32', '64']               # scaling: numbers of experts, top_k and d_ff staying as they are
-contexts = ['512', '1024', '2048', '4096']      # scaling: contexts at a constant number of tokens
+memory_steps = 3                # updates after which the peak memory is read; 0: it is not
+experts = ['8', '16', '32', '64']               # scaling: how many, top_k and d_ff staying; these need 14 GB of memory
+contexts = ['512', '1024', '2048', '4096']      # scaling: tokens of context, at a constant number of tokens
 
 # decode
 prompts = ['512']               # tokens in the cache before decoding starts
 batch_sizes = ['1', '8']        # sequences decoded at once
 new_tokens = 64                 # tokens decoded after the prompt, one at a time
 prefill_chunk = 512             # tokens of the prompt at once
-generate = False                # also times whole generate() calls, greedy: prompt and new tokens, ours and the peer's
+generate = False                # also time whole generate() calls, greedy, ours and the peer's
 
 # Machine
 device = 'auto'                 # auto: cuda, else cpu; or one of them by name
 dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the products; auto: bfloat16 on GPUs that have it, else float32
-compile: bool | None = None     # torch.compile, for train, scaling and decoding steps; none: on GPUs
+compile: bool | None = None     # torch.compile for train, scaling and decoding steps, also of the peer's; none: on GPUs
 matrix_size = 0                 # the machine's matrix product is n x n x n; 0: 2048, on a GPU 8192
 copy_mib = 256                  # the machine's copy, into memory that was touched before
 out = ''                        # JSON file, a figure beside it; empty: out/bench/<task>.json
 # ---------------------------------------------------------------------------------------------------------------------
-defaults = {k: v for k, v in globals().items() if not k.startswith('_')}
+defaults = dict(globals())
 config = configure(globals())   # config files, then flags, over the block above; first, so that a typo is answered at once
-QUICK = dict(n_layer=2, n_head=4, n_embd=64, d_ff=48, n_expert=4, vocab_size=128, block_size=32, micro_batch_size=2, rounds=3,
-             warmup=1, memory_steps=1, experts=['4', '8'], contexts=['16', '32'], prompts=['8', '24'], batch_sizes=['1', '2'],
-             new_tokens=4, prefill_chunk=16, matrix_size=128, copy_mib=1)
+QUICK = dict(n_layer=2, n_head=4, n_embd=64, d_ff=48, n_expert=4, vocab_size=128, block_size=32, micro_batch_size=2,
+             rounds=3, warmup=1, memory_steps=1, experts=['4', '8'], contexts=['16', '32'], prompts=['8', '24'],
+             batch_sizes=['1', '2'], new_tokens=4, prefill_chunk=16, matrix_size=128, copy_mib=1)
 if quick:
     config |= {k: v for k, v in QUICK.items() if config[k] == defaults[k]}
     globals().update(config)
 
 
 def numbers(knob):
-    """The whole numbers of a comma list, positive and each only once."""
-    if not config[knob] or not all(n.strip().isdigit() and int(n) > 0 for n in config[knob]):
-        fail(f'--{knob}={as_text(config[knob])}: must be whole numbers above 0, separated by commas, as in --{knob}=128,512')
+    """The whole numbers of a comma list, ascending, each once."""
+    if not config[knob] or not all(n.strip().isdecimal() and int(n) > 0 for n in config[knob]):
+        fail(f'--{knob}={as_text(config[knob])} must be whole numbers above 0 with commas between: --{knob}=128,512')
     return sorted({int(n) for n in config[knob]})
 
 
 experts, contexts, prompts, batch_sizes = (numbers(k) for k in ('experts', 'contexts', 'prompts', 'batch_sizes'))
-for knob in ('rounds', 'batch_size', 'block_size', 'micro_batch_size', 'new_tokens', 'prefill_chunk', 'copy_mib'):
-    if config[knob] < 1:
-        fail(f'{knob} must be at least 1, not {config[knob]}')
-for knob in ('warmup', 'memory_steps', 'matrix_size'):
-    if config[knob] < 0:
-        fail(f'{knob} must not be negative, it is {config[knob]}')
+for knob, least in dict(rounds=1, batch_size=1, block_size=1, micro_batch_size=1, new_tokens=1, prefill_chunk=1, copy_mib=1,
+                        warmup=0, memory_steps=0, matrix_size=0).items():
+    if config[knob] < least:
+        fail(f'{knob} must be at least {least}, not {config[knob]}')
 if not variants or len(set(variants)) < len(variants):
-    fail(f'--variants={as_text(variants)}: must be names, each once, separated by commas, as in --variants=baseline,lora')
+    fail(f'--variants={as_text(variants)} must be names, each once, with commas between: --variants=baseline,lora')
 
 import contextlib
 import gc
 import json
-import math
 import os
 import platform
 import re
@@ -106,43 +103,49 @@ import moe
 from model import LanguageModel, ModelConfig
 
 if variants == ['all']:
-    variants = ['baseline', 'lora', 'enhanced'] if task in ('parts', 'scaling') else list(attention.variants(384, 8))
+    every = list(attention.variants(384, 8))
+    variants = ['baseline', 'lora', 'enhanced'] if task in ('parts', 'scaling') else every
+sizes = {k: config[k] for k in ('n_layer', 'n_head', 'n_embd', 'd_ff', 'n_expert', 'top_k', 'vocab_size', 'block_size')}
+try:
+    for attn in variants:
+        ModelConfig(attn=attn, **sizes)                         # what cannot be built is told before anything runs
+except ValueError as error:
+    fail(error)
 transformers = None
 if peer == 'transformers' and task in ('train', 'decode', 'memory'):
     try:
         import transformers
         transformers.logging.set_verbosity_error()
     except ImportError as error:
-        fail(f'--peer=transformers needs the package transformers, which cannot be imported ({error}); pip install transformers')
+        fail(f'--peer=transformers: the package cannot be imported ({error}); pip install transformers')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Machine, as in train.py
 
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-if device.split(':')[0] not in ('cpu', 'cuda') or device.startswith('cuda') and not torch.cuda.is_available():
+cuda = device.startswith('cuda')
+if device not in ('cpu', 'cuda') or cuda and not torch.cuda.is_available():
     fail(f'--device={device} is not here; try auto, cpu or cuda')
-device = torch.device(device)
-cuda = device.type == 'cuda'
 if cuda:
-    torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high')
 if dtype == 'auto':
-    dtype = 'bfloat16' if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
+    bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = 'bfloat16' if bfloat16 else 'float32'
 compile = cuda if compile is None else compile
-autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16')
+autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == 'bfloat16')
 synchronize = torch.cuda.synchronize if cuda else lambda: None
 matrix_size = matrix_size or (8192 if cuda else 2048)
 micro_batch_size = min(micro_batch_size, batch_size)
-config |= {'variants': variants, 'device': device.type, 'dtype': dtype, 'compile': compile, 'matrix_size': matrix_size,
-           'micro_batch_size': micro_batch_size}
+config |= {k: globals()[k] for k in ('variants', 'device', 'dtype', 'compile', 'matrix_size', 'micro_batch_size')}
+compiled = torch.compile if compile else lambda model: model
 
 
 def environment():
     def git(*command):
         try:
-            return subprocess.run(['git', '-C', Path(__file__).resolve().parent, *command], capture_output=True, text=True, timeout=10,
-                                  check=True).stdout.strip()
+            command = ['git', '-C', Path(__file__).resolve().parent, *command]
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None                                         # no git, or no repository
     try:
@@ -150,10 +153,10 @@ def environment():
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     changes = git('status', '--porcelain', '--untracked-files=no')
-    return {'device_name': torch.cuda.get_device_name(device) if cuda else name, 'threads': torch.get_num_threads(),
-            'torch': torch.__version__, 'transformers': transformers.__version__ if transformers else None,
+    return {'device_name': torch.cuda.get_device_name() if cuda else name, 'threads': torch.get_num_threads(),
+            'torch': torch.__version__, 'transformers': transformers and transformers.__version__,
             'python': platform.python_version(), 'platform': platform.platform(), 'git_commit': git('rev-parse', 'HEAD'),
-            'git_dirty': None if changes is None else bool(changes), 'load_average': os.getloadavg()[0] if hasattr(os, 'getloadavg') else None}
+            'git_dirty': None if changes is None else bool(changes)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,9 +172,9 @@ def timed(work):
 
 
 def interleave(sides, timings):
-    """Runs {name: function -> {measure: seconds}} in rounds, appends to timings {name: {measure: [seconds of each round]}}."""
+    """Runs {name: function -> {measure: seconds}} in rounds; appends to timings {name: {measure: [seconds]}}."""
     for i in range(-warmup, rounds):
-        for name in list(sides)[::1 if i % 2 == 0 else -1]:         # so that no side always follows the same one
+        for name in list(sides)[::1 if i % 2 == 0 else -1]:     # so that no side always follows the same one
             for measure, seconds in sides[name]().items():
                 if i >= 0:
                     timings.setdefault(name, {}).setdefault(measure, []).append(seconds)
@@ -187,74 +190,75 @@ def machine():
                     'copy': timed(lambda: [target.copy_(source) for _ in range(times)]) / times}
 
 
-def summary(values):
-    return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
+def machine_rates(seconds):
+    return {'matmul_size': matrix_size, 'matmul_flops': rate(2 * matrix_size ** 3, seconds['matmul']),
+            'copy_bytes_read_and_written': rate(copy_mib * 2 ** 21, seconds['copy'])}
+
+
+def summary(values, unit=1.0):
+    return {'median': unit * statistics.median(values), 'min': unit * min(values), 'max': unit * max(values)}
 
 
 def rate(work, seconds):
-    """work per second; the median is that of the time."""
+    """Work per second; its median is that of the time."""
     s = summary(seconds)
     return {'median': work / s['median'], 'min': work / s['max'], 'max': work / s['min']}
 
 
 def ratio(ours, theirs):
-    """How many times as fast as `theirs`, two lists of seconds of the same rounds."""
-    quotients = [t / o for o, t in zip(ours, theirs)]
-    return {'of_medians': statistics.median(theirs) / statistics.median(ours), 'min': min(quotients), 'max': max(quotients)}
-
-
-def machine_rates(seconds):
-    return {'matmul_size': matrix_size, 'matmul_flops': rate(2 * matrix_size ** 3, seconds['matmul']),
-            'copy_bytes_read_and_written': rate(copy_mib * 2 ** 21, seconds['copy'])}
+    """How many times as fast as `theirs`; two lists of seconds from the same rounds. None without them."""
+    if theirs is None:
+        return None
+    within = [t / o for o, t in zip(ours, theirs)]
+    return {'of_medians': statistics.median(theirs) / statistics.median(ours), 'min': min(within), 'max': max(within)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The sides: our models, and the same ones in transformers
 
 def build(attn, **changes):
-    sizes = {k: config[k] for k in ('n_layer', 'n_head', 'n_embd', 'd_ff', 'n_expert', 'top_k', 'vocab_size', 'block_size')}
-    try:
-        return LanguageModel(ModelConfig(attn=attn, **{**sizes, **changes})).to(device)
-    except ValueError as error:
-        fail(error)
+    return LanguageModel(ModelConfig(attn=attn, **{**sizes, **changes})).to(device)
 
 
 def build_peer(c):
-    """ModelConfig -> its DeepseekV3 (latent) or Mixtral (multi-head). DeepseekV3 always has shared experts: here of width 0."""
-    rope = {'rope_type': c.rope_scaling, 'rope_theta': c.rope_theta} | ({'factor': c.rope_factor} if c.rope_scaling != 'default' else {})
-    common = dict(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
-                  num_attention_heads=c.n_head, num_experts_per_tok=c.top_k, max_position_embeddings=c.block_size, rms_norm_eps=1e-6,
-                  tie_word_embeddings=True, rope_parameters=rope, attn_implementation='sdpa', bos_token_id=None, eos_token_id=None)
+    """ModelConfig -> transformers' Mixtral (multi-head) or DeepseekV3 (latent; its shared experts get width 0)."""
+    rope = {'rope_type': c.rope_scaling, 'rope_theta': c.rope_theta}
+    rope |= {'factor': c.rope_factor} if c.rope_scaling != 'default' else {}
+    knobs = dict(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
+                 num_attention_heads=c.n_head, num_experts_per_tok=c.top_k, max_position_embeddings=c.block_size,
+                 rms_norm_eps=1e-6, tie_word_embeddings=True, rope_parameters=rope, attn_implementation='sdpa',
+                 bos_token_id=None, eos_token_id=None)
+    if c.kv_lora_rank is None:
+        knobs |= dict(num_key_value_heads=c.n_kv_head, num_local_experts=c.n_expert, sliding_window=None)
+        kind, kind_config = transformers.MixtralForCausalLM, transformers.MixtralConfig
+    else:
+        knobs |= dict(num_key_value_heads=c.n_head, moe_intermediate_size=c.d_ff, n_routed_experts=c.n_expert,
+                      n_shared_experts=0, n_group=1, topk_group=1, first_k_dense_replace=0, norm_topk_prob=True,
+                      routed_scaling_factor=1.0, q_lora_rank=c.q_lora_rank or None, kv_lora_rank=c.kv_lora_rank,
+                      qk_nope_head_dim=c.qk_nope_head_dim, qk_rope_head_dim=c.qk_rope_head_dim,
+                      v_head_dim=c.v_head_dim, attention_bias=c.attention_bias)
+        kind, kind_config = transformers.DeepseekV3ForCausalLM, transformers.DeepseekV3Config
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                         # initialising a matrix of width 0 is a no-op: yes
-        if c.kv_lora_rank is None:
-            return transformers.MixtralForCausalLM(transformers.MixtralConfig(
-                **common, num_key_value_heads=c.n_kv_head, num_local_experts=c.n_expert, sliding_window=None)).to(device)
-        return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(
-            **common, num_key_value_heads=c.n_head, moe_intermediate_size=c.d_ff, n_shared_experts=0, n_routed_experts=c.n_expert,
-            routed_scaling_factor=1.0, kv_lora_rank=c.kv_lora_rank, q_lora_rank=c.q_lora_rank or None, v_head_dim=c.v_head_dim,
-            qk_rope_head_dim=c.qk_rope_head_dim, qk_nope_head_dim=c.qk_nope_head_dim, n_group=1, topk_group=1,
-            first_k_dense_replace=0, norm_topk_prob=True, attention_bias=c.attention_bias)).to(device)
+        warnings.simplefilter('ignore')                         # "initializing zero-element tensors is a no-op": yes
+        return kind(kind_config(**knobs)).to(device)
 
 
 def fastest_experts(model, work, tokens):
-    """Sets the experts implementation of a peer that runs work() fastest -> its name, {name: seconds, None if it failed}."""
-    # batched_mm gathers the matrices of every token copy; beyond a gibibyte of them it is out of the question
-    gathered = tokens * top_k * 2 * d_ff * n_embd * 4
-    names = ('eager', 'grouped_mm') + ('batched_mm',) * (gathered < 2 ** 30) if peer_experts == 'auto' else (peer_experts,)
-    trials, errors = {}, []
+    """Sets the experts implementation of a peer that runs work() fastest -> its name, {name: seconds or None}."""
+    # batched_mm gathers the matrices of every token copy: beyond a GiB of them it is out of the question
+    batched = tokens * top_k * 2 * d_ff * n_embd * 4 < 2 ** 30
+    names = ('eager', 'grouped_mm') + ('batched_mm',) * batched if peer_experts == 'auto' else (peer_experts,)
+    trials = {}
     for name in names:
         try:
             model.set_experts_implementation(name)
             work()
             trials[name] = min(timed(work) for _ in range(2))
         except Exception as error:                              # whatever an implementation lacks on this machine
-            trials[name] = None
-            errors.append(f'{name}: {type(error).__name__}: {error}')
-    works = {k: v for k, v in trials.items() if v is not None}
-    if not works:
-        fail(f'none of transformers\' experts implementations runs here ({"; ".join(errors)[:300]})')
-    best = min(works, key=works.get)
+            trials[name], reason = None, f'{name}: {type(error).__name__}: {str(error)[:200]}'
+    if not any(trials.values()):
+        fail(f'no experts implementation of transformers runs here ({reason})')
+    best = min((name for name in trials if trials[name]), key=trials.get)
     model.set_experts_implementation(best)
     return best, trials
 
@@ -264,7 +268,7 @@ def tokens_of(rows, length):
 
 
 def our_loss(model):
-    """-> function of (x, y, tokens in the update): the loss as train.py has it, auxiliary losses at their default weights."""
+    """-> function (x, y, tokens in the update): train.py's loss with the default weights of the auxiliary ones."""
     def loss(x, y, total):
         with autocast:
             o = model(x, y)
@@ -279,23 +283,24 @@ def peer_loss(model):
     return loss
 
 
-def backward(loss, x, y, micro):
+def backward(loss, x, micro):
+    """Forward and backward over x (rows, T), `micro` rows at once; the targets are tokens, as random as x."""
     for i in range(0, len(x), micro):
-        loss(x[i:i + micro], y[i:i + micro], x.numel()).backward()
+        loss(x[i:i + micro], x.flip(1)[i:i + micro], x.numel()).backward()
 
 
 def adamw(model):
-    groups = [{'params': [p for p in model.parameters() if p.ndim >= 2], 'weight_decay': 0.1},
-              {'params': [p for p in model.parameters() if p.ndim < 2], 'weight_decay': 0.0}]
+    decayed, others = ([p for p in model.parameters() if (p.ndim >= 2) == matrix] for matrix in (True, False))
+    groups = [{'params': decayed, 'weight_decay': 0.1}, {'params': others, 'weight_decay': 0.0}]
     return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
 
 
 def update_of(model, loss, lap=lambda part: None):
     """-> function that does one whole update as train.py does: micro-batches forward and backward, clip, optimizer."""
-    opt, x, y = adamw(model), tokens_of(batch_size, block_size), tokens_of(batch_size, block_size).flip(1)
+    opt, x = adamw(model), tokens_of(batch_size, block_size)
 
     def update():
-        backward(loss, x, y, micro_batch_size)
+        backward(loss, x, micro_batch_size)
         lap('rest')
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
@@ -308,110 +313,115 @@ def update_of(model, loss, lap=lambda part: None):
 # --task=train
 
 def attention_kernels(work):
-    """Names of the attention kernels (on a CPU: operators) that work() runs, by torch's profiler."""
+    """Names of the attention kernels (on a CPU: operators) that work() runs forward, by torch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
     with torch.profiler.profile(activities=activities) as profile:
         work()
         synchronize()
-    pattern = r'aten::_scaled_dot_product_\w+|\w*(?:flash|fmha|sdpa)\w*' if cuda else r'aten::_scaled_dot_product_\w+'
-    return sorted({m.group()[:80] for e in profile.key_averages() if (m := re.search(pattern, e.key)) and 'backward' not in m.group()})
+    pattern = r'aten::_scaled_dot_product_\w+' + r'|[\w:]*(flash|fmha|sdpa)[\w:]*' * cuda
+    found = {m.group()[:80] for event in profile.key_averages() if (m := re.search(pattern, event.key))}
+    return sorted(name for name in found if not re.search('backward|bwd', name))
 
 
 def resident_gb(field):
-    """VmHWM, the peak, or VmRSS of this process in 10^9 bytes. (ru_maxrss would also count the process that started this one.)"""
+    """VmHWM (peak) or VmRSS of this process, 10^9 bytes. Linux counts the starting process into a child's ru_maxrss."""
     try:
-        return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(field)) * 1024 / 1e9
+        return next(int(s.split()[1]) for s in open('/proc/self/status') if s.startswith(field)) * 1024 / 1e9
     except (OSError, StopIteration):
-        import resource                                         # not on Windows; bytes on a Mac
+        import resource                                         # not on Windows; in bytes on a Mac
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 def task_memory():
     """The process behind peak_memory(): one side alone, a few updates, one line of JSON."""
-    before, ours = resident_gb('VmRSS'), build(variants[0])
-    model, loss = (ours, our_loss(ours)) if not transformers else (m := build_peer(ours.config), peer_loss(m))
+    before, model = resident_gb('VmRSS'), build(variants[0])
     if transformers:
-        model.set_experts_implementation(peer_experts if peer_experts != 'auto' else 'grouped_mm')
-    del ours
-    gc.collect()
-    update = update_of(model.train(), loss)
+        model = build_peer(model.config)
+        model.set_experts_implementation(peer_experts)
+    update = update_of(model.train(), (peer_loss if transformers else our_loss)(compiled(model)))
     for _ in range(memory_steps):
         update()
     print(json.dumps({'peak_gb': resident_gb('VmHWM'), 'before_model_gb': before}))
 
 
-def peak_memory(attn, experts_implementation=None):
-    """Peak resident memory of one side: of a fresh process that runs nothing else -> {'peak_gb', 'before_model_gb'} or None."""
+def peak_memory(attn, experts_implementation):
+    """Peak resident memory of a fresh process that runs one side alone -> what task_memory prints, or None."""
     if not memory_steps:
         return None
-    knobs = {k: config[k] for k in defaults if k in config} | {
-        'task': 'memory', 'variants': [attn], 'quick': False, 'peer': 'transformers' if experts_implementation else 'none',
-        'peer_experts': experts_implementation or 'auto'}
-    done = subprocess.run([sys.executable, __file__, *(f'--{k}={as_text(v)}' for k, v in knobs.items())], capture_output=True, text=True)
+    library = 'transformers' if experts_implementation else 'none'
+    knobs = config | {'task': 'memory', 'variants': [attn], 'quick': False, 'peer': library,
+                      'peer_experts': experts_implementation or 'auto'}
+    flags = [f'--{k}={as_text(v)}' for k, v in knobs.items()]
+    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
     if done.returncode:
-        print(f'peak memory of {attn} is missing: {(done.stderr.strip().splitlines() or ["killed"])[-1]}', file=sys.stderr)
+        reason = (done.stderr.strip().splitlines() or ['killed'])[-1]
+        print(f'peak memory of {attn} is missing: {reason}', file=sys.stderr)
         return None
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def task_train():
-    updates, sides, rows, trials = {}, {'machine': machine()}, {}, {}
+    sides, updates, rows = {'machine': machine()}, {}, {}
     for attn in variants:
         for library in ['ours'] + ['transformers'] * bool(transformers):
             gc.collect()
             before = torch.cuda.memory_allocated() if cuda else 0
-            side, ours = f'{attn} {library}', None
+            row = rows[f'{attn} {library}'] = {'variant': attn, 'library': library}
             if library == 'ours':
                 model = build(attn).train()
-                rows[side] = {'flops_per_token': model.flops_per_token(), **model.parameter_counts(), 'experts_implementation': None}
-                updates[side] = update_of(model, our_loss(torch.compile(model) if compile else model))
+                facts, sizes_of_ours = {'flops_per_token': model.flops_per_token()}, model.config
+                row |= facts | {'experts_implementation': None}
+                update = update_of(model, our_loss(compiled(model)))
             else:
-                model = build_peer(rows_config).train()
-                updates[side] = update_of(model, peer_loss(model))
-                best, trials[side] = fastest_experts(model, updates[side], micro_batch_size * block_size)
-                rows[side] = {k: rows[f'{attn} ours'][k] for k in ('flops_per_token',)}
-                rows[side] |= {'params_total': sum(p.numel() for p in model.parameters()), 'experts_implementation': best}
-            rows_config = model.config
-            if cuda:                                            # what this side adds to what the others keep there
-                gc.collect()
+                model = build_peer(sizes_of_ours).train()
+                update = update_of(model, peer_loss(compiled(model)))
+                best, trials = fastest_experts(model, update, micro_batch_size * block_size)
+                row |= facts | {'experts_implementation': best, 'trials': trials}
+            row['params_total'] = sum(p.numel() for p in model.parameters())
+            if cuda and memory_steps:                           # what this side adds to what the others keep there
                 torch.cuda.reset_peak_memory_stats()
                 for _ in range(memory_steps):
-                    updates[side]()
-                rows[side]['peak_memory'] = {'peak_gb': (torch.cuda.max_memory_allocated() - before) / 1e9} if memory_steps else None
-            sides[side] = lambda update=updates[side]: {'update': timed(update)}
-            del model
+                    update()
+                row['peak_memory'] = {'peak_gb': (torch.cuda.max_memory_allocated() - before) / 1e9}
+            updates[f'{attn} {library}'] = update
+            sides[f'{attn} {library}'] = lambda update=update: {'update': timed(update)}
     timings = interleave(sides, {})
-    for side, update in updates.items():
-        rows[side]['attention_kernels'] = attention_kernels(update)
-    updates.clear(), sides.clear(), gc.collect()
-    del update
+    for side, row in rows.items():
+        row['attention_kernels'] = attention_kernels(updates[side])
+    del model, update
+    sides.clear(), updates.clear(), gc.collect()                # the processes below need the memory
 
     tokens, speed = batch_size * block_size, machine_rates(timings['machine'])
+    seconds = {side: measures.get('update') for side, measures in timings.items()}
     for side, row in rows.items():
-        attn, library = side.split()
-        seconds = timings[side]['update']
+        attn, ours = row['variant'], row['library'] == 'ours'
         if not cuda:
             row['peak_memory'] = peak_memory(attn, row['experts_implementation'])
-        row |= {'variant': attn, 'library': library, 'ms': summary([1e3 * s for s in seconds]), 'tokens_per_second': rate(tokens, seconds),
-                'of_matrix_rate': tokens / statistics.median(seconds) * row['flops_per_token'] / speed['matmul_flops']['median'],
-                'speed_to_first': ratio(seconds, timings[f'{variants[0]} ours']['update']),
-                'speed_to_peer': ratio(seconds, timings[f'{attn} transformers']['update']) if transformers and library == 'ours' else None}
-    gb = lambda row: f'{row["peak_memory"]["peak_gb"]:.2f}' if row['peak_memory'] else '-'
+        row |= {'ms': summary(seconds[side], 1e3), 'tokens_per_second': rate(tokens, seconds[side]),
+                'speed_to_first': ratio(seconds[side], seconds[f'{variants[0]} ours']),
+                'speed_to_peer': ratio(seconds[side], seconds.get(f'{attn} transformers')) if ours else None}
+        row['of_matrix_rate'] = (row['tokens_per_second']['median'] * row['flops_per_token']
+                                 / speed['matmul_flops']['median'])
+    gb = lambda row: f'{row["peak_memory"]["peak_gb"]:.2f}' if row.get('peak_memory') else '-'
     text = table(['variant', 'library', 'tokens/s', 'ms', 'MFLOPs/token', 'of matrix rate', 'peak GB', 'parameters',
                   f'speed to {variants[0]}', 'to transformers'],
-                 [[r['variant'], with_experts(r), show(r['tokens_per_second']), show(r['ms'], '.1f'), f'{r["flops_per_token"] / 1e6:.1f}',
-                   f'{r["of_matrix_rate"]:.1%}', gb(r), f'{r["params_total"] / 1e6:.1f}M', show(r['speed_to_first'], '.2f'),
-                   show(r['speed_to_peer'], '.2f')] for r in rows.values()])
-    notes = [f'One update is {batch_size} x {block_size} tokens in micro-batches of {micro_batch_size}: forward, loss, backward, clip, fused AdamW.',
-             'Model FLOPs: LanguageModel.flops_per_token; 6 per active parameter, attention counted without the half causality spares.',
-             'Peak memory: ' + ('device memory allocated above what the other sides keep there.' if cuda else
-                                f'resident peak (VmHWM) of a fresh process that runs this side alone for {memory_steps} updates, Python and '
-                                'torch included.')]
-    notes += ['transformers: the fastest experts implementation in a trial; DeepseekV3 routes by sigmoid without auxiliary losses, its '
-              'shared experts have width 0; its loss is its own.'] * bool(transformers)
-    notes += [f'{side}: {", ".join(row["attention_kernels"])}' for side, row in rows.items()]
-    return {'machine': speed, 'rows': list(rows.values()), 'trials': trials, 'timings': timings}, text, notes, None
+                 [[r['variant'], library_of(r), show(r['tokens_per_second']), show(r['ms'], '.1f'),
+                   f'{r["flops_per_token"] / 1e6:.1f}', f'{r["of_matrix_rate"]:.1%}', gb(r),
+                   f'{r["params_total"] / 1e6:.1f}M', show(r['speed_to_first'], '.2f'), show(r['speed_to_peer'], '.2f')]
+                  for r in rows.values()])
+    notes = [f'An update is {batch_size} x {block_size} tokens in micro-batches of {micro_batch_size}: forward, loss, '
+             'backward, clip, fused AdamW.',
+             'Model FLOPs: LanguageModel.flops_per_token, 6 per active parameter and attention without the half that '
+             'causality spares.',
+             'Peak memory: ' + ('device memory above what the other sides keep there.' if cuda else 'resident peak (VmHWM) '
+                                f'of a fresh process that does {memory_steps} updates of this side alone, Python included.')]
+    notes += [PEER_NOTE + ' The loss is its own.'] * bool(transformers)
+    notes += [f'{side} attends by {", ".join(row["attention_kernels"])}' for side, row in rows.items()]
+    return {'machine': speed, 'rows': list(rows.values()), 'timings': timings}, text, notes, None
 
+
+PEER_NOTE = ('transformers: the experts implementation that was fastest in a trial; DeepseekV3 routes by sigmoid and has shared '
+             'experts of width 0; neither it nor Mixtral computes auxiliary losses here.')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # --task=parts: a stopwatch that is pressed where one part ends and the next begins, in the forward and in the backward
@@ -428,10 +438,10 @@ def lap(part):
 
 
 class Mark(torch.autograd.Function):
-    """The identity, on the border of two parts. Forward it ends the one before, backward the one after.
+    """The identity, on the border of two parts: ends the one before in the forward, the one after in the backward.
 
-    Autograd runs backwards what was recorded forwards, latest first, so that every moment between two marks belongs to one
-    part; a border that several tensors cross is one Mark of them all, which waits for all their gradients.
+    Autograd runs backward what was recorded in the forward, latest first, so that every moment between two marks belongs
+    to one part. A border that several tensors cross is one Mark of them all; it waits for all their gradients.
     """
 
     @staticmethod
@@ -448,8 +458,8 @@ class Mark(torch.autograd.Function):
 
 @contextlib.contextmanager
 def marked(model):
-    """Puts marks around the parts of a model, for the time being."""
-    def around(part, work, outside):
+    """Marks around the parts of a model, as long as the with block lasts."""
+    def around(part, outside, work):
         def wrapped(x, *rest):
             y = work(Mark.apply(outside, part, x)[0], *rest)
             if torch.is_tensor(y):
@@ -457,17 +467,16 @@ def marked(model):
             if part == 'router':                                # chosen, weights, Routing
                 weights, balance, z = Mark.apply(part, outside, y[1], y[2].balance_loss, y[2].z_loss)
                 return y[0], weights, y[2]._replace(balance_loss=balance, z_loss=z)
-            first = Mark.apply(part, outside, y[0])[0]          # the MoE layer's (y, Routing), the head's Output
+            first = Mark.apply(part, outside, y[0])[0]          # of the head's Output, or of the layer's (y, Routing)
             return y._replace(nll=first) if part == 'head' else (first, *y[1:])
         return wrapped
 
-    plain = moe.swiglu_experts
-    moe.swiglu_experts = around('experts', plain, 'dispatch')
-    model.head_loss = around('head', model.head_loss, 'rest')
+    plain, moe.swiglu_experts = moe.swiglu_experts, around('experts', 'dispatch', moe.swiglu_experts)
+    model.head_loss = around('head', 'rest', model.head_loss)
     for layer in model.layers:
-        layer.attn.forward = around('attention', layer.attn.forward, 'rest')
-        layer.moe.forward = around('dispatch', layer.moe.forward, 'rest')
-        layer.moe.route = around('router', layer.moe.route, 'dispatch')
+        layer.attn.forward = around('attention', 'rest', layer.attn.forward)
+        layer.moe.forward = around('dispatch', 'rest', layer.moe.forward)
+        layer.moe.route = around('router', 'dispatch', layer.moe.route)
     try:
         yield
     finally:
@@ -491,128 +500,120 @@ def seconds_of_parts(update, model):
     return seconds
 
 
+def flops_of_parts(model):
+    """model.flops_per_token() part by part."""
+    n, pairs = model.parameter_counts(), sum(sum(layer.attn.score_and_value_width()) for layer in model.layers)
+    flops = {'attention': 6 * n['params_attention'] + 6 * block_size * pairs, 'router': 6 * n['params_router'],
+             'experts': 6 * n['params_experts'] * top_k // n_expert, 'head': 6 * n['params_embedding'], 'rest': 6 * n['params_norm']}
+    assert sum(flops.values()) == model.flops_per_token()
+    return dict.fromkeys(PARTS, 0) | flops
+
+
 def task_parts():
-    sides, models, flops = {'machine': machine()}, {}, {}
-    for attn in variants:
-        model = models[attn] = build(attn).train()
-        update = update_of(model, our_loss(model), lambda part: lap(part))
+    sides, models = {'machine': machine()}, {attn: build(attn).train() for attn in variants}
+    for attn, model in models.items():
+        update = update_of(model, our_loss(model), lap)
         sides[f'{attn} whole'] = lambda update=update: {'update': timed(update)}
         sides[f'{attn} parts'] = lambda update=update, model=model: seconds_of_parts(update, model)
-        # what flops_per_token adds up, part by part
-        count, pairs = model.parameter_counts(), sum(sum(layer.attn.score_and_value_width()) for layer in model.layers)
-        flops[attn] = {'attention': 6 * count['params_attention'] + 6 * block_size * pairs, 'router': 6 * count['params_router'],
-                       'dispatch': 0, 'experts': 6 * count['params_experts'] * top_k // n_expert, 'head': 6 * count['params_embedding'],
-                       'optimizer': 0, 'rest': 6 * count['params_norm']}
-        assert sum(flops[attn].values()) == model.flops_per_token()
     timings = interleave(sides, {})
 
-    rows, lines, speed = [], [], machine_rates(timings['machine'])
-    for attn in variants:
-        whole = statistics.median(timings[f'{attn} whole']['update'])
-        parts = []
+    rows, lines, speed, tokens = [], [], machine_rates(timings['machine']), batch_size * block_size
+    for attn, model in models.items():
+        whole, flops, parts = summary(timings[f'{attn} whole']['update'], 1e3), flops_of_parts(model), []
+        at_matrix_rate = lambda n: 1e3 * tokens * n / speed['matmul_flops']['median']           # FLOPs per token -> ms
         for part, seconds in timings[f'{attn} parts'].items():
-            ideal = batch_size * block_size * flops[attn][part] / speed['matmul_flops']['median']
-            parts.append({'part': part, 'ms': summary([1e3 * s for s in seconds]), 'share': statistics.median(seconds) / whole,
-                          'flops_per_token': flops[attn][part], 'ms_at_matrix_rate': 1e3 * ideal,
-                          'share_lost': (statistics.median(seconds) - ideal) / whole})
-            lines.append([attn, part, show(parts[-1]['ms'], '.1f'), f'{parts[-1]["share"]:.1%}', f'{1e3 * ideal:.1f}',
-                          f'{parts[-1]["share_lost"]:.1%}'])
-        total = sum(p['ms']['median'] for p in parts)
-        share = {p['part']: p['share'] for p in parts}
-        rows.append({'variant': attn, 'parts': parts, 'whole_ms': summary([1e3 * s for s in timings[f'{attn} whole']['update']]),
-                     'parts_ms': total, 'remainder_ms': 1e3 * whole - total, 'routing_share': share['router'] + share['dispatch'],
-                     'flops_per_token': models[attn].flops_per_token(),
-                     'of_matrix_rate': batch_size * block_size * models[attn].flops_per_token() / whole / speed['matmul_flops']['median']})
-        lines.append([attn, 'remainder', f'{rows[-1]["remainder_ms"]:.1f}', f'{rows[-1]["remainder_ms"] / 1e3 / whole:.1%}', '', ''])
-        lines.append([attn, '**whole**', show(rows[-1]['whole_ms'], '.1f'), '100%', f'{10 * rows[-1]["of_matrix_rate"] * whole * 1e2:.1f}',
-                      f'{1 - rows[-1]["of_matrix_rate"]:.1%}'])
+            ms, ideal = summary(seconds, 1e3), at_matrix_rate(flops[part])
+            parts.append({'part': part, 'ms': ms, 'share': ms['median'] / whole['median'], 'flops_per_token': flops[part],
+                          'ms_at_matrix_rate': ideal, 'share_lost': (ms['median'] - ideal) / whole['median']})
+        total, share = sum(p['ms']['median'] for p in parts), {p['part']: p['share'] for p in parts}
+        row = {'variant': attn, 'whole_ms': whole, 'parts': parts, 'parts_ms': total, 'remainder_ms': whole['median'] - total,
+               'routing_share': share['router'] + share['dispatch'], 'flops_per_token': model.flops_per_token(),
+               'of_matrix_rate': at_matrix_rate(model.flops_per_token()) / whole['median']}
+        rows.append(row)
+        lines += [[attn, p['part'], show(p['ms'], '.1f'), f'{p["share"]:.1%}', f'{p["ms_at_matrix_rate"]:.1f}',
+                   f'{p["share_lost"]:.1%}'] for p in parts]
+        lines += [[attn, 'remainder', f'{row["remainder_ms"]:.1f}', f'{row["remainder_ms"] / whole["median"]:.1%}', '', ''],
+                  [attn, 'the whole', show(whole, '.1f'), '100%', f'{at_matrix_rate(row["flops_per_token"]):.1f}',
+                   f'{1 - row["of_matrix_rate"]:.1%}']]
     text = table(['variant', 'part', 'ms', 'of the whole', 'ms at matrix rate', 'lost'], lines)
-    notes = [f'{row["variant"]}: routing (router + dispatch, all of the MoE layer but the experts\' products) is {row["routing_share"]:.1%} of '
-             f'an update; {row["of_matrix_rate"]:.1%} of the matrix rate' for row in rows]
-    notes += ['Parts are timed inside real updates, at their borders, forward and backward; the whole is an update without marks in the '
-              'same rounds, and the remainder is what the marks cost or the noise moved.' + ' Not compiled.' * compile,
-              'head: with the loss; optimizer: with clipping; dispatch: sort, permute, weighted sum; rest: embedding, norms, residuals. '
-              'lost: time above that of the part\'s model FLOPs at the matrix rate, as a share of the whole.']
+    notes = [f'{r["variant"]}: routing (router + dispatch, all of the MoE layer but its products) is {r["routing_share"]:.1%} '
+             f'of an update, which runs at {r["of_matrix_rate"]:.1%} of the matrix rate.' for r in rows]
+    notes += ['Parts are timed inside real updates, at their borders, forward and backward. The whole is an update without '
+              'marks in the same rounds; the remainder is what marks cost or noise moved.' + ' Not compiled.' * compile,
+              'head: with the loss. optimizer: with clipping. dispatch: sort, permute, weighted sum. rest: embedding, norms, '
+              'residuals. lost: the time above that of the part\'s model FLOPs at the matrix rate, of the whole.']
     return {'machine': speed, 'rows': rows, 'timings': timings}, text, notes, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # --task=scaling
 
+def training_side(model, x, micro, with_optimizer):
+    """-> a side: forward and backward over x, and apart from it clip and optimizer, whose work grows with all parameters."""
+    loss = our_loss(compiled(model))
+
+    def finish(opt):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+
+    def side():
+        seconds = {'forward_backward': timed(lambda: backward(loss, x, micro))}
+        if with_optimizer:
+            opt = adamw(model)                                  # moments of all sides at once would fill the memory
+            finish(opt)
+            seconds['optimizer'] = timed(lambda: finish(opt))
+        model.zero_grad()
+        return seconds
+    return side
+
+
 def task_scaling():
     tokens = max(batch_size * block_size, *contexts)
     if any(tokens % n for n in contexts):
         fail(f'--contexts={as_text(config["contexts"])}: each must divide the {tokens} tokens of a batch')
     if experts[0] < top_k:
-        fail(f'--experts={as_text(config["experts"])}: each must be at least top_k ({top_k})')
-    speed_of, sides, rows, first = {}, {'machine': machine()}, [], variants[0]
-
-    def expert_side(model):
-        run, x = our_loss(torch.compile(model) if compile else model), tokens_of(batch_size, block_size)
-
-        def side():
-            work = timed(lambda: backward(run, x, x.flip(1), micro_batch_size))
-            opt = adamw(model)                                  # moments of one side at a time: together they would fill the memory
-            opt.step()
-
-            def finish():
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                opt.step()
-            seconds = {'forward_backward': work, 'optimizer': timed(finish)}
-            opt.zero_grad()
-            return seconds
-        return side
-
-    def context_side(model, n):
-        run, x = our_loss(torch.compile(model) if compile else model), tokens_of(tokens // n, n)
-
-        def side():
-            seconds = timed(lambda: backward(run, x, x.flip(1), len(x)))
-            model.zero_grad()
-            return {'forward_backward': seconds}
-        return side
-
+        fail(f'--experts={as_text(config["experts"])}: each must be at least top_k, {top_k}')
+    yardstick, rows, sides = machine(), [], {}
     for n in experts:
-        model = build(first, n_expert=n).train()
-        sides[f'experts {n}'] = expert_side(model)
-        rows.append({'kind': 'experts', 'variant': first, 'n': n, 'tokens': batch_size * block_size, 'flops_per_token': model.flops_per_token(),
-                     'params_total': model.parameter_counts()['params_total']})
-    timings = interleave(sides, {})
-    sides = {'machine': sides['machine']}                       # the models of the first table make room
-    gc.collect()
+        model, side = build(variants[0], n_expert=n).train(), f'experts {n}'
+        sides[side] = training_side(model, tokens_of(batch_size, block_size), micro_batch_size, True)
+        rows.append({'kind': 'experts', 'variant': variants[0], 'n': n, 'tokens': batch_size * block_size, 'side': side,
+                     'flops_per_token': model.flops_per_token(), 'params_total': model.parameter_counts()['params_total']})
+    timings = interleave({'machine': yardstick, **sides}, {})
+    sides.clear()
     for attn in variants:
-        model = build(attn, block_size=contexts[-1]).train()    # one model for all contexts: its weights do not depend on them
-        whole = model.config
+        model = build(attn, block_size=contexts[-1]).train()    # one for all contexts: its weights do not depend on them
         for n in contexts:
-            sides[f'{attn} context {n}'] = context_side(model, n)
-            model.config = replace(whole, block_size=n)
-            rows.append({'kind': 'context', 'variant': attn, 'n': n, 'tokens': tokens, 'flops_per_token': model.flops_per_token()})
-        model.config = whole
-    interleave(sides, timings)
+            side = f'{attn} context {n}'
+            sides[side] = training_side(model, tokens_of(tokens // n, n), tokens // n, False)
+            model.config = replace(model.config, block_size=n)  # for flops_per_token
+            rows.append({'kind': 'context', 'variant': attn, 'n': n, 'tokens': tokens, 'side': side,
+                         'flops_per_token': model.flops_per_token(), 'params_total': model.parameter_counts()['params_total']})
+    interleave({'machine': yardstick, **sides}, timings)
 
     for row in rows:
-        side = f'experts {row["n"]}' if row['kind'] == 'experts' else f'{row["variant"]} context {row["n"]}'
-        start = next(r for r in rows if (r['kind'], r['variant']) == (row['kind'], row['variant']))
-        seconds = timings[side]['forward_backward']
-        speed_of[side] = seconds
-        origin = f'experts {start["n"]}' if row['kind'] == 'experts' else f'{row["variant"]} context {start["n"]}'
-        row |= {'tokens_per_second': rate(row['tokens'], seconds), 'ms': summary([1e3 * s for s in seconds]),
-                'speed_to_first': ratio(seconds, speed_of[origin]), 'expected_by_flops': start['flops_per_token'] / row['flops_per_token'],
-                'optimizer_ms': summary([1e3 * s for s in timings[side]['optimizer']]) if row['kind'] == 'experts' else None}
-    cells = lambda r: [show(r['tokens_per_second']), show(r['speed_to_first'], '.3f'), f'{r["expected_by_flops"]:.3f}']
-    text = table(['experts', 'variant', 'tokens/s', 'to the first', 'by FLOPs', 'parameters', 'clip + optimizer ms'],
-                 [[r['n'], r['variant'], *cells(r), f'{r["params_total"] / 1e6:.1f}M', show(r['optimizer_ms'], '.1f')]
-                  for r in rows if r['kind'] == 'experts'])
-    text += '\n\n' + table(['context', 'variant', 'tokens/s', 'to the first', 'by FLOPs'],
-                           [[r['n'], r['variant'], *cells(r)] for r in rows if r['kind'] == 'context'])
-    notes = [f'tokens/s of forward and backward: {batch_size * block_size} tokens in the first table, {tokens} at every context in the second. '
-             'The optimizer grows with all parameters, whatever the tokens; it is given apart.',
-             'by FLOPs: the quotient that model FLOPs per token alone would give; what is above 1 / it in the second table is not attention\'s own.']
+        first = next(r for r in rows if (r['kind'], r['variant']) == (row['kind'], row['variant']))
+        seconds = timings[row['side']]
+        row |= {'tokens_per_second': rate(row['tokens'], seconds['forward_backward']),
+                'ms': summary(seconds['forward_backward'], 1e3),
+                'optimizer_ms': summary(seconds['optimizer'], 1e3) if 'optimizer' in seconds else None,
+                'speed_to_first': ratio(seconds['forward_backward'], timings[first['side']]['forward_backward']),
+                'speed_to_first_by_flops': first['flops_per_token'] / row['flops_per_token']}
+    cells = lambda r: [r['n'], r['variant'], show(r['tokens_per_second']), show(r['speed_to_first'], '.3f'),
+                       f'{r["speed_to_first_by_flops"]:.3f}']
+    head = ['variant', 'tokens/s', 'speed to the first', 'by FLOPs']
+    text = table(['experts', *head, 'parameters', 'clip + optimizer ms'],
+                 [cells(r) + [f'{r["params_total"] / 1e6:.1f}M', show(r['optimizer_ms'], '.1f')] for r in rows if r['kind'] == 'experts'])
+    text += '\n\n' + table(['context', *head], [cells(r) for r in rows if r['kind'] == 'context'])
+    notes = [f'tokens/s: forward and backward, of {batch_size * block_size} tokens in the first table, of {tokens} at each '
+             'context in the second. The optimizer\'s work grows with all parameters, whatever the tokens: it stands apart.',
+             'by FLOPs: the quotient of the model FLOPs per token; where a context is slower than that, it is not attention\'s '
+             'own share.']
     curve = lambda kind, attn: [(r['n'], r['tokens_per_second']) for r in rows if (r['kind'], r['variant']) == (kind, attn)]
-    by_flops = [(r['n'], dict.fromkeys(('median', 'min', 'max'), r['expected_by_flops'] * rows[len(experts)]['tokens_per_second']['median']))
-                for r in rows if (r['kind'], r['variant']) == ('context', first)]
-    figure = [('experts', 'tokens/s', {first: curve('experts', first)}),
-              ('context', 'tokens/s', {a: curve('context', a) for a in variants} | {f'{first}, by FLOPs': by_flops})]
+    first = [r for r in rows if (r['kind'], r['variant']) == ('context', variants[0])]
+    expected = [(r['n'], flat(r['speed_to_first_by_flops'] * first[0]['tokens_per_second']['median'])) for r in first]
+    figure = [('experts', 'tokens/s', {variants[0]: curve('experts', variants[0])}),
+              ('context', 'tokens/s', {a: curve('context', a) for a in variants} | {f'{variants[0]} by FLOPs': expected})]
     return {'machine': machine_rates(timings['machine']), 'rows': rows, 'timings': timings}, text, notes, figure
 
 
@@ -624,24 +625,25 @@ def chunks(prompt):
 
 
 def our_decoding(model, trunk, tokens, prompt):
-    """-> a side: prefill, then the same new tokens in each way this attention has of decoding; and what it allocated."""
-    modes = ('absorb', 'expand') if isinstance(model.layers[0].attn, attention.LatentAttention) else ('decode',)
+    """-> a side: the prompt, then the same new tokens in each way its attention has of decoding; facts, filled in as it runs."""
+    latent = isinstance(model.layers[0].attn, attention.LatentAttention)
     facts = {}
 
-    def ways(mode):
+    def choose(way):
         for layer in model.layers:
-            layer.attn.decode = mode                            # means nothing to multi-head attention
+            layer.attn.decode = way                             # means nothing to multi-head attention
 
     def side():
         cache = model.new_cache(len(tokens), prompt + new_tokens)
         facts['bytes'] = cache.bytes()
-        ways('auto')
+        choose('auto')
         seconds = {'prefill': timed(lambda: [model.decode(tokens[:, s], cache) for s in chunks(prompt)])}
-        for mode in modes:
-            ways(mode)
-            cache.filled, cache.static = prompt, trunk is not None      # a compiled trunk wants shapes that stay
-            seconds[mode] = timed(lambda: [model.decode(tokens[:, i:i + 1], cache, trunk) for i in range(prompt, prompt + new_tokens)])
-        ways('auto')
+        cache.static = trunk is not None                        # a compiled trunk wants shapes that stay
+        for way in ('absorb', 'expand') if latent else ('decode',):
+            choose(way)
+            cache.filled = prompt
+            seconds[way] = timed(lambda: [model.decode(tokens[:, i:i + 1], cache, trunk) for i in range(prompt, prompt + new_tokens)])
+        choose('auto')
         if generate:
             texts = tokens[:, :prompt].tolist()
             seconds['generate'] = timed(lambda: list(model.generate(texts, new_tokens, temperature=0)))
@@ -650,9 +652,11 @@ def our_decoding(model, trunk, tokens, prompt):
 
 
 def peer_decoding(model, tokens, prompt):
-    """The same of a transformers model: its DynamicCache, one forward a token, no generate() around it unless asked for."""
+    """The same of a transformers model: its DynamicCache and one forward a token, no generate() around it."""
     state, facts = {}, {}
-    step = lambda s: model(input_ids=tokens[:, s], past_key_values=state['cache'], use_cache=True, logits_to_keep=1)
+
+    def step(s):
+        model(input_ids=tokens[:, s], past_key_values=state['cache'], use_cache=True, logits_to_keep=1)
 
     def prefill():
         state['cache'] = transformers.DynamicCache(config=model.config)
@@ -663,96 +667,101 @@ def peer_decoding(model, tokens, prompt):
         for i in range(prompt, prompt + count):
             step(slice(i, i + 1))
 
-    with torch.no_grad():
-        facts['prefill_experts'], facts['prefill_trials'] = fastest_experts(model, prefill, len(tokens) * min(prompt, prefill_chunk))
-        facts['decode_experts'], facts['decode_trials'] = fastest_experts(model, lambda: decode(min(8, new_tokens)), len(tokens))
+    def whole():
+        model.generate(tokens[:, :prompt], attention_mask=torch.ones_like(tokens[:, :prompt]), do_sample=False, pad_token_id=0,
+                       min_new_tokens=new_tokens, max_new_tokens=new_tokens)
 
     @torch.no_grad()
     def side():
         model.set_experts_implementation(facts['prefill_experts'])
         seconds = {'prefill': timed(prefill)}
-        model.set_experts_implementation(facts['decode_experts'])
+        model.set_experts_implementation(facts['experts'])
         seconds['decode'] = timed(decode)
         facts['bytes'] = sum(t.numel() * t.element_size() for layer in state['cache'].layers for t in (layer.keys, layer.values))
-        if generate:
-            state['cache'] = None
-            seconds['generate'] = timed(lambda: model.generate(
-                tokens[:, :prompt], attention_mask=torch.ones_like(tokens[:, :prompt]), do_sample=False, max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens, pad_token_id=0))
-        state['cache'] = None
-        return seconds
+        state.clear()
+        return seconds | ({'generate': timed(whole)} if generate else {})
+
+    with torch.no_grad():
+        facts['prefill_experts'], prefill_trials = fastest_experts(model, prefill, len(tokens) * min(prompt, prefill_chunk))
+        facts['experts'], decode_trials = fastest_experts(model, lambda: decode(min(8, new_tokens)), len(tokens))
+    facts['trials'] = {'prefill': prefill_trials, 'decode': decode_trials}
     return side, facts
 
 
 def task_decode():
-    size = prompts[-1] + new_tokens
-    ours = {attn: build(attn, block_size=size).to(getattr(torch, dtype)).eval() for attn in variants}
+    size, number = prompts[-1] + new_tokens, getattr(torch, dtype)
+    ours = {attn: build(attn, block_size=size).to(number).eval() for attn in variants}
+    theirs = {attn: build_peer(model.config).to(number).eval() for attn, model in ours.items() if transformers}
     trunks = {attn: torch.compile(model.trunk) if compile else None for attn, model in ours.items()}
-    theirs = {attn: build_peer(model.config).to(getattr(torch, dtype)).eval() for attn, model in ours.items() if transformers}
     yardstick, timings, rows = machine(), {}, []
-    for prompt in prompts:
-        for batch in batch_sizes:
-            tokens, sides, facts = tokens_of(batch, prompt + new_tokens), {'machine': yardstick}, {}
-            where = f'batch {batch} prompt {prompt}'
-            for attn in variants:
-                sides[f'{attn} ours {where}'], facts[attn, 'ours'] = our_decoding(ours[attn], trunks[attn], tokens, prompt)
-                if transformers:
-                    sides[f'{attn} transformers {where}'], facts[attn, 'transformers'] = peer_decoding(theirs[attn], tokens, prompt)
-            interleave(sides, timings)
-            for (attn, library), fact in facts.items():
-                seconds = timings[f'{attn} {library} {where}']
-                other = timings.get(f'{attn} transformers {where}') if library == 'ours' else None
-                for mode in sorted(seconds.keys() - {'prefill', 'generate'}):
-                    rows.append({
-                        'variant': attn, 'library': library, 'mode': mode, 'batch_size': batch, 'prompt': prompt, 'new_tokens': new_tokens,
-                        'prefill_tokens_per_second': rate(batch * prompt, seconds['prefill']),
-                        'decode_tokens_per_second': rate(batch * new_tokens, seconds[mode]),
-                        'ms_per_token': summary([1e3 * s / new_tokens for s in seconds[mode]]), 'cache_bytes': fact['bytes'],
-                        'cache_bytes_per_token': fact['bytes'] / (batch * (prompt + new_tokens)),
-                        'experts_implementation': fact.get('decode_experts'), 'prefill_experts_implementation': fact.get('prefill_experts'),
-                        'trials': {k: fact[f'{k}_trials'] for k in ('prefill', 'decode') if library == 'transformers'},
-                        'generate_tokens_per_second': rate(batch * new_tokens, seconds['generate']) if generate else None,
-                        'decode_speed_to_peer': ratio(seconds[mode], other['decode']) if other else None,
-                        'prefill_speed_to_peer': ratio(seconds['prefill'], other['prefill']) if other else None,
-                        'generate_speed_to_peer': ratio(seconds['generate'], other['generate']) if other and generate else None,
-                        'absorb_speed_to_expand': ratio(seconds['absorb'], seconds['expand']) if mode == 'absorb' else None})
-            print(f'{where}: done', file=sys.stderr, flush=True)
-    text = table(['prompt', 'batch', 'variant', 'library', 'mode', 'prefill tokens/s', 'decode tokens/s', 'ms/token', 'cache B/token', 'cache MB',
-                  'absorb to expand', 'decode to transformers'],
-                 [[r['prompt'], r['batch_size'], r['variant'], with_experts(r), r['mode'], show(r['prefill_tokens_per_second']),
-                   show(r['decode_tokens_per_second'], ',.1f'), show(r['ms_per_token'], '.2f'), f'{r["cache_bytes_per_token"]:,.0f}',
-                   f'{r["cache_bytes"] / 1e6:.2f}', show(r['absorb_speed_to_expand'], '.2f'), show(r['decode_speed_to_peer'], '.2f')] for r in rows])
+    for prompt, batch in ((p, b) for p in prompts for b in batch_sizes):
+        tokens, sides, facts = tokens_of(batch, prompt + new_tokens), {'machine': yardstick}, {}
+        for attn in variants:
+            side = f'{attn} ours batch {batch} prompt {prompt}'
+            sides[side], facts[side] = our_decoding(ours[attn], trunks[attn], tokens, prompt)
+            if transformers:
+                side = side.replace('ours', 'transformers')
+                sides[side], facts[side] = peer_decoding(theirs[attn], tokens, prompt)
+        interleave(sides, timings)
+        for side, fact in facts.items():
+            attn, library, *_ = side.split()
+            seconds = timings[side]
+            other = timings.get(side.replace('ours', 'transformers'), {}) if library == 'ours' else {}
+            for mode in sorted(seconds.keys() - {'prefill', 'generate'}):
+                rows.append({
+                    'variant': attn, 'library': library, 'mode': mode, 'batch_size': batch, 'prompt': prompt, 'side': side,
+                    'prefill_tokens_per_second': rate(batch * prompt, seconds['prefill']),
+                    'decode_tokens_per_second': rate(batch * new_tokens, seconds[mode]),
+                    'ms_per_token': summary(seconds[mode], 1e3 / new_tokens), 'cache_bytes': fact['bytes'],
+                    'cache_bytes_per_token': fact['bytes'] / (batch * (prompt + new_tokens)),
+                    'generate_tokens_per_second': rate(batch * new_tokens, seconds['generate']) if generate else None,
+                    'experts_implementation': fact.get('experts'), 'prefill_experts_implementation': fact.get('prefill_experts'),
+                    'trials': fact.get('trials'),
+                    'prefill_speed_to_peer': ratio(seconds['prefill'], other.get('prefill')),
+                    'decode_speed_to_peer': ratio(seconds[mode], other.get('decode')),
+                    'generate_speed_to_peer': ratio(seconds.get('generate'), other.get('generate')),
+                    'absorb_speed_to_expand': ratio(seconds[mode], seconds.get('expand')) if mode == 'absorb' else None})
+        print(f'prompt {prompt}, batch {batch}: done', file=sys.stderr, flush=True)
+
+    text = table(['prompt', 'batch', 'variant', 'library', 'mode', 'prefill tokens/s', 'to transformers', 'decode tokens/s',
+                  'ms/token', 'absorb to expand', 'to transformers', 'cache B/token', 'cache MB'],
+                 [[r['prompt'], r['batch_size'], r['variant'], library_of(r), r['mode'], show(r['prefill_tokens_per_second']),
+                   show(r['prefill_speed_to_peer'], '.2f'), show(r['decode_tokens_per_second'], ',.1f'), show(r['ms_per_token'], '.2f'),
+                   show(r['absorb_speed_to_expand'], '.2f'), show(r['decode_speed_to_peer'], '.2f'),
+                   f'{r["cache_bytes_per_token"]:,.0f}', f'{r["cache_bytes"] / 1e6:.2f}'] for r in rows])
     if generate:
         text += '\n\n' + table(['prompt', 'batch', 'variant', 'library', 'generate() tokens/s', 'to transformers'],
                                [[r['prompt'], r['batch_size'], r['variant'], r['library'], show(r['generate_tokens_per_second'], ',.1f'),
                                  show(r['generate_speed_to_peer'], '.2f')] for r in rows if r['mode'] != 'expand'])
-    notes = [f'Random tokens, {new_tokens} decoded one at a time after the prompt, which is read {prefill_chunk} at a time. ms/token is the time of '
-             'one step of the whole batch. Cache: what is allocated for prompt and new tokens, one number in ' + dtype + '.',
-             'Latent attention: the prompt is read in the cheaper way (auto); then the same tokens are decoded absorbed and expanded.']
-    notes += ['transformers: DynamicCache, one forward a token without generate(), the fastest experts implementation in a trial, for '
-              'prompt and decoding apart; DeepseekV3 routes by sigmoid, its shared experts have width 0.'] * bool(transformers)
-    figure = None
-    if len(prompts) > 1:
-        names = {(r['variant'], r['library'], r['mode']): ' '.join([r['variant'], *([r['mode']] * (r['mode'] != 'decode')),
-                 *(['transformers'] * (r['library'] != 'ours'))]) for r in rows}
-        of = lambda key, value: [(r['prompt'], value(r)) for r in rows
-                                 if (r['variant'], r['library'], r['mode']) == key and r['batch_size'] == batch_sizes[0]]
-        flat = lambda x: dict.fromkeys(('median', 'min', 'max'), x)
-        figure = [('context', f'ms per token, batch {batch_sizes[0]}', {n: of(k, lambda r: r['ms_per_token']) for k, n in names.items()}),
-                  ('context', f'cache in MB, batch {batch_sizes[0]}',
-                   {n: of(k, lambda r: flat(r['cache_bytes'] / 1e6)) for k, n in names.items() if k[2] != 'expand'})]
-    return {'machine': machine_rates(timings['machine']), 'rows': rows, 'timings': timings}, text, notes, figure
+    notes = [f'Random tokens: a prompt, {prefill_chunk} at a time, then {new_tokens} one at a time. ms/token: one step of the whole '
+             f'batch. Cache: what is allocated for prompt and new tokens, in {dtype}.',
+             'Latent attention reads the prompt in the cheaper way (auto), then decodes the same tokens absorbed and expanded.']
+    notes += [PEER_NOTE + ' DynamicCache, one forward a token without generate().'] * bool(transformers)
+    curves = {}                                                 # at the first batch size
+    for r in rows:
+        if r['batch_size'] == batch_sizes[0]:
+            name = ' '.join([r['variant'], *[r['mode']] * (r['mode'] != 'decode'), *[r['library']] * (r['library'] != 'ours')])
+            curves.setdefault(name, []).append(r)
+    figure = [('context', f'ms per token, batch {batch_sizes[0]}',
+               {name: [(r['prompt'], r['ms_per_token']) for r in rs] for name, rs in curves.items()}),
+              ('context', f'cache in MB, batch {batch_sizes[0]}',
+               {name: [(r['prompt'], flat(r['cache_bytes'] / 1e6)) for r in rs] for name, rs in curves.items() if 'expand' not in name})]
+    return {'machine': machine_rates(timings['machine']), 'rows': rows, 'timings': timings}, text, notes, figure if len(prompts) > 1 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Report
 
 def show(s, form=',.0f'):
-    """'median (min-max)' of a summary, a rate or a ratio; '-' of None."""
+    """'median (min-max)' of a summary, rate or ratio; '-' of None."""
     return '-' if s is None else f'{s.get("median", s.get("of_medians")):{form}} ({s["min"]:{form}}-{s["max"]:{form}})'
 
 
-def with_experts(row):
+def flat(x):
+    return {'median': x, 'min': x, 'max': x}
+
+
+def library_of(row):
     return row['library'] + (f' ({row["experts_implementation"]})' if row['experts_implementation'] else '')
 
 
@@ -761,7 +770,7 @@ def table(head, lines):
 
 
 def draw(path, panels):
-    """Panels (x label, y label, {name: [(x, summary), ...]}) side by side, bars from minimum to maximum."""
+    """Panels (x label, y label, {name: [(x, summary), ...]}) side by side, bars from minimum to maximum -> file name or None."""
     try:
         import matplotlib
         matplotlib.use('Agg')
@@ -769,14 +778,15 @@ def draw(path, panels):
     except ImportError:
         print('no figure: matplotlib is not installed', file=sys.stderr)
         return None
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5), squeeze=False)
-    for ax, (xlabel, ylabel, curves) in zip(axes[0], panels):
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5))
+    for ax, (xlabel, ylabel, curves) in zip(axes, panels):
         for name, points in curves.items():
-            x, y = [p[0] for p in points], [p[1]['median'] for p in points]
-            bars = [[s['median'] - s['min'] for _, s in points], [s['max'] - s['median'] for _, s in points]]
-            ax.errorbar(x, y, bars, marker='o', capsize=3, label=name, linestyle='--' if 'transformers' in name or 'FLOPs' in name else '-')
+            x, stats = [p[0] for p in points], [p[1] for p in points]
+            bars = [[s['median'] - s['min'] for s in stats], [s['max'] - s['median'] for s in stats]]
+            ax.errorbar(x, [s['median'] for s in stats], bars, marker='o', markersize=4, capsize=3, label=name,
+                        linestyle='--' if 'transformers' in name or 'FLOPs' in name else '-')
         ax.set_xscale('log', base=2)
-        ax.set_xticks(x, map(str, x))
+        ax.set_xticks(x, [str(n) for n in x])
         ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
         ax.legend(fontsize=7)
     figure.tight_layout()
@@ -784,40 +794,27 @@ def draw(path, panels):
     return path.name
 
 
-def json_ready(value):
-    """NaN and infinities become null, as JSON has none."""
-    if isinstance(value, dict):
-        return {k: json_ready(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_ready(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-if __name__ == '__main__':
-    for attn in variants:
-        try:
-            ModelConfig(attn=attn, n_embd=n_embd, n_head=n_head, n_expert=n_expert, top_k=top_k)    # an unknown one is told before the others run
-        except ValueError as error:
-            fail(error)
-    if task == 'memory':
-        task_memory()
-        sys.exit()
-    path = Path(out or f'out/bench/{task}.json')
+def main():
+    path, started = Path(out or f'out/bench/{task}.json'), datetime.now().astimezone().isoformat(timespec='seconds')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(path.name + '.tmp')
         aside.touch()                                           # told now, not after ten minutes
+        aside.unlink()
     except OSError as error:
         fail(f'{path} cannot be written to ({error.strerror}); go elsewhere with --out=...')
-    started = datetime.now().astimezone().isoformat(timespec='seconds')
-    result, text, notes, panels = {'train': task_train, 'parts': task_parts, 'scaling': task_scaling, 'decode': task_decode}[task]()
-    env, speed = environment(), result['machine']
-    result = {'schema': 1, 'task': task, 'started': started, 'finished': datetime.now().astimezone().isoformat(timespec='seconds'),
-              'config': config, 'environment': env, 'notes': notes, 'figure': draw(path.with_suffix('.png'), panels) if panels else None, **result}
-    print(f'{text}\n\n{env["device_name"]}, {env["threads"]} threads, torch {env["torch"]}, {dtype}{", compiled" if compile else ""}, {rounds} rounds: '
-          f'{matrix_size}^3 matrix product {show({k: v / 1e9 for k, v in speed["matmul_flops"].items()}, ",.1f")} GFLOP/s, copy '
-          f'{show({k: v / 1e9 for k, v in speed["copy_bytes_read_and_written"].items()}, ",.1f")} GB/s read and written\n')
-    print('\n'.join(f'- {note}' for note in notes))
-    aside.write_text(json.dumps(json_ready(result), indent=1, allow_nan=False) + '\n', encoding='utf-8')
+    content, text, notes, panels = {'train': task_train, 'parts': task_parts, 'scaling': task_scaling, 'decode': task_decode}[task]()
+    figure, env, speed = draw(path.with_suffix('.png'), panels) if panels else None, environment(), content['machine']
+    content = {'schema': 1, 'task': task, 'started': started, 'finished': datetime.now().astimezone().isoformat(timespec='seconds'),
+               'config': config, 'environment': env, 'notes': notes, 'figure': figure, **content}
+    aside.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n', encoding='utf-8')
     os.replace(aside, path)
-    print(f'\n{path}' + (f', {path.with_suffix(".png")}' if result['figure'] else ''))
+    giga = lambda r: show({k: v / 1e9 for k, v in r.items()}, ',.1f')
+    print(f'{text}\n\n{env["device_name"]}, {env["threads"]} threads, torch {env["torch"]}, {dtype}{", compiled" if compile else ""}, '
+          f'{rounds} rounds; its own {matrix_size}^3 matrix product {giga(speed["matmul_flops"])} GFLOP/s, its copy '
+          f'{giga(speed["copy_bytes_read_and_written"])} GB/s read and written\n')
+    print('\n'.join(f'- {note}' for note in notes) + f'\n\n{path}' + (f', {path.with_suffix(".png")}' if figure else ''))
+
+
+if __name__ == '__main__':
+    task_memory() if task == 'memory' else main()

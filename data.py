@@ -20,7 +20,6 @@ import re
 import secrets
 import shlex
 import shutil
-import sys
 import sysconfig
 import threading
 import time

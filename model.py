@@ -278,7 +278,7 @@ class LanguageModel(nn.Module):
         size, device = self.config.block_size, self.embed.weight.device
         generator = torch.Generator().manual_seed(seed)
         texts = [list(p)[-size:] for p in prompts]
-        logits = cache = None
+        cache = new = None
         for _ in range(max_new_tokens):
             if cache is None or cache.filled == cache.capacity:
                 if cache is not None:

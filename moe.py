@@ -84,18 +84,32 @@ class SegmentedSwiGLU(torch.autograd.Function):
         return d_rows, d_gate, d_up, d_down, None
 
 
+def grouped_serves(rows, gate):
+    """Whether F.grouped_mm is the way to go: on a GPU, and inside torch.compile. On a CPU the loop is faster.
+
+    It takes no float64 and only strides that are multiples of 16 bytes; and torch.compile knows it in bfloat16 alone (the
+    shape rule, torch._meta_registrations of 2.13, refuses float32, which the kernel itself takes).
+    """
+    compiling = torch.compiler.is_compiling()
+    fits = rows.dtype == torch.bfloat16 or (rows.dtype == torch.float32 and not compiling)
+    return fits and (rows.is_cuda or compiling) and all(n * rows.element_size() % 16 == 0 for n in gate.shape[1:])
+
+
+@torch.compiler.disable                                         # row counts on the host: no part of any graph
+def segmented_swiglu(rows, gate, up, down, load):
+    return SegmentedSwiGLU.apply(rows, gate, up, down, load.tolist())
+
+
 def swiglu_experts(rows, gate, up, down, load):
     """The experts' networks over rows (M, C) sorted by expert; load (E,) rows each. See SegmentedSwiGLU for the shapes.
 
-    On a GPU, and inside torch.compile, F.grouped_mm: all experts in one launch, row counts read on the device, no host
-    synchronisation. It takes no float64 and only strides that are multiples of 16 bytes. On a CPU the loop is faster.
+    F.grouped_mm does all experts in one launch, with row counts read on the device, no host synchronisation.
     """
-    fits = rows.dtype in (torch.float32, torch.bfloat16) and all(n * rows.element_size() % 16 == 0 for n in gate.shape[1:])
-    if fits and (rows.is_cuda or torch.compiler.is_compiling()):
+    if grouped_serves(rows, gate):
         ends = load.cumsum(0).to(torch.int32)                   # (E,) where each expert's rows end
         h = F.silu(F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)) * F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
         return F.grouped_mm(h, down.transpose(1, 2), offs=ends)
-    return SegmentedSwiGLU.apply(rows, gate, up, down, load.tolist())
+    return segmented_swiglu(rows, gate, up, down, load)
 
 
 class MixtureOfExperts(nn.Module):
@@ -155,7 +169,7 @@ class MixtureOfExperts(nn.Module):
         # micro-batch nor the number of processes matters: E sum_e f_e P_e, f the share of the T k choices (no gradient),
         # P the mean probability over ALL experts. It is 1 when f or P is even, E/k when k experts get everything.
         counts = (chosen.flatten(1).unsqueeze(-1) == torch.arange(E, device=x.device)).sum(1)   # (B, E)
-        balance_loss = E * (counts / (T * k) * probs.mean(1)).sum(-1).mean()
+        balance_loss = E * (counts.to(probs.dtype) / (T * k) * probs.mean(1)).sum(-1).mean()
         z_loss = logits.logsumexp(-1).square().mean()                                           # ST-MoE eq. 5
         entropy = -(probs * probs.clamp_min(1e-20).log()).sum(-1).mean()
         return chosen, weights * self.scaling, Routing(balance_loss, z_loss, counts.sum(0), entropy.detach())

@@ -35,14 +35,16 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):                                       # torch's loader of optimizer states passes one, None
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             lr, momentum = group['lr'], group['momentum']
             for p in group['params']:
-                if 'momentum' not in self.state[p]:
-                    self.state[p]['momentum'] = torch.zeros_like(p)
-                m = self.state[p]['momentum']
+                if 'momentum_buffer' not in self.state[p]:
+                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                m = self.state[p]['momentum_buffer']
                 m.lerp_(p.grad, 1 - momentum)
                 update = orthogonalise(p.grad.lerp(m, momentum))
                 p.mul_(1 - lr * group['weight_decay'])
                 p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2:]) ** 0.5)
+        return loss

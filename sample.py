@@ -1,8 +1,8 @@
 """Continue a prompt with a trained model: python sample.py out/laptop/enhanced-s0 --prompt="def " [--knob=value ...]
 
 The prompt and what follows it go to stdout as they come, in whole characters, until the model ends the text or
---max_new_tokens are reached. A line on stderr then says how fast it went and how large the cache was. Of several samples
-the first is shown as it comes, the others after it, each below a line of dashes. One seed always gives the same text.
+--max_new_tokens are reached; a line on stderr then says how fast it went and how large the cache was. Of several
+samples the first is shown as it comes, the others after it, each below a line of dashes. The same seed, the same text.
 
 A model sees block_size tokens at most: of a longer prompt the last ones, and when the text outgrows the context, the
 cache is built anew from the newest half of it. A token then sees between block_size / 2 and block_size tokens.
@@ -14,21 +14,22 @@ from configurator import configure, fail
 # ---------------------------------------------------------------------------------------------------------------------
 # What is continued
 run = ''                        # a run's folder, or a checkpoint file
-prompt = ''                     # the text as it stands; FILE:path reads it from a file, - from standard input (all of it,
-                                # the last line end too: printf, not echo); empty: the start of a new text
+prompt = ''                     # the text as it stands; FILE:path: the text of that file; -: standard input, to its end
+                                # and with its last line end (printf, not echo); empty: the start of a new text
 
 # How
 max_new_tokens = 300            # at most
 num_samples = 1                 # continuations of the one prompt, made side by side in one batch
-temperature = 0.8               # below 1 likelier tokens gain, above 1 they lose; 0: always the likeliest (samples are equal)
+temperature = 0.8               # below 1 likelier tokens gain, above they lose; 0: always the likeliest
 top_k: int | None = 50          # draw among so many of the likeliest tokens; 0 or none: among all
 seed = 0                        # of the draws
 
 # Machine
-mla_decode: Literal['auto', 'expand', 'absorb'] = 'auto'    # latent attention: make keys and values of the cached latents,
-                                # or attend over the latents themselves; auto: the cheaper. The same numbers but for rounding
+mla_decode: Literal['auto', 'expand', 'absorb'] = 'auto'    # latent attention: make keys and values from the cache, or
+                                # attend over the cached latents themselves; auto: the cheaper; equal but for rounding
 device = 'auto'                 # auto: cuda, else mps, else cpu; or one of them by name (cuda:1, ...)
-dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of weights and cache; auto: bfloat16 on GPUs that have it, else float32
+dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'      # of weights and cache; auto: bfloat16 on GPUs that have it,
+                                # else float32
 compile: bool | None = None     # torch.compile, over a cache whose shape never changes; none: on GPUs
 # ---------------------------------------------------------------------------------------------------------------------
 configure(globals(), positional='run')      # before torch is imported, so that a typo is answered at once
@@ -50,7 +51,7 @@ sys.stdout.reconfigure(errors='replace')                    # a terminal that la
 warnings.simplefilter('ignore')                             # torch's advice is not for the reader of the text
 
 if not run:
-    fail('which run? python sample.py out/EXPERIMENT/NAME-sSEED --prompt=TEXT (python sample.py --help lists the knobs)')
+    fail('which run? python sample.py out/EXPERIMENT/NAME-sSEED --prompt=TEXT (--help lists the knobs)')
 path = os.path.join(run, 'checkpoint.pt') if os.path.isdir(run) else run
 if not os.path.isfile(path):
     fail(f'{run} holds no checkpoint.pt' if path != run else f'{run}: no such run folder or checkpoint file')
@@ -65,7 +66,7 @@ try:
     if prompt == '-' or prompt.startswith('FILE:'):
         with open(0 if prompt == '-' else prompt.removeprefix('FILE:'), 'rb') as file:
             prompt = file.read().decode('utf-8')
-    prompt.encode('utf-8')                                  # bytes of the command line that are no text came as surrogates
+    prompt.encode('utf-8')                                  # on the command line, what is no text became surrogates
 except OSError as error:
     fail(f'--prompt={prompt} cannot be read ({error.strerror})')
 except ValueError as error:
@@ -90,9 +91,10 @@ except RuntimeError:
     fail(f'--device={device} is no device; try auto, cpu, cuda, cuda:1 or mps')
 there = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}.get(device.type, 0)
 if (device.index or 0) >= there:
-    fail(f'--device={device} was asked for, but this torch ({torch.__version__}) sees {there} of that kind; try --device=auto')
+    fail(f'there is no {device}: this torch ({torch.__version__}) sees {there} of that kind; try --device=auto')
 if dtype == 'auto':
-    dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
+    has_bfloat16 = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = 'bfloat16' if has_bfloat16 else 'float32'
 
 try:
     checkpoint = torch.load(path, map_location='cpu', weights_only=True)        # never executes a pickle
@@ -104,17 +106,18 @@ if checkpoint['schema'] != SCHEMA:
     fail(f'{path} has schema {checkpoint["schema"]}, this program reads {SCHEMA}')
 try:
     if checkpoint['tokenizer'] is None:
-        fail(f'{path} has no tokenizer (its run was given tokens of an unknown vocabulary), so there is no text to be had')
+        fail(f'{path} has no tokenizer (its run was given tokens of an unknown vocabulary), so there is no text')
     tokenizer = Tokenizer.from_state(checkpoint['tokenizer'])
-    model = LanguageModel(ModelConfig(**checkpoint['model_config'])).to(device, getattr(torch, dtype)).eval()
+    model = LanguageModel(ModelConfig(**checkpoint['model_config'])).eval().to(device, getattr(torch, dtype))
     for name, module in model.named_modules():
         if name.endswith(('norm', 'router')):
-            module.float()                                  # as in training: gains and the choice of experts stay float32
+            module.float()                                  # as in training: gains and choice of experts are float32
     model.load_state_dict(checkpoint['model'])
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(f'{tokenizer.vocab_size} tokens in the tokenizer, {model.config.vocab_size} in the model')
 except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-    fail(f'{path} is no sound checkpoint of train.py ({type(error).__name__}: {str(error).strip().splitlines()[0]})')
+    reason = str(error).partition('\n')[0]                  # the first of many lines
+    fail(f'{path} is no sound checkpoint of train.py ({type(error).__name__}: {reason})')
 del checkpoint
 
 for layer in model.layers:
@@ -160,7 +163,9 @@ def show(text):
         print(text, end='', flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # at exit the interpreter flushes once more
-        sys.exit(0) if isinstance(error, BrokenPipeError) else fail(f'the text cannot be written ({error.strerror})')
+        if not isinstance(error, BrokenPipeError):
+            fail(f'the text cannot be written ({error.strerror})')
+        sys.exit()
 
 
 signal.signal(signal.SIGINT, ask_to_stop)
@@ -170,7 +175,7 @@ show(prompt)
 start = time.perf_counter()
 for step, new in enumerate(model.generate(prompts, **options)):             # new (num_samples,)
     if step == 0:
-        first = time.perf_counter()                         # from here on it is decoding: the prompt gave the first token
+        first = time.perf_counter()                         # the prompt gave this token, from here on it is decoding
     else:
         decoded += len(live)
     new = new.tolist()
@@ -186,7 +191,10 @@ show(decoder.decode(b'', final=True) + '\n')
 for text in texts[1:]:
     show(f'{"-" * 20}\n{prompt}{tokenizer.decode(text)}\n')
 
-each, slots = model.cache_bytes_per_token(getattr(torch, dtype)), min(model.config.block_size, len(prompts[0]) + max_new_tokens)
-print(f'prompt: {len(prompts[0]):,} tokens in {first - start:.2f} s; then {decoded:,} tokens, {decoded / seconds:,.1f} tokens/s; '
-      f'cache: {num_samples * slots * each:,} bytes for {num_samples} x {slots:,} tokens, {each:,} bytes a token', file=sys.stderr)
+length, each = len(prompts[0]), model.cache_bytes_per_token(getattr(torch, dtype))
+slots = min(model.config.block_size, length + max_new_tokens)               # what generate() allocates for each sample
+print(f'prompt: {length:,} tokens in {first - start:.2f} s; '
+      f'then {decoded:,} tokens, {decoded / seconds:,.1f} tokens/s; '
+      f'cache: {num_samples * slots * each:,} bytes for {num_samples} x {slots:,} tokens, {each:,} bytes a token',
+      file=sys.stderr)
 sys.exit(130 if stop else 0)

@@ -119,6 +119,7 @@ from model import LanguageModel, ModelConfig
 from muon import Muon
 
 SCHEMA = 1
+sys.excepthook = lambda kind, *rest: os._exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)     # Ctrl-C early on
 # Dense bfloat16 matrix rate of GPUs in FLOP/s (vendors' data sheets), for mfu; elsewhere mfu is null
 PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12, 'RTX 4090': 165e12}
 

@@ -59,6 +59,7 @@ def train(corpus, data_root, tmp_path, monkeypatch, capfd):
         finally:
             signal.signal(signal.SIGINT, before[0])
             signal.signal(signal.SIGTERM, before[1])
+            sys.excepthook = sys.__excepthook__
             gc.collect()                                    # the script's globals, and with them its lock on the folder
         return SimpleNamespace(code=code, folder=folder, **dict(zip(('out', 'err'), capfd.readouterr())))
     return run

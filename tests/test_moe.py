@@ -1,8 +1,9 @@
 """moe.py against plain loops: one token, one choice, one expert at a time, in float64.
 
-Held to the equations that moe.py names: Switch (arXiv 2101.03961, eq. 2, 4-6), ST-MoE (arXiv 2202.08906, eq. 5), DeepSeek-V3
-(arXiv 2412.19437, eq. 12-20), and to what dropless experts promise: a token's result depends on that token alone. Both ways of
-multiplying, hand-written segments and F.grouped_mm, give the loop's numbers and gradients, experts without tokens included.
+Held to the equations that moe.py names: Switch (arXiv 2101.03961, eq. 2, 4-6), ST-MoE (arXiv 2202.08906, eq. 5),
+DeepSeek-V3 (arXiv 2412.19437, eq. 12-20), and to what dropless experts promise: a token's result depends on that token
+alone. Both ways of multiplying, hand-written segments and F.grouped_mm, give the loop's numbers and gradients, experts
+without tokens included.
 """
 import itertools
 import math
@@ -74,10 +75,11 @@ def reference_experts(layer, x):
         chosen, _ = reference_choice(layer, z.detach())
         scores = torch.exp(z) / torch.exp(z).sum() if layer.kind == 'softmax' else 1 / (1 + torch.exp(-z))
         total = sum(scores[e] for e in chosen) if layer.top_k > 1 else 1.0
-        y = sum(scores[e] / total * layer.scaling * network(token, layer.gate_proj[e], layer.up_proj[e], layer.down_proj[e])
-                for e in chosen)
+        stacks = layer.gate_proj, layer.up_proj, layer.down_proj
+        y = sum(scores[e] / total * layer.scaling * network(token, *(stack[e] for stack in stacks)) for e in chosen)
         if hasattr(layer, 'shared_gate_proj'):
-            y = y + network(token, layer.shared_gate_proj.weight, layer.shared_up_proj.weight, layer.shared_down_proj.weight)
+            shared = layer.shared_gate_proj, layer.shared_up_proj, layer.shared_down_proj
+            y = y + network(token, *(linear.weight for linear in shared))
         rows.append(y)
     return torch.stack(rows).view(x.shape)
 
@@ -91,9 +93,9 @@ def gradients(out, x, layer):
 
 @pytest.fixture(params=['segments', 'grouped'])
 def path(request, monkeypatch):
-    """Both ways of multiplying. The second asks the compiler's question and is told yes."""
+    """Both ways of multiplying. The second is chosen on a GPU and in torch.compile; here it is told that it serves."""
     if request.param == 'grouped':
-        monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+        monkeypatch.setattr(moe, 'grouped_serves', lambda rows, gate: True)
     return request.param
 
 
@@ -125,10 +127,10 @@ def test_a_layer_is_its_tokens_one_by_one_forward_and_in_all_gradients(router, k
         out, _ = layer.train(training)(x)
         close(out, expected, 1e-12)
         for ours, theirs in zip(gradients(out, x, layer), by_loop):
-            if theirs.any():
+            if theirs.abs().max() > 1e-12:
                 close(ours, theirs, 1e-11)
-            else:
-                assert not ours.any()
+            else:                                           # the router of a single expert has nothing to decide
+                assert ours.abs().max() < 1e-12
 
 
 @both_routers
@@ -146,7 +148,7 @@ def test_both_ways_of_multiplying_give_the_loop_in_float32(router, knobs, path, 
             close(ours, theirs, 2e-5)
         else:
             assert ours.abs().max() < 1e-5
-    assert (routing.load == 0).any() == (path is None) or routing.load.sum() == 18 * layer.top_k
+    assert routing.load.sum() == 18 * layer.top_k
 
 
 LOADS = [[3, 0, 5, 1, 0], [9, 0, 0, 0, 0], [0, 0, 0, 0, 9], [0, 1, 0, 0, 0], [2, 2, 2, 2, 1]]
@@ -154,7 +156,7 @@ LOADS = [[3, 0, 5, 1, 0], [9, 0, 0, 0, 0], [0, 0, 0, 0, 9], [0, 1, 0, 0, 0], [2,
 
 @pytest.mark.parametrize('load', LOADS, ids=str)
 @pytest.mark.parametrize('dtype, tolerance', [(F64, 1e-13), (torch.float32, 1e-5)], ids=str)
-def test_experts_with_no_row_one_row_and_all_rows_give_their_own_network_and_gradients(load, dtype, tolerance, path, monkeypatch):
+def test_experts_with_no_row_one_row_or_all_rows_give_the_loop(load, dtype, tolerance, path, monkeypatch):
     if dtype == F64 and path == 'grouped':
         pytest.skip('F.grouped_mm takes no float64')
     only_path(path, monkeypatch)
@@ -175,19 +177,25 @@ def test_experts_with_no_row_one_row_and_all_rows_give_their_own_network_and_gra
             assert weights[e].any() == (n > 0)              # exactly zero for an expert without rows
 
 
-def test_sizes_that_grouped_products_cannot_take_go_through_the_segments(monkeypatch):
-    """Strides must be multiples of 16 bytes: 6 floats are not."""
+def test_grouped_products_are_asked_only_for_what_they_take(monkeypatch):
+    """On a GPU and in torch.compile, where it knows bfloat16 alone; no float64, strides of multiples of 16 bytes."""
+    def serves(dtype, C=8, width=8, cuda=False):
+        return moe.grouped_serves(SimpleNamespace(dtype=dtype, element_size=lambda: dtype.itemsize, is_cuda=cuda),
+                                  torch.empty(2, width, C, device='meta'))
+    bf16, f32 = torch.bfloat16, torch.float32
+    assert not serves(bf16) and not serves(f32)             # eager on a CPU: the segments are faster
+    assert serves(bf16, cuda=True) and serves(f32, cuda=True) and serves(f32, 4, 12, cuda=True)
+    assert not serves(F64, cuda=True)
+    assert not serves(f32, 6, 8, cuda=True) and not serves(f32, 8, 6, cuda=True) and not serves(bf16, 12, 8, cuda=True)
     monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
-    monkeypatch.setattr(F, 'grouped_mm', None)
-    for dtype, C, width in ((torch.float32, 6, 8), (torch.float32, 8, 6), (torch.bfloat16, 12, 8), (F64, 8, 8)):
-        layer, x = experts(dtype=dtype, C=C, d_ff=width), numbers(1, 5, C, dtype=dtype)
-        close(layer(x)[0], reference_experts(layer.double(), x.double()), 5e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert serves(bf16) and serves(bf16, cuda=True) and not serves(f32) and not serves(f32, cuda=True)
 
 
 @pytest.mark.parametrize('sizes', [[2, 0, 3], [0, 0, 4], [1, 1, 1]], ids=str)
 def test_hand_written_experts_pass_gradcheck(sizes):
     tensors = [numbers(sum(sizes), 3), numbers(3, 4, 3, seed=2), numbers(3, 4, 3, seed=3), numbers(3, 3, 4, seed=4)]
-    assert torch.autograd.gradcheck(lambda *t: SegmentedSwiGLU.apply(*t, sizes), [t.requires_grad_() for t in tensors], atol=1e-9)
+    tensors = [t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(lambda *t: SegmentedSwiGLU.apply(*t, sizes), tensors, atol=1e-9)
 
 
 def test_permute_is_indexing_and_passes_gradcheck_to_the_second_order():
@@ -289,7 +297,8 @@ def test_routing_is_float32_under_autocast_and_chooses_as_the_float32_model(rout
     assert torch.equal(again[0], chosen) and torch.equal(again[1], weights)
     assert again[1].dtype == again[2].z_loss.dtype == again[2].balance_loss.dtype == torch.float32
     full = layer(x)[0].detach()
-    assert y.dtype == torch.float32 and 1e-4 < (y - full).abs().max() / full.abs().max() < 3e-2     # products ran in bfloat16
+    assert y.dtype == torch.float32
+    assert 1e-4 < (y - full).abs().max() / full.abs().max() < 3e-2          # the products did run in bfloat16
 
 
 def test_the_selection_bias_stays_float32_in_a_bfloat16_model():
@@ -345,8 +354,8 @@ def test_renumbering_the_experts_changes_nothing(router):
     after, again = layer(x)
     close(after, before, 1e-13)
     assert torch.equal(again.load, routing.load[order])
-    for one, other in zip((again.balance_loss, again.z_loss, again.entropy), (routing.balance_loss, routing.z_loss, routing.entropy)):
-        close(one, other, 1e-13)
+    for field in ('balance_loss', 'z_loss', 'entropy'):
+        close(getattr(again, field), getattr(routing, field), 1e-13)
 
 
 @both_routers
@@ -358,7 +367,7 @@ def test_a_tokens_result_is_the_same_alone_in_any_company_and_in_any_order(route
             close(layer(x[b:b + 1, t:t + 1])[0], y[b:b + 1, t:t + 1], 1e-13)
         order = torch.tensor([2, 0, 3, 1])
         close(layer(x[order])[0], y[order], 1e-13)
-        crowd = torch.cat((x, x[:1, :1].expand(4, 200, 8)), 1)              # 800 copies of one token: no capacity to run out of
+        crowd = torch.cat((x, x[:1, :1].expand(4, 200, 8)), 1)  # 800 copies of one token: no capacity to run out of
         close(layer(crowd)[0][:, :9], y, 1e-13)
         assert torch.equal(layer(x)[0], y)                                  # and the same bits every time
 
@@ -393,7 +402,8 @@ def test_the_balance_loss_has_the_values_worked_out_by_hand():
     assert balance_of(even, 1) == pytest.approx(1.0, abs=1e-14)             # uniform P, whatever the ties chose
     assert balance_of(even, 2) == pytest.approx(1.0, abs=1e-14)
     # 1 is no lower bound: f = (1/2, 1/2, 0), P = (.2505, .2505, .499)
-    assert balance_of(torch.tensor([[[0.501, 0.0, 0.499], [0.0, 0.501, 0.499]]], dtype=F64), 1) == pytest.approx(0.7515, abs=1e-12)
+    below = torch.tensor([[[0.501, 0.0, 0.499], [0.0, 0.501, 0.499]]], dtype=F64)
+    assert balance_of(below, 1) == pytest.approx(0.7515, abs=1e-12)
     for k in (1, 2, 4):                                                     # k of 8 experts get everything: E / k
         p = torch.zeros(1, 5, 8, dtype=F64)
         p[..., 2:2 + k] = 1 / k
@@ -413,13 +423,14 @@ def test_the_balance_loss_is_taken_per_sequence_and_averaged():
         each = [layer.route(x[i:i + 1])[2].balance_loss.item() for i in range(6)]
         assert layer.route(x)[2].balance_loss.item() == pytest.approx(sum(each) / 6, rel=1e-13)
         halves = [layer.route(half)[2].balance_loss.item() for half in x.split(3)]
-        assert layer.route(x)[2].balance_loss.item() == pytest.approx(sum(halves) / 2, rel=1e-13)   # micro-batches do not matter
+        # nor do micro-batches matter
+        assert layer.route(x)[2].balance_loss.item() == pytest.approx(sum(halves) / 2, rel=1e-13)
 
 
 @both_routers
 @pytest.mark.parametrize('top_k', [1, 2, 3])
 def test_the_balance_loss_and_its_gradient_are_the_closed_form(router, top_k):
-    """With no gradient through the load: dL/dz_j = E / (B T) p_j (f_j - sum_e f_e p_e), times 1 - s_j where p = s / sum s."""
+    """Load has no gradient: dL/dz_j = E / (B T) p_j (f_j - sum_e f_e p_e), times 1 - s_j where p = s / sum s."""
     layer, x, B, T, E = experts(router, top_k=top_k), numbers(3, 7, 8), 3, 7, 6
     chosen, _, routing = layer.route(x)
     z = layer.router(x).detach().numpy()
@@ -482,7 +493,8 @@ def test_the_selection_bias_evens_out_a_skewed_load_within_range_over_rate_updat
     centred, before = torch.zeros(8, dtype=torch.float32), z.sigmoid()
     for step in range(200):                                                 # scores lie within 1: 1 / rate
         chosen, _, routing = layer.route(z)
-        assert torch.equal(chosen, (before + centred).topk(2, dim=-1).indices)      # Moonlight's centred form chooses the same
+        # Moonlight's centred form chooses the same
+        assert torch.equal(chosen, (before + centred).topk(2, dim=-1).indices)
         sign = torch.sign(routing.load.float().mean() - routing.load)
         centred += rate * (sign - sign.mean())
         layer.update_bias(routing.load, rate)
@@ -491,7 +503,8 @@ def test_the_selection_bias_evens_out_a_skewed_load_within_range_over_rate_updat
     wrong.e_score_correction_bias.zero_()
     for step in range(200):
         wrong.update_bias(wrong.route(z)[2].load, -rate)
-    assert violation(wrong.route(z)[2].load) == pytest.approx(3.0)          # two of eight have everything
+    load = wrong.route(z)[2].load                                           # the rich get everything
+    assert violation(load) > plain_vio and (load == 0).sum() >= 3
 
 
 def test_one_update_nudges_overloaded_experts_down_underloaded_up_and_even_ones_not_at_all():
@@ -502,14 +515,15 @@ def test_one_update_nudges_overloaded_experts_down_underloaded_up_and_even_ones_
     layer.update_bias(torch.tensor([9, 5, 5, 1]), 0.1)
     close(layer.e_score_correction_bias, [-0.1, 0.0, 0.0, 0.1], 1e-6)
     for _ in range(3):
-        layer(numbers(1, 5, 4))                                             # forwards alone, in training too, change nothing
+        layer(numbers(1, 5, 4))  # forwards alone, in training too, change nothing
     close(layer.e_score_correction_bias, [-0.1, 0.0, 0.0, 0.1], 1e-6)
 
 
 def test_the_selection_bias_is_saved_and_is_no_parameter():
     layer = experts('sigmoid')
     assert 'e_score_correction_bias' in layer.state_dict()
-    assert 'e_score_correction_bias' not in dict(layer.named_parameters()) and not layer.e_score_correction_bias.requires_grad
+    assert 'e_score_correction_bias' not in dict(layer.named_parameters())
+    assert not layer.e_score_correction_bias.requires_grad
     other = experts('sigmoid', seed=5)
     assert not torch.equal(other.e_score_correction_bias, layer.e_score_correction_bias)
     other.load_state_dict(layer.state_dict())
@@ -527,7 +541,8 @@ def test_the_selection_bias_is_saved_and_is_no_parameter():
 def test_grouped_products_on_cuda_are_close_to_the_loop_on_the_cpu(router, knobs, dtype, tolerance, monkeypatch):
     only_path('grouped', monkeypatch)
     # weights that bfloat16 holds exactly and a router in float32, so that no choice differs
-    layer, x = experts(router, dtype, C=16, d_ff=32, **knobs).double(), numbers(2, 9, 16, dtype=dtype).double().requires_grad_()
+    layer = experts(router, dtype, C=16, d_ff=32, **knobs).double()
+    x = numbers(2, 9, 16, dtype=dtype).double().requires_grad_()
     expected = reference_experts(layer, x)
     by_loop = gradients(expected, x, layer)
     narrow, y = layer.to('cuda', dtype), x.detach().to('cuda', dtype).requires_grad_()
@@ -546,14 +561,3 @@ def test_experts_on_mps_are_close_to_the_loop_on_the_cpu(router):
     layer, x = experts(router), numbers(2, 9, 8)
     expected = reference_experts(layer, x)
     close(layer.float().to('mps')(x.float().to('mps'))[0], expected, 1e-4)
-
-
-def test_the_grouped_path_is_what_the_compiler_takes():
-    """swiglu_experts asks torch.compiler.is_compiling(), the name that the tests above answer for."""
-    asked = []
-    original, torch.compiler.is_compiling = torch.compiler.is_compiling, lambda: asked.append(1) or False
-    try:
-        moe.swiglu_experts(*(numbers(*s, dtype=torch.float32) for s in ((3, 8), (2, 12, 8), (2, 12, 8), (2, 8, 12))), torch.tensor([1, 2]))
-    finally:
-        torch.compiler.is_compiling = original
-    assert asked

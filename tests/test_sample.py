@@ -1,10 +1,10 @@
-"""sample.py: the text is the model's, whole characters as they come, every way to end it, every bad input in one line."""
+"""sample.py: the text is the model's, whole characters as they come, every way to end, every bad input in one line."""
 
 import io
 import os
+import random
 import re
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,13 +29,13 @@ DASHES = '-' * 20 + '\n'
 
 def python(*arguments, **kwargs):
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUTF8': '1', **kwargs.pop('env', {})}
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=HERE, env=env, stdin=kwargs.pop('stdin', subprocess.DEVNULL),
-                            stdout=kwargs.pop('stdout', subprocess.PIPE), stderr=subprocess.PIPE)
+    pipes = {'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **kwargs}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=HERE, env=env, **pipes)
 
 
 def ended(process, given=None):
     out, err = process.communicate(given, timeout=100)
-    return SimpleNamespace(code=process.returncode, out=(out or b'').decode(), err=err.decode())
+    return SimpleNamespace(code=process.returncode, out=(out or b'').decode('utf-8', 'replace'), err=err.decode())
 
 
 def one_line(run, *words):
@@ -49,21 +49,27 @@ def trained(tmp_path_factory):
     """A run folder as train.py leaves it: latent attention, a vocabulary of 300, two updates."""
     folder = tmp_path_factory.mktemp('trained')
     (folder / 'texts').mkdir()
-    for name in ('moe.py', 'attention.py', 'model.py'):
-        shutil.copy(HERE / name, folder / 'texts')
-    run = ended(python('train.py', 'config/smoke.py', '--max_steps=2', '--attn=enhanced', f'--dataset={folder / "texts"}',
-                       '--tokenizer=bpe', '--vocab_size=300', f'--data_root={folder / "data"}', f'--out_dir={folder / "run"}',
-                       '--device=cpu'))
+    rng, words = random.Random(0), 'def class return import self x y f(x): (1 + 2) # the \u00e9 \u4e2d\u6587'.split(' ')
+    for i in range(20):
+        text = ''.join(rng.choice(words) + rng.choice('   \n') for _ in range(300))
+        (folder / 'texts' / f'{i}.txt').write_text(text, encoding='utf-8')
+    run = ended(python('train.py', 'config/smoke.py', '--max_steps=2', '--attn=enhanced', '--tokenizer=bpe',
+                       '--vocab_size=300', '--device=cpu', f'--dataset={folder / "texts"}',
+                       f'--data_root={folder / "data"}', f'--out_dir={folder / "run"}'))
     assert run.code == 0, run.err
     return folder / 'run'
 
 
 @pytest.fixture(scope='module')
 def lively(trained, tmp_path_factory):
-    """The same checkpoint with the layers' matrices larger: after two updates the likeliest token is always the last one again."""
-    def louder(weights):
-        return {k: v * 12 if k.startswith('layers') and v.ndim > 1 and 'router' not in k else v for k, v in weights.items()}
-    return changed(trained, tmp_path_factory.mktemp('lively'), model=louder)
+    """A checkpoint file with larger weights, whose text wanders (the trained one repeats itself) and does not end."""
+    model, tokenizer = load(trained / 'checkpoint.pt')
+    model.init_weights(seed=0)
+    model.embed.weight.data[tokenizer.eot] = 0              # a logit of 0 where the largest are far above
+    for name, p in model.named_parameters():
+        if p.ndim > 1 and name.startswith('layers') and 'router' not in name:
+            p.data *= 16
+    return changed(trained, tmp_path_factory.mktemp('lively'), model=model.state_dict())
 
 
 def changed(run, folder, **entries):
@@ -75,6 +81,11 @@ def changed(run, folder, **entries):
     return folder / 'changed.pt'
 
 
+def shown(tokenizer, prompt, row):
+    """What is printed for a sample whose tokens are `row`."""
+    return prompt + tokenizer.decode(row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row) + '\n'
+
+
 def load(path):
     """-> model, tokenizer of a checkpoint file, not by sample.py."""
     content = torch.load(path, weights_only=True)
@@ -84,7 +95,7 @@ def load(path):
 
 
 def greedy_by_full_forwards(path, prompt, n):
-    """Text of prompt + n likeliest tokens; every token from a forward over the whole window. Beyond the context: its newest half."""
+    """Text of prompt + n likeliest tokens, each from a forward over the whole window; a full one shrinks by half."""
     model, tokenizer = load(path)
     text = tokenizer.encode(prompt)
     window, new = text[-BLOCK:], []
@@ -121,8 +132,9 @@ def sample(monkeypatch, capfd):
 # ---------------------------------------------------------------------------------------------------------------------
 # The text is the model's
 
-def test_one_seed_gives_one_text_and_another_seed_another(trained, sample):
-    first, again, other = (sample(trained, *ON_CPU, f'--prompt={PROMPT}', '--max_new_tokens=40', f'--seed={s}') for s in (1, 1, 2))
+def test_one_seed_gives_one_text_and_another_seed_another(lively, sample):
+    arguments = lively, *ON_CPU, f'--prompt={PROMPT}', '--max_new_tokens=40'
+    first, again, other = (sample(*arguments, f'--seed={seed}') for seed in (1, 1, 2))
     assert first.code == again.code == 0
     assert first.out == again.out != other.out
     assert first.out.startswith(PROMPT) and first.out.endswith('\n') and len(first.out) > len(PROMPT) + 20
@@ -134,43 +146,43 @@ def test_greedy_text_is_that_of_an_argmax_over_full_forwards(lively, sample):
             greedy_by_full_forwards(lively, PROMPT, n) + '\n')
 
 
-@pytest.mark.parametrize('prompt', [PROMPT, PROMPT + ' return x * 12345 # and then' * 12], ids=['short prompt', 'long prompt'])
+@pytest.mark.parametrize('prompt', [PROMPT, PROMPT + ' return x * 12345 # then' * 12], ids=['short', 'long'])
 def test_text_longer_than_the_context_goes_on_from_the_newest_half(lively, sample, prompt):
     assert (len(load(lively)[1].encode(prompt)) > BLOCK) == (prompt != PROMPT)
-    run = sample(lively, *GREEDY, f'--prompt={prompt}', '--max_new_tokens=120')
-    assert run.out == greedy_by_full_forwards(lively, prompt, 120) + '\n'
+    run = sample(lively, *GREEDY, f'--prompt={prompt}', '--max_new_tokens=100')
+    assert run.out == greedy_by_full_forwards(lively, prompt, 100) + '\n'
 
 
 def test_expanding_and_absorbing_give_the_same_greedy_text(lively, sample, monkeypatch):
     used, absorbs = [], attention.LatentAttention.absorbs
-    monkeypatch.setattr(attention.LatentAttention, 'absorbs', lambda self, T, S: used.append(absorbs(self, T, S)) or used[-1])
+    monkeypatch.setattr(attention.LatentAttention, 'absorbs', lambda *a: used.append(absorbs(*a)) or used[-1])
     texts = {}
-    for way in ('expand', 'absorb', 'auto'):
+    for way in ('auto', 'expand', 'absorb'):
         used.clear()
         texts[way] = sample(lively, *GREEDY, f'--prompt={PROMPT}', '--max_new_tokens=50', f'--mla_decode={way}').out
-        assert set(used) == {'expand': {False}, 'absorb': {True}, 'auto': {False, True}}[way]
+        assert way == 'auto' or set(used) == {way == 'absorb'}
     assert texts['expand'] == texts['absorb'] == texts['auto'] and len(texts['auto']) > 50
 
 
-def test_no_top_k_means_all_tokens_and_a_top_k_of_one_the_likeliest(trained, sample):
+def test_no_top_k_means_all_tokens_and_a_top_k_of_one_the_likeliest(lively, sample):
     def text(*flags):
-        return sample(trained, *ON_CPU, f'--prompt={PROMPT}', '--max_new_tokens=40', *flags).out
+        return sample(lively, *ON_CPU, f'--prompt={PROMPT}', '--max_new_tokens=40', *flags).out
     everything = text('--top_k=none')
     assert everything == text('--top_k=0') == text('--top_k=1000') != text('--top_k=2')
-    assert text('--top_k=1', '--temperature=5') == text('--temperature=0')
+    assert text('--top_k=1', '--temperature=5') == text('--temperature=0') != everything
 
 
 def test_a_static_cache_under_compile_gives_the_same_text(lively, sample, monkeypatch):
     shapes = []
 
-    def compiled(function):                                 # the real one takes a minute; what it is handed is tested here
+    def compiled(function):                                 # the real one takes a minute; tested is what it is handed
         def wrapped(x, rope, mask, caches, slots, span):
             shapes.append((x.shape, rope[0].shape, mask.shape, slots.shape, span))
             return function(x, rope, mask, caches, slots, span)
         return wrapped
     monkeypatch.setattr(torch, 'compile', compiled)
-    arguments = lively, f'--prompt={PROMPT}', '--max_new_tokens=90', *GREEDY
-    eager, static = sample(*arguments), sample(*arguments, '--compile=True')
+    arguments = lively, f'--prompt={PROMPT}', '--max_new_tokens=90', '--temperature=0', *ON_CPU[:2]
+    eager, static = sample(*arguments, '--compile=False'), sample(*arguments, '--compile=True')
     assert eager.out == static.out and 'compiled' in static.err
     assert len(shapes) > 80 and len(set(shapes)) == 1       # nothing to compile a second time
 
@@ -178,11 +190,12 @@ def test_a_static_cache_under_compile_gives_the_same_text(lively, sample, monkey
 def test_without_a_working_compiler_it_goes_on_without(trained, sample, monkeypatch):
     def broken(function):
         raise RuntimeError('no compiler')
-    arguments = trained, f'--prompt={PROMPT}', '--max_new_tokens=20', *ON_CPU
-    eager = sample(*arguments)
+    arguments = trained, f'--prompt={PROMPT}', '--max_new_tokens=20', *ON_CPU[:2]
+    eager = sample(*arguments, '--compile=False')
     monkeypatch.setattr(torch, 'compile', lambda function: broken)
     run = sample(*arguments, '--compile=True')
-    assert run.code == 0 and run.out == eager.out and 'does not work here' in run.err and 'Traceback' not in run.err
+    assert run.code == 0 and run.out == eager.out
+    assert 'does not work here' in run.err and run.err.count('\n') == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,8 +205,8 @@ def test_several_samples_are_the_rows_of_one_batch_below_lines_of_dashes(trained
     run = sample(trained, *ON_CPU, f'--prompt={PROMPT}', '--max_new_tokens=30', '--num_samples=3', '--seed=5')
     model, tokenizer = load(trained / 'checkpoint.pt')
     rows = torch.stack(list(model.generate([tokenizer.encode(PROMPT)] * 3, 30, 0.8, 50, seed=5)), 1).tolist()
-    assert not any(tokenizer.eot in row for row in rows) and rows[0] != rows[1] != rows[2]
-    assert run.out == DASHES.join(f'{PROMPT}{tokenizer.decode(row)}\n' for row in rows)
+    assert rows[0] != rows[1] != rows[2]
+    assert run.out == DASHES.join(shown(tokenizer, PROMPT, row) for row in rows)
 
 
 def test_end_of_text_ends_a_sample_and_the_others_go_on(trained, sample, tmp_path):
@@ -201,26 +214,25 @@ def test_end_of_text_ends_a_sample_and_the_others_go_on(trained, sample, tmp_pat
     rows = torch.stack(list(model.generate([tokenizer.encode(PROMPT)] * 2, 40, 0.8, 50, seed=3)), 1).tolist()
     for mine, other in ((0, 1), (1, 0)):                    # which sample is to end
         eot = next(token for token in rows[mine][5:] if token not in rows[other])
-        path = changed(trained, tmp_path, tokenizer=lambda state: {**state, 'eot': eot})
-        expected = [row[:row.index(eot)] if eot in row else row for row in rows]
+        path, tokenizer.eot = changed(trained, tmp_path, tokenizer=lambda state: {**state, 'eot': eot}), eot
         run = sample(path, *ON_CPU, f'--prompt={PROMPT}', '--max_new_tokens=40', '--num_samples=2', '--seed=3')
-        assert run.out == DASHES.join(f'{PROMPT}{tokenizer.decode(row)}\n' for row in expected)
+        assert run.out == DASHES.join(shown(tokenizer, PROMPT, row) for row in rows)
     once = next(model.generate([tokenizer.encode(PROMPT)], 1, temperature=0)).item()
-    run = sample(changed(trained, tmp_path, tokenizer=lambda state: {**state, 'eot': once}), *GREEDY, f'--prompt={PROMPT}')
+    path = changed(trained, tmp_path, tokenizer=lambda state: {**state, 'eot': once})
+    run = sample(path, *GREEDY, f'--prompt={PROMPT}')
     assert run.code == 0 and run.out == PROMPT + '\n' and 'then 0 tokens' in run.err
 
 
 def test_an_empty_prompt_starts_from_the_end_of_text(trained, sample):
     model, tokenizer = load(trained / 'checkpoint.pt')
     ids = [new.item() for new in model.generate([[tokenizer.eot]], 30, 0.8, 50, seed=1)]
-    expected = tokenizer.decode(ids[:ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids)
-    assert sample(trained, *ON_CPU, '--max_new_tokens=30', '--seed=1').out == expected + '\n'
+    assert sample(trained, *ON_CPU, '--max_new_tokens=30', '--seed=1').out == shown(tokenizer, '', ids)
 
 
-def test_a_prompt_from_a_file_or_standard_input_is_taken_as_it_stands(trained, sample, tmp_path):
+def test_a_prompt_from_a_file_or_standard_input_is_taken_as_it_stands(lively, sample, tmp_path):
     text = 'class \u00e9:\n\n    pass \n'
     (tmp_path / 'a prompt.txt').write_bytes(text.encode())
-    arguments = trained, '--max_new_tokens=20', *ON_CPU
+    arguments = lively, '--max_new_tokens=20', *ON_CPU
     direct = sample(*arguments, f'--prompt={text}')
     assert direct.out.startswith(text) and len(direct.out) > len(text) + 5
     assert sample(*arguments, f'--prompt=FILE:{tmp_path / "a prompt.txt"}').out == direct.out
@@ -234,11 +246,12 @@ def test_a_prompt_from_a_file_or_standard_input_is_taken_as_it_stands(trained, s
 def reciter(folder, pieces):
     """A checkpoint whose likeliest continuation of the end of text is these pieces of bytes, one token each.
 
-    The blocks add nothing, so the logits of token i are E e_i up to a factor. With orthonormal u, e_i = 2.5^i (u_i + u_i+1)
-    meets itself with 2, its successor with 2.5, its predecessor with 1/2.5 (times 2.5^2i), and no other.
+    The blocks add nothing, so the logits of token i are E e_i up to a factor. With orthonormal u, e_i = 2.5^i (u_i +
+    u_i+1) meets itself with 2, its successor with 2.5, its predecessor with 1/2.5 (times 2.5^2i), and no other.
     """
     n = len(pieces) + 1
-    config = ModelConfig(vocab_size=n, block_size=64, n_layer=1, n_head=1, n_embd=n + 1 + (n + 1) % 2, d_ff=4, n_expert=1, top_k=1)
+    config = ModelConfig(vocab_size=n, block_size=64, n_layer=1, n_head=1, n_embd=n + 1 + (n + 1) % 2, d_ff=4,
+                         n_expert=1, top_k=1)
     model = LanguageModel(config)
     with torch.no_grad():
         unit = torch.eye(config.n_embd)
@@ -287,8 +300,8 @@ def test_a_character_cut_off_by_the_last_token_is_shown_as_unknown(sample, tmp_p
     assert sample(path, *GREEDY, '--max_new_tokens=4').out == 'a\ufffd\n'
 
 
-def test_a_reader_that_leaves_early_ends_it_quietly(trained):
-    process = python('sample.py', trained, *ON_CPU, '--prompt=def', '--max_new_tokens=1000000000')
+def test_a_reader_that_leaves_early_ends_it_quietly(lively):
+    process = python('sample.py', lively, *ON_CPU, '--prompt=def', '--max_new_tokens=1000000000')
     assert process.stdout.read(3) == b'def'
     process.stdout.close()
     process.stdout = None
@@ -296,8 +309,8 @@ def test_a_reader_that_leaves_early_ends_it_quietly(trained):
     assert run.code == 0 and run.err == ''
 
 
-def test_control_c_ends_it_quietly_with_the_statistics(trained):
-    process = python('sample.py', trained, *ON_CPU, '--prompt=def', '--max_new_tokens=1000000000', '--num_samples=2', '--top_k=5')
+def test_control_c_ends_it_quietly_with_the_statistics(lively):
+    process = python('sample.py', lively, *ON_CPU, '--prompt=def', '--max_new_tokens=1000000000', '--num_samples=2')
     assert len(process.stdout.read(40)) == 40               # under way
     process.send_signal(signal.SIGINT)
     run = ended(process)
@@ -306,23 +319,25 @@ def test_control_c_ends_it_quietly_with_the_statistics(trained):
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full here')
-def test_a_full_disk_is_told_in_one_line(trained):
-    with open('/dev/full', 'wb') as full:
-        one_line(ended(python('sample.py', trained, *ON_CPU, '--prompt=def', stdout=full)), 'cannot be written')
+def test_a_full_disk_is_told_in_one_line(trained, sample, monkeypatch):
+    with open('/dev/full', 'w') as full:
+        monkeypatch.setattr(sys, 'stdout', full)
+        one_line(sample(trained, *ON_CPU, '--prompt=def'), 'cannot be written')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The statistics
 
 @pytest.mark.parametrize('dtype, width', [('float32', 4), ('bfloat16', 2)])
-@pytest.mark.parametrize('new, slots', [(20, 21), (100, BLOCK)])
-def test_the_statistics_tell_the_bytes_that_the_cache_has(trained, sample, monkeypatch, dtype, width, new, slots):
+@pytest.mark.parametrize('new, slots', [(20, 21), (70, BLOCK)])
+def test_the_statistics_tell_the_bytes_that_the_cache_has(lively, sample, monkeypatch, dtype, width, new, slots):
     caches, new_cache = [], LanguageModel.new_cache
     monkeypatch.setattr(LanguageModel, 'new_cache', lambda *a, **k: caches.append(new_cache(*a, **k)) or caches[-1])
-    run = sample(trained, '--device=cpu', '--compile=False', f'--dtype={dtype}', f'--max_new_tokens={new}', '--num_samples=2',
-                 '--top_k=2', '--seed=1')
-    total, each = (int(n.replace(',', '')) for n in re.search(r'cache: ([\d,]+) bytes .* ([\d,]+) bytes a token', run.err).groups())
-    config = load(trained / 'checkpoint.pt')[0].config
+    run = sample(lively, '--device=cpu', '--compile=False', f'--dtype={dtype}', f'--max_new_tokens={new}',
+                 '--num_samples=2', '--top_k=2')
+    found = re.search(r'cache: ([\d,]+) bytes .* ([\d,]+) bytes a token', run.err)
+    total, each = (int(number.replace(',', '')) for number in found.groups())
+    config = load(lively)[0].config
     assert each == config.n_layer * (config.kv_lora_rank + config.qk_rope_head_dim) * width
     assert total == max(cache.bytes() for cache in caches) == 2 * slots * each
     assert float(re.search(r'([\d,.]+) tokens/s', run.err).group(1).replace(',', '')) > 0
@@ -332,8 +347,9 @@ def test_the_statistics_tell_the_bytes_that_the_cache_has(trained, sample, monke
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit status 2
 
-@pytest.mark.parametrize('flag, code, words', [('--help', 0, '--mla_decode=auto'), ('--temprature=1', 2, 'did you mean --temperature=1?'),
-                                               ('out/none', 2, 'no such run folder'), ('--prompt=', 2, 'which run?')])
+@pytest.mark.parametrize('flag, code, words', [
+    ('--help', 0, '--mla_decode=auto'), ('--temprature=1', 2, 'did you mean --temperature=1?'),
+    ('out/none', 2, 'no such run folder'), ('--prompt=', 2, 'which run?')])
 def test_help_and_typos_are_answered_without_importing_torch(tmp_path, flag, code, words):
     (tmp_path / 'torch.py').write_text('raise SystemExit(77)\n')
     run = ended(python('sample.py', flag, env={'PYTHONPATH': str(tmp_path)}))
@@ -343,20 +359,20 @@ def test_help_and_typos_are_answered_without_importing_torch(tmp_path, flag, cod
 
 def damaged(trained, folder, kind):
     """-> path of a checkpoint that is damaged in this way."""
-    path = folder / 'bad.pt'
-    whole = (trained / 'checkpoint.pt').read_bytes()
-    if kind in ('truncated', 'empty', 'text', 'flipped'):
-        half = len(whole) // 2
-        path.write_bytes({'truncated': whole[:half], 'empty': b'', 'text': b'no checkpoint\n' * 99,
-                          'flipped': whole[:-300] + bytes(300)}[kind])
-    elif kind in ('list', 'weights', 'code'):
-        torch.save({'list': [1, 2], 'weights': {'w': torch.zeros(2)}, 'code': {'schema': 1, 'model': Touch(folder / 'touched')}}[kind], path)
-    else:
-        return changed(trained, folder, **{
-            'schema': {'schema': 2}, 'no tokenizer': {'tokenizer': None}, 'odd tokenizer': {'tokenizer': {'name': 'x'}},
-            'small tokenizer': {'tokenizer': Tokenizer('bytes', [b'a'] * 10).state()}, 'config': {'model_config': {'width': 3}},
-            'sizes': {'model_config': lambda c: {**c, 'n_embd': 63}}, 'other model': {'model_config': lambda c: {**c, 'n_layer': 3}},
-            'missing weight': {'model': lambda m: dict(list(m.items())[1:])}}[kind])
+    path, whole = folder / 'bad.pt', (trained / 'checkpoint.pt').read_bytes()
+    contents = {'truncated': whole[:len(whole) // 2], 'empty': b'', 'text': b'no checkpoint\n' * 99,
+                'overwritten': whole[:-300] + bytes(300)}
+    objects = {'list': [1, 2], 'weights': {'w': torch.zeros(2)},
+               'code': {'schema': 1, 'model': Touch(folder / 'touched')}}
+    entries = {'schema': {'schema': 2}, 'no tokenizer': {'tokenizer': None},
+               'odd tokenizer': {'tokenizer': {'name': 'x'}},
+               'small tokenizer': {'tokenizer': Tokenizer('bytes', [b'a'] * 10).state()},
+               'config': {'model_config': {'width': 3}}, 'sizes': {'model_config': lambda c: {**c, 'n_embd': 63}},
+               'other model': {'model_config': lambda c: {**c, 'n_layer': 3}},
+               'missing weight': {'model': lambda m: dict(list(m.items())[1:])}}
+    if kind in entries:
+        return changed(trained, folder, **entries[kind])
+    path.write_bytes(contents[kind]) if kind in contents else torch.save(objects[kind], path)
     return path
 
 
@@ -371,9 +387,10 @@ class Touch:
 
 
 @pytest.mark.parametrize('kind, words', [
-    ('truncated', 'cannot be read'), ('empty', 'cannot be read'), ('text', 'cannot be read'), ('flipped', 'cannot be read'),
-    ('list', 'no checkpoint of train.py'), ('weights', 'no checkpoint of train.py'), ('code', 'cannot be read'),
-    ('schema', 'has schema 2, this program reads 1'), ('no tokenizer', 'no tokenizer'), ('odd tokenizer', 'no sound checkpoint'),
+    ('truncated', 'cannot be read'), ('empty', 'cannot be read'), ('text', 'cannot be read'),
+    ('overwritten', 'cannot be read'), ('code', 'cannot be read'), ('list', 'no checkpoint of train.py'),
+    ('weights', 'no checkpoint of train.py'), ('schema', 'has schema 2, this program reads 1'),
+    ('no tokenizer', 'no tokenizer'), ('odd tokenizer', 'no sound checkpoint'),
     ('small tokenizer', '10 tokens in the tokenizer, 300 in the model'), ('config', 'width'), ('sizes', 'n_embd'),
     ('other model', 'no sound checkpoint'), ('missing weight', 'no sound checkpoint')])
 def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(trained, sample, tmp_path, kind, words):
@@ -383,17 +400,18 @@ def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(trained, sample,
 
 
 @pytest.mark.parametrize('flag, words', [
-    ('--max_new_tokens=0', 'at least 1'), ('--num_samples=0', 'at least 1'), ('--temperature=-1', 'temperature must be'),
-    ('--temperature=1e-300', 'temperature must be'), ('--temperature=1e300', 'temperature must be'), ('--top_k=-1', 'top_k must be'),
-    ('--device=gpu', 'is no device'), ('--device=meta', 'sees 0'), ('--device=cuda:99', 'sees'), ('--prompt=\udcff', 'not UTF-8'),
-    ('--prompt=FILE:/no/such', 'No such file'), ('--prompt=FILE:/', 'cannot be read'), ('--prompt=FILE:', 'cannot be read')])
+    ('--max_new_tokens=0', 'at least 1'), ('--num_samples=0', 'at least 1'), ('--top_k=-1', 'top_k must be'),
+    ('--temperature=-1', 'temperature must'), ('--temperature=1e-300', 'temperature must'),
+    ('--temperature=1e300', 'temperature must'), ('--device=gpu', 'is no device'), ('--device=meta', 'sees 0'),
+    ('--device=cuda:99', 'sees'), ('--prompt=\udcff', 'not UTF-8'), ('--prompt=FILE:/no/such', 'No such file'),
+    ('--prompt=FILE:/', 'cannot be read'), ('--prompt=FILE:', 'cannot be read')])
 def test_a_knob_out_of_range_is_one_line(trained, sample, flag, words):
     one_line(sample(trained, '--dtype=float32', flag), words)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU here')
 def test_asking_for_cuda_where_there_is_none_is_one_line(trained, sample):
-    one_line(sample(trained, '--device=cuda'), '--device=cuda', '--device=auto')
+    one_line(sample(trained, '--device=cuda'), 'no cuda', '--device=auto')
 
 
 def test_a_prompt_file_that_is_not_utf_8_is_one_line(trained, sample, tmp_path):

@@ -1,18 +1,21 @@
 """train.py: what is reported was run, and a run that is repeated, split up, interrupted or resumed ends in the same numbers."""
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import data
-from attention import LatentAttention, MultiHeadAttention
 from conftest import REPOSITORY, TINY, flags, one_line
 from model import LanguageModel, ModelConfig
 
@@ -178,7 +181,7 @@ def test_the_micro_batch_changes_the_result_by_rounding_only(train, attn):
 
 
 @pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize('knobs', [dict(attn='enhanced'), dict(attn='mla', router='sigmoid', bias_update_rate=0.05)], ids=str)
+@pytest.mark.parametrize('knobs', [dict(attn='enhanced'), dict(attn='mla', router='sigmoid', bias_update_rate=0.05), dict(optimizer='muon')], ids=str)
 def test_interrupted_and_resumed_ends_in_the_bits_of_a_run_left_alone(train, monkeypatch, number, status, knobs):
     alone = train('alone', **knobs)
     with monkeypatch.context() as m:
@@ -198,23 +201,136 @@ def test_the_selection_bias_moves_once_per_update_over_the_whole_batch(train):
     assert torch.equal(bias / 0.25, (bias / 0.25).round())                          # whole steps, at most one per update
 
 
-@pytest.mark.parametrize('processes', [2, 3])
-def test_several_processes_give_the_curve_of_one(train, tmp_path, corpus, data_root, processes):
-    knobs = dict(attn='enhanced', micro_batch_size=2, router='sigmoid', bias_update_rate=0.05)
-    alone = result_of(train('alone', **knobs))
-    knobs = {**TINY, 'dataset': corpus, 'data_root': data_root, 'out_dir': tmp_path / 'several', **knobs}
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--master_port=0', '--rdzv_endpoint=localhost:0',
-                           '--rdzv_backend=c10d', str(REPOSITORY / 'train.py'), *flags(**knobs)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count('step 6/6') == 1                                       # one of them speaks
+def torchrun(processes, folder, **knobs):
+    """train.py under torchrun on this machine -> its standard output; fails unless it succeeds."""
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--rdzv_backend=c10d',
+                           '--rdzv_endpoint=localhost:0', str(REPOSITORY / 'train.py'), *flags(**{**TINY, 'out_dir': folder, **knobs})],
+                          capture_output=True, text=True, timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize('processes, knobs', [(2, {}), (3, {}), (2, dict(shard=True, micro_batch_size=1))], ids=['2', '3', '2 sharded'])
+def test_several_processes_give_the_curve_of_one(train, tmp_path, corpus, data_root, processes, knobs):
+    knobs = dict(attn='enhanced', micro_batch_size=2, router='sigmoid', bias_update_rate=0.05) | knobs
+    alone = result_of(train('alone', **{**knobs, 'shard': False}))
+    out = torchrun(processes, tmp_path / 'several', dataset=corpus, data_root=data_root, **knobs)
+    assert out.count('step 6/6') == 1                                               # one of them speaks
     several = json.loads((tmp_path / 'several/result.json').read_text())
     assert several['environment']['world_size'] == processes
+    assert several['model'] == alone['model'] and several['data'] == alone['data']
     assert several['final']['val_loss'] == pytest.approx(alone['final']['val_loss'], rel=1e-5)
-    assert several['final']['expert_load'] == pytest.approx(np.array(alone['final']['expert_load']), abs=2e-3)
-    for a, b in zip(alone['history'], several['history']):
+    assert np.allclose(several['final']['expert_load'], alone['final']['expert_load'], atol=2e-3)
+    for a, b in zip(alone['history'], several['history'], strict=True):
         assert b['train_loss'] == pytest.approx(a['train_loss'], rel=1e-5)
+        assert b['grad_norm'] == pytest.approx(a['grad_norm'], rel=1e-3)
         assert b['balance']['balance_loss'] == pytest.approx(a['balance']['balance_loss'], rel=1e-4)
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_a_run_goes_on_with_another_number_of_processes(train, tmp_path, monkeypatch, corpus, data_root, optimizer):
+    alone = train('alone', attn='mla', optimizer=optimizer)
+    with monkeypatch.context() as m:
+        call_at_step(m, 2, lambda: signal.raise_signal(signal.SIGINT))
+        assert train('moved', attn='mla', optimizer=optimizer).code == 130
+    torchrun(2, tmp_path / 'moved', dataset=corpus, data_root=data_root, attn='mla', optimizer=optimizer, resume=True)
+    moved = json.loads((tmp_path / 'moved/result.json').read_text())
+    assert [r['train_loss'] for r in moved['history']] == pytest.approx([r['train_loss'] for r in result_of(alone)['history']], rel=1e-5)
+    assert moved['final']['val_loss'] == pytest.approx(result_of(alone)['final']['val_loss'], rel=1e-5)
+
+
+def test_what_shards_wrote_a_single_process_reads(train, tmp_path, monkeypatch, corpus, data_root):
+    alone = train('alone', max_steps=9)
+    knobs = dict(dataset=corpus, data_root=data_root, max_steps=9, shard=True)
+    torchrun(2, tmp_path / 'shards', **knobs)
+    weights = torch.load(tmp_path / 'shards/checkpoint.pt', weights_only=True)['model']
+    for name, tensor in weights_of(alone).items():
+        assert torch.allclose(weights[name], tensor, atol=1e-4), name
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='signals')
+def test_a_dead_process_takes_the_others_with_it_within_a_minute(tmp_path, corpus, data_root):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0',
+               str(REPOSITORY / 'train.py'), *flags(**{**TINY, 'dataset': corpus, 'data_root': data_root, 'out_dir': tmp_path / 'run',
+                                                       'max_steps': 100_000, 'eval_interval': 50_000})]
+    log = open(tmp_path / 'log', 'w+')
+    whole = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    try:
+        wait_for(lambda: 'step ' in (tmp_path / 'log').read_text(), 60)
+        workers = subprocess.run(['pgrep', '-P', str(whole.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        assert whole.wait(60) != 0
+    finally:
+        if whole.poll() is None:
+            os.killpg(whole.pid, signal.SIGKILL)
+    assert 'FAILED' in (tmp_path / 'log').read_text()
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, 'waited in vain'
+        time.sleep(0.02)
+
+
+def start_train(arguments):
+    """In a forked process whose parent has imported torch already: train.py, at a fraction of its starting time."""
+    sys.argv = ['train.py', *arguments]
+    sys.stdout = sys.stderr = open(os.devnull, 'w')
+    torch.set_num_threads(1)
+    __import__('runpy').run_path(str(REPOSITORY / 'train.py'), run_name='__main__')
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='no fork')
+def test_killed_thirty_times_at_any_moment_a_run_ends_in_the_bits_of_one_left_alone(tmp_path, corpus, data_root):
+    knobs = {**TINY, 'dataset': corpus, 'data_root': data_root, 'max_steps': 400, 'eval_interval': 5, 'checkpoint_interval': 1,
+             'n_layer': 1, 'attn': 'enhanced', 'resume': True}
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['torch', 'numpy', 'torch.distributed.checkpoint.state_dict', 'torch.distributed.fsdp'])
+    rng, kills, folder = random.Random(0), 0, tmp_path / 'killed'
+
+    def begin(out_dir):
+        process = context.Process(target=start_train, args=(flags(**{**knobs, 'out_dir': out_dir}),))
+        process.start()
+        return process
+
+    while kills < 30:
+        process = begin(folder)
+        process.join(rng.uniform(0.2, 1.2))
+        if process.exitcode is not None:
+            assert process.exitcode == 0 and kills >= 5, f'ended by itself with {process.exitcode} after {kills} kills'
+            break
+        process.kill()
+        process.join()
+        kills += 1
+        if (folder / 'result.json').exists():               # whole at every moment, and so is the checkpoint
+            assert json.loads((folder / 'result.json').read_text())['status'] == 'running'
+        if (folder / 'checkpoint.pt').exists():
+            torch.load(folder / 'checkpoint.pt', weights_only=True)
+    for out_dir in (folder, tmp_path / 'alone'):
+        process = begin(out_dir)
+        process.join(120)
+        assert process.exitcode == 0
+    killed, alone = (json.loads((f / 'result.json').read_text()) for f in (folder, tmp_path / 'alone'))
+    assert [(r['train_loss'], r['val_loss']) for r in killed['history']] == [(r['train_loss'], r['val_loss']) for r in alone['history']]
+    a, b = (torch.load(f / 'checkpoint.pt', weights_only=True)['model'] for f in (folder, tmp_path / 'alone'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.skipif(not Path('/proc/self/fd').exists(), reason='counts memory and files through /proc')
+def test_neither_memory_nor_open_files_grow_over_two_thousand_updates(train, monkeypatch):
+    seen, step = [], iter(range(10 ** 6))
+
+    def look():
+        if next(step) in (500, 1999):
+            pages = int(Path('/proc/self/statm').read_text().split()[1])
+            seen.append((pages * os.sysconf('SC_PAGE_SIZE') / 2 ** 20, len(os.listdir('/proc/self/fd'))))
+    batch = data.Corpus.batch
+    monkeypatch.setattr(data.Corpus, 'batch', lambda *a: (look(), batch(*a))[1])
+    run = train(n_layer=1, n_embd=16, d_ff=16, block_size=16, batch_size=2, micro_batch_size=2, max_steps=2000, eval_interval=1000)
+    assert run.code == 0 and run.out.count('\n') < 220                              # the log stays short, too
+    (early, files_early), (late, files_late) = seen
+    assert late - early < 8 and files_late == files_early                           # MiB
 
 
 # ---------------------------------------------------------------------------------------------------------------------
