@@ -1,4 +1,4 @@
-"""Speed and memory of every attention variant, side by side in one process: python bench.py --task=train [--knob=value ...]
+"""Speed and memory of every attention variant, side by side in one process: python bench.py --task=... [--knob=value ...]
 
     --task=train      one whole update: tokens/s, share of the machine's own matrix rate, peak memory
     --task=parts      where an update's time goes: attention, router, dispatch, experts, head, optimizer, rest
@@ -6,9 +6,10 @@
     --task=decode     prefill and decoding with a cache, expand against absorb; with several --prompts a figure
     --peer=transformers sets the same models in Hugging Face transformers beside ours, in train and decode
 
-Every figure is a median over rounds with minimum and maximum. A round runs every side once, forwards and backwards
-alternately, and with them a matrix product and a copy of the machine's own, so that drift hits all of them alike. A ratio
-is the quotient of two medians, its range that of the quotients within a round. Prints Markdown, writes strict JSON.
+Every figure is a median over rounds with minimum and maximum. A round runs every side once, from first to last and from
+last to first in turn, and with them a matrix product and a copy of the machine's own, so that drift hits all of them
+alike. A ratio is the quotient of two medians, its range that of the quotients within a round. Prints Markdown, writes
+strict JSON with every single timing.
 """
 from typing import Literal
 
@@ -16,10 +17,10 @@ from configurator import as_text, configure, fail
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is timed
-task: Literal['train', 'parts', 'scaling', 'decode', 'memory'] = 'train'    # memory: what train itself starts for each peak
-variants = ['all']              # attention variants, comma list; all: every one (parts, scaling: baseline, lora, enhanced)
+task: Literal['train', 'parts', 'scaling', 'decode', 'memory'] = 'train'    # memory: train starts that itself
+variants = ['all']              # attention variants, comma list; all of them (parts, scaling: baseline, lora, enhanced)
 peer: Literal['none', 'transformers'] = 'none'      # the same models in another library; in train and decode
-peer_experts = 'auto'           # its experts implementation: eager, grouped_mm, batched_mm; auto: the fastest in a trial
+peer_experts = 'auto'           # its experts implementation: eager, grouped_mm, batched_mm; auto: the fastest
 rounds = 5                      # timed rounds
 warmup = 2                      # rounds before them that do not count
 quick = False                   # a tiny model and few rounds, to see that everything works; other knobs still count
@@ -50,14 +51,14 @@ generate = False                # also time whole generate() calls, greedy, ours
 
 # Machine
 device = 'auto'                 # auto: cuda, else cpu; or one of them by name
-dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the products; auto: bfloat16 on GPUs that have it, else float32
+dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the products; auto: bfloat16 on GPUs that have it
 compile: bool | None = None     # torch.compile for train, scaling and decoding steps, also of the peer's; none: on GPUs
 matrix_size = 0                 # the machine's matrix product is n x n x n; 0: 2048, on a GPU 8192
 copy_mib = 256                  # the machine's copy, into memory that was touched before
 out = ''                        # JSON file, a figure beside it; empty: out/bench/<task>.json
 # ---------------------------------------------------------------------------------------------------------------------
 defaults = dict(globals())
-config = configure(globals())   # config files, then flags, over the block above; first, so that a typo is answered at once
+config = configure(globals())   # config files, then flags, over the block above; first: a typo is answered at once
 QUICK = dict(n_layer=2, n_head=4, n_embd=64, d_ff=48, n_expert=4, vocab_size=128, block_size=32, micro_batch_size=2,
              rounds=3, warmup=1, memory_steps=1, experts=['4', '8'], contexts=['16', '32'], prompts=['8', '24'],
              batch_sizes=['1', '2'], new_tokens=4, prefill_chunk=16, matrix_size=128, copy_mib=1)
@@ -74,8 +75,9 @@ def numbers(knob):
 
 
 experts, contexts, prompts, batch_sizes = (numbers(k) for k in ('experts', 'contexts', 'prompts', 'batch_sizes'))
-for knob, least in dict(rounds=1, batch_size=1, block_size=1, micro_batch_size=1, new_tokens=1, prefill_chunk=1, copy_mib=1,
-                        warmup=0, memory_steps=0, matrix_size=0).items():
+for knob in ('rounds', 'batch_size', 'block_size', 'micro_batch_size', 'new_tokens', 'prefill_chunk', 'copy_mib',
+             'warmup', 'memory_steps', 'matrix_size'):
+    least = int(knob not in ('warmup', 'memory_steps', 'matrix_size'))
     if config[knob] < least:
         fail(f'{knob} must be at least {least}, not {config[knob]}')
 if not variants or len(set(variants)) < len(variants):
@@ -155,8 +157,8 @@ def environment():
     changes = git('status', '--porcelain', '--untracked-files=no')
     return {'device_name': torch.cuda.get_device_name() if cuda else name, 'threads': torch.get_num_threads(),
             'torch': torch.__version__, 'transformers': transformers and transformers.__version__,
-            'python': platform.python_version(), 'platform': platform.platform(), 'git_commit': git('rev-parse', 'HEAD'),
-            'git_dirty': None if changes is None else bool(changes)}
+            'python': platform.python_version(), 'platform': platform.platform(),
+            'git_commit': git('rev-parse', 'HEAD'), 'git_dirty': None if changes is None else bool(changes)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,6 +220,15 @@ def ratio(ours, theirs):
 
 def build(attn, **changes):
     return LanguageModel(ModelConfig(attn=attn, **{**sizes, **changes})).to(device)
+
+
+def narrowed(model):
+    """For decoding, as sample.py has it: in the dtype of the products, gains and router in float32."""
+    model = model.to(getattr(torch, dtype)).eval()
+    for name, module in model.named_modules():
+        if name.endswith(('norm', 'router')):
+            module.float()
+    return model
 
 
 def build_peer(c):
@@ -413,15 +424,16 @@ def task_train():
              'backward, clip, fused AdamW.',
              'Model FLOPs: LanguageModel.flops_per_token, 6 per active parameter and attention without the half that '
              'causality spares.',
-             'Peak memory: ' + ('device memory above what the other sides keep there.' if cuda else 'resident peak (VmHWM) '
-                                f'of a fresh process that does {memory_steps} updates of this side alone, Python included.')]
+             'Peak memory: ' + ('device memory above what the other sides keep there.' if cuda else
+                                f'resident peak (VmHWM) of a fresh process that does {memory_steps} updates of this side '
+                                'alone, Python included.')]
     notes += [PEER_NOTE + ' The loss is its own.'] * bool(transformers)
     notes += [f'{side} attends by {", ".join(row["attention_kernels"])}' for side, row in rows.items()]
     return {'machine': speed, 'rows': list(rows.values()), 'timings': timings}, text, notes, None
 
 
-PEER_NOTE = ('transformers: the experts implementation that was fastest in a trial; DeepseekV3 routes by sigmoid and has shared '
-             'experts of width 0; neither it nor Mixtral computes auxiliary losses here.')
+PEER_NOTE = ('transformers: the experts implementation that was fastest in a trial; DeepseekV3 routes by sigmoid and has '
+             'shared experts of width 0; neither it nor Mixtral computes auxiliary losses here.')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # --task=parts: a stopwatch that is pressed where one part ends and the next begins, in the forward and in the backward
@@ -440,8 +452,8 @@ def lap(part):
 class Mark(torch.autograd.Function):
     """The identity, on the border of two parts: ends the one before in the forward, the one after in the backward.
 
-    Autograd runs backward what was recorded in the forward, latest first, so that every moment between two marks belongs
-    to one part. A border that several tensors cross is one Mark of them all; it waits for all their gradients.
+    Autograd runs backward what was recorded in the forward, latest first, so that every moment between two marks
+    belongs to one part. A border that several tensors cross is one Mark of them all; it waits for all their gradients.
     """
 
     @staticmethod
@@ -460,8 +472,8 @@ class Mark(torch.autograd.Function):
 def marked(model):
     """Marks around the parts of a model, as long as the with block lasts."""
     def around(part, outside, work):
-        def wrapped(x, *rest):
-            y = work(Mark.apply(outside, part, x)[0], *rest)
+        def wrapped(x, *rest, **named):
+            y = work(Mark.apply(outside, part, x)[0], *rest, **named)
             if torch.is_tensor(y):
                 return Mark.apply(part, outside, y)[0]
             if part == 'router':                                # chosen, weights, Routing
@@ -504,7 +516,8 @@ def flops_of_parts(model):
     """model.flops_per_token() part by part."""
     n, pairs = model.parameter_counts(), sum(sum(layer.attn.score_and_value_width()) for layer in model.layers)
     flops = {'attention': 6 * n['params_attention'] + 6 * block_size * pairs, 'router': 6 * n['params_router'],
-             'experts': 6 * n['params_experts'] * top_k // n_expert, 'head': 6 * n['params_embedding'], 'rest': 6 * n['params_norm']}
+             'experts': 6 * n['params_experts'] * top_k // n_expert, 'head': 6 * n['params_embedding'],
+             'rest': 6 * n['params_norm']}
     assert sum(flops.values()) == model.flops_per_token()
     return dict.fromkeys(PARTS, 0) | flops
 
@@ -523,25 +536,27 @@ def task_parts():
         at_matrix_rate = lambda n: 1e3 * tokens * n / speed['matmul_flops']['median']           # FLOPs per token -> ms
         for part, seconds in timings[f'{attn} parts'].items():
             ms, ideal = summary(seconds, 1e3), at_matrix_rate(flops[part])
-            parts.append({'part': part, 'ms': ms, 'share': ms['median'] / whole['median'], 'flops_per_token': flops[part],
-                          'ms_at_matrix_rate': ideal, 'share_lost': (ms['median'] - ideal) / whole['median']})
+            parts.append({'part': part, 'ms': ms, 'share': ms['median'] / whole['median'],
+                          'flops_per_token': flops[part], 'ms_at_matrix_rate': ideal,
+                          'share_lost': (ms['median'] - ideal) / whole['median']})
         total, share = sum(p['ms']['median'] for p in parts), {p['part']: p['share'] for p in parts}
-        row = {'variant': attn, 'whole_ms': whole, 'parts': parts, 'parts_ms': total, 'remainder_ms': whole['median'] - total,
-               'routing_share': share['router'] + share['dispatch'], 'flops_per_token': model.flops_per_token(),
-               'of_matrix_rate': at_matrix_rate(model.flops_per_token()) / whole['median']}
-        rows.append(row)
+        left, ideal = whole['median'] - total, at_matrix_rate(model.flops_per_token())
+        rows.append({'variant': attn, 'whole_ms': whole, 'parts': parts, 'parts_ms': total, 'remainder_ms': left,
+                     'routing_share': share['router'] + share['dispatch'], 'flops_per_token': model.flops_per_token(),
+                     'of_matrix_rate': ideal / whole['median']})
         lines += [[attn, p['part'], show(p['ms'], '.1f'), f'{p["share"]:.1%}', f'{p["ms_at_matrix_rate"]:.1f}',
                    f'{p["share_lost"]:.1%}'] for p in parts]
-        lines += [[attn, 'remainder', f'{row["remainder_ms"]:.1f}', f'{row["remainder_ms"] / whole["median"]:.1%}', '', ''],
-                  [attn, 'the whole', show(whole, '.1f'), '100%', f'{at_matrix_rate(row["flops_per_token"]):.1f}',
-                   f'{1 - row["of_matrix_rate"]:.1%}']]
+        lines += [[attn, 'remainder', f'{left:.1f}', f'{left / whole["median"]:.1%}', '', ''],
+                  [attn, 'the whole', show(whole, '.1f'), '100%', f'{ideal:.1f}', f'{1 - ideal / whole["median"]:.1%}']]
     text = table(['variant', 'part', 'ms', 'of the whole', 'ms at matrix rate', 'lost'], lines)
-    notes = [f'{r["variant"]}: routing (router + dispatch, all of the MoE layer but its products) is {r["routing_share"]:.1%} '
-             f'of an update, which runs at {r["of_matrix_rate"]:.1%} of the matrix rate.' for r in rows]
-    notes += ['Parts are timed inside real updates, at their borders, forward and backward. The whole is an update without '
-              'marks in the same rounds; the remainder is what marks cost or noise moved.' + ' Not compiled.' * compile,
-              'head: with the loss. optimizer: with clipping. dispatch: sort, permute, weighted sum. rest: embedding, norms, '
-              'residuals. lost: the time above that of the part\'s model FLOPs at the matrix rate, of the whole.']
+    notes = [f'{r["variant"]}: routing (router + dispatch, all of the MoE layer but its products) is '
+             f'{r["routing_share"]:.1%} of an update, which runs at {r["of_matrix_rate"]:.1%} of the matrix rate.'
+             for r in rows]
+    notes += ['Parts are timed inside real updates, at their borders, forward and backward. The whole is an update '
+              'without marks in the same rounds; the remainder is what marks cost or noise moved.'
+              + ' Not compiled.' * compile,
+              'head: with the loss. optimizer: with clipping. dispatch: sort, permute, weighted sum. rest: embedding, '
+              'norms, residuals. lost: time above that of the part\'s model FLOPs at the matrix rate, of the whole.']
     return {'machine': speed, 'rows': rows, 'timings': timings}, text, notes, None
 
 
@@ -549,7 +564,7 @@ def task_parts():
 # --task=scaling
 
 def training_side(model, x, micro, with_optimizer):
-    """-> a side: forward and backward over x, and apart from it clip and optimizer, whose work grows with all parameters."""
+    """-> a side: forward and backward over x; apart from it clip and optimizer, whose work grows with all parameters."""
     loss = our_loss(compiled(model))
 
     def finish(opt):
@@ -578,17 +593,19 @@ def task_scaling():
         model, side = build(variants[0], n_expert=n).train(), f'experts {n}'
         sides[side] = training_side(model, tokens_of(batch_size, block_size), micro_batch_size, True)
         rows.append({'kind': 'experts', 'variant': variants[0], 'n': n, 'tokens': batch_size * block_size, 'side': side,
-                     'flops_per_token': model.flops_per_token(), 'params_total': model.parameter_counts()['params_total']})
+                     'flops_per_token': model.flops_per_token(),
+                     'params_total': model.parameter_counts()['params_total']})
     timings = interleave({'machine': yardstick, **sides}, {})
     sides.clear()
     for attn in variants:
-        model = build(attn, block_size=contexts[-1]).train()    # one for all contexts: its weights do not depend on them
+        model = build(attn, block_size=contexts[-1]).train()    # one for all contexts: its weights are the same
         for n in contexts:
             side = f'{attn} context {n}'
             sides[side] = training_side(model, tokens_of(tokens // n, n), tokens // n, False)
             model.config = replace(model.config, block_size=n)  # for flops_per_token
             rows.append({'kind': 'context', 'variant': attn, 'n': n, 'tokens': tokens, 'side': side,
-                         'flops_per_token': model.flops_per_token(), 'params_total': model.parameter_counts()['params_total']})
+                         'flops_per_token': model.flops_per_token(),
+                         'params_total': model.parameter_counts()['params_total']})
     interleave({'machine': yardstick, **sides}, timings)
 
     for row in rows:
@@ -603,17 +620,23 @@ def task_scaling():
                        f'{r["speed_to_first_by_flops"]:.3f}']
     head = ['variant', 'tokens/s', 'speed to the first', 'by FLOPs']
     text = table(['experts', *head, 'parameters', 'clip + optimizer ms'],
-                 [cells(r) + [f'{r["params_total"] / 1e6:.1f}M', show(r['optimizer_ms'], '.1f')] for r in rows if r['kind'] == 'experts'])
+                 [cells(r) + [f'{r["params_total"] / 1e6:.1f}M', show(r['optimizer_ms'], '.1f')]
+                  for r in rows if r['kind'] == 'experts'])
     text += '\n\n' + table(['context', *head], [cells(r) for r in rows if r['kind'] == 'context'])
-    notes = [f'tokens/s: forward and backward, of {batch_size * block_size} tokens in the first table, of {tokens} at each '
-             'context in the second. The optimizer\'s work grows with all parameters, whatever the tokens: it stands apart.',
-             'by FLOPs: the quotient of the model FLOPs per token; where a context is slower than that, it is not attention\'s '
-             'own share.']
-    curve = lambda kind, attn: [(r['n'], r['tokens_per_second']) for r in rows if (r['kind'], r['variant']) == (kind, attn)]
+    notes = [f'tokens/s: forward and backward, of {batch_size * block_size} tokens in the first table, of {tokens} at '
+             'each context in the second. The optimizer\'s work grows with all parameters, whatever the tokens: it '
+             'stands apart.',
+             'by FLOPs: the quotient of the model FLOPs per token, attention\'s own share. In the first table it is not 1 '
+             'because a router\'s rows are active parameters.']
+
+    def curve(kind, attn):
+        return [(r['n'], r['tokens_per_second']) for r in rows if (r['kind'], r['variant']) == (kind, attn)]
+
     first = [r for r in rows if (r['kind'], r['variant']) == ('context', variants[0])]
     expected = [(r['n'], flat(r['speed_to_first_by_flops'] * first[0]['tokens_per_second']['median'])) for r in first]
     figure = [('experts', 'tokens/s', {variants[0]: curve('experts', variants[0])}),
-              ('context', 'tokens/s', {a: curve('context', a) for a in variants} | {f'{variants[0]} by FLOPs': expected})]
+              ('context', 'tokens/s', {attn: curve('context', attn) for attn in variants}
+               | {f'{variants[0]} by FLOPs': expected})]
     return {'machine': machine_rates(timings['machine']), 'rows': rows, 'timings': timings}, text, notes, figure
 
 
@@ -625,9 +648,9 @@ def chunks(prompt):
 
 
 def our_decoding(model, trunk, tokens, prompt):
-    """-> a side: the prompt, then the same new tokens in each way its attention has of decoding; facts, filled in as it runs."""
+    """-> a side: the prompt, then the same new tokens in each way its attention can decode; facts, filled in as it runs."""
     latent = isinstance(model.layers[0].attn, attention.LatentAttention)
-    facts = {}
+    facts, new = {}, range(prompt, prompt + new_tokens)
 
     def choose(way):
         for layer in model.layers:
@@ -642,7 +665,7 @@ def our_decoding(model, trunk, tokens, prompt):
         for way in ('absorb', 'expand') if latent else ('decode',):
             choose(way)
             cache.filled = prompt
-            seconds[way] = timed(lambda: [model.decode(tokens[:, i:i + 1], cache, trunk) for i in range(prompt, prompt + new_tokens)])
+            seconds[way] = timed(lambda: [model.decode(tokens[:, i:i + 1], cache, trunk) for i in new])
         choose('auto')
         if generate:
             texts = tokens[:, :prompt].tolist()
@@ -668,8 +691,8 @@ def peer_decoding(model, tokens, prompt):
             step(slice(i, i + 1))
 
     def whole():
-        model.generate(tokens[:, :prompt], attention_mask=torch.ones_like(tokens[:, :prompt]), do_sample=False, pad_token_id=0,
-                       min_new_tokens=new_tokens, max_new_tokens=new_tokens)
+        model.generate(tokens[:, :prompt], attention_mask=torch.ones_like(tokens[:, :prompt]), do_sample=False,
+                       pad_token_id=0, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
 
     @torch.no_grad()
     def side():
@@ -677,21 +700,23 @@ def peer_decoding(model, tokens, prompt):
         seconds = {'prefill': timed(prefill)}
         model.set_experts_implementation(facts['experts'])
         seconds['decode'] = timed(decode)
-        facts['bytes'] = sum(t.numel() * t.element_size() for layer in state['cache'].layers for t in (layer.keys, layer.values))
+        kept = [t for layer in state['cache'].layers for t in (layer.keys, layer.values)]
+        facts['bytes'] = sum(t.numel() * t.element_size() for t in kept)
         state.clear()
         return seconds | ({'generate': timed(whole)} if generate else {})
 
     with torch.no_grad():
-        facts['prefill_experts'], prefill_trials = fastest_experts(model, prefill, len(tokens) * min(prompt, prefill_chunk))
+        at_once = len(tokens) * min(prompt, prefill_chunk)
+        facts['prefill_experts'], prefill_trials = fastest_experts(model, prefill, at_once)
         facts['experts'], decode_trials = fastest_experts(model, lambda: decode(min(8, new_tokens)), len(tokens))
     facts['trials'] = {'prefill': prefill_trials, 'decode': decode_trials}
     return side, facts
 
 
 def task_decode():
-    size, number = prompts[-1] + new_tokens, getattr(torch, dtype)
-    ours = {attn: build(attn, block_size=size).to(number).eval() for attn in variants}
-    theirs = {attn: build_peer(model.config).to(number).eval() for attn, model in ours.items() if transformers}
+    size = prompts[-1] + new_tokens
+    ours = {attn: narrowed(build(attn, block_size=size)) for attn in variants}
+    theirs = {attn: build_peer(model.config).to(getattr(torch, dtype)).eval() for attn, model in ours.items() if transformers}
     trunks = {attn: torch.compile(model.trunk) if compile else None for attn, model in ours.items()}
     yardstick, timings, rows = machine(), {}, []
     for prompt, batch in ((p, b) for p in prompts for b in batch_sizes):
@@ -709,44 +734,48 @@ def task_decode():
             other = timings.get(side.replace('ours', 'transformers'), {}) if library == 'ours' else {}
             for mode in sorted(seconds.keys() - {'prefill', 'generate'}):
                 rows.append({
-                    'variant': attn, 'library': library, 'mode': mode, 'batch_size': batch, 'prompt': prompt, 'side': side,
+                    'variant': attn, 'library': library, 'mode': mode, 'batch_size': batch, 'prompt': prompt,
+                    'side': side, 'experts_implementation': fact.get('experts'),
+                    'prefill_experts_implementation': fact.get('prefill_experts'), 'trials': fact.get('trials'),
                     'prefill_tokens_per_second': rate(batch * prompt, seconds['prefill']),
                     'decode_tokens_per_second': rate(batch * new_tokens, seconds[mode]),
                     'ms_per_token': summary(seconds[mode], 1e3 / new_tokens), 'cache_bytes': fact['bytes'],
                     'cache_bytes_per_token': fact['bytes'] / (batch * (prompt + new_tokens)),
                     'generate_tokens_per_second': rate(batch * new_tokens, seconds['generate']) if generate else None,
-                    'experts_implementation': fact.get('experts'), 'prefill_experts_implementation': fact.get('prefill_experts'),
-                    'trials': fact.get('trials'),
                     'prefill_speed_to_peer': ratio(seconds['prefill'], other.get('prefill')),
                     'decode_speed_to_peer': ratio(seconds[mode], other.get('decode')),
                     'generate_speed_to_peer': ratio(seconds.get('generate'), other.get('generate')),
-                    'absorb_speed_to_expand': ratio(seconds[mode], seconds.get('expand')) if mode == 'absorb' else None})
+                    'absorb_speed_to_expand': ratio(seconds[mode], seconds['expand'] if mode == 'absorb' else None)})
         print(f'prompt {prompt}, batch {batch}: done', file=sys.stderr, flush=True)
 
-    text = table(['prompt', 'batch', 'variant', 'library', 'mode', 'prefill tokens/s', 'to transformers', 'decode tokens/s',
-                  'ms/token', 'absorb to expand', 'to transformers', 'cache B/token', 'cache MB'],
-                 [[r['prompt'], r['batch_size'], r['variant'], library_of(r), r['mode'], show(r['prefill_tokens_per_second']),
-                   show(r['prefill_speed_to_peer'], '.2f'), show(r['decode_tokens_per_second'], ',.1f'), show(r['ms_per_token'], '.2f'),
+    text = table(['prompt', 'batch', 'variant', 'library', 'mode', 'prefill tokens/s', 'to transformers',
+                  'decode tokens/s', 'ms/token', 'absorb to expand', 'to transformers', 'cache B/token', 'cache MB'],
+                 [[r['prompt'], r['batch_size'], r['variant'], library_of(r), r['mode'],
+                   show(r['prefill_tokens_per_second']), show(r['prefill_speed_to_peer'], '.2f'),
+                   show(r['decode_tokens_per_second'], ',.1f'), show(r['ms_per_token'], '.2f'),
                    show(r['absorb_speed_to_expand'], '.2f'), show(r['decode_speed_to_peer'], '.2f'),
                    f'{r["cache_bytes_per_token"]:,.0f}', f'{r["cache_bytes"] / 1e6:.2f}'] for r in rows])
     if generate:
         text += '\n\n' + table(['prompt', 'batch', 'variant', 'library', 'generate() tokens/s', 'to transformers'],
-                               [[r['prompt'], r['batch_size'], r['variant'], r['library'], show(r['generate_tokens_per_second'], ',.1f'),
-                                 show(r['generate_speed_to_peer'], '.2f')] for r in rows if r['mode'] != 'expand'])
-    notes = [f'Random tokens: a prompt, {prefill_chunk} at a time, then {new_tokens} one at a time. ms/token: one step of the whole '
-             f'batch. Cache: what is allocated for prompt and new tokens, in {dtype}.',
-             'Latent attention reads the prompt in the cheaper way (auto), then decodes the same tokens absorbed and expanded.']
+                               [[r['prompt'], r['batch_size'], r['variant'], r['library'],
+                                 show(r['generate_tokens_per_second'], ',.1f'), show(r['generate_speed_to_peer'], '.2f')]
+                                for r in rows if r['mode'] != 'expand'])
+    notes = [f'Random tokens: a prompt, {prefill_chunk} at a time, then {new_tokens} one at a time. ms/token: one step of '
+             f'the whole batch. Cache: what is allocated for prompt and new tokens, in {dtype}.',
+             'Latent attention reads the prompt in the cheaper way (auto), then decodes the same tokens absorbed and '
+             'expanded.']
     notes += [PEER_NOTE + ' DynamicCache, one forward a token without generate().'] * bool(transformers)
-    curves = {}                                                 # at the first batch size
+    curves, batch = {}, batch_sizes[0]
     for r in rows:
-        if r['batch_size'] == batch_sizes[0]:
-            name = ' '.join([r['variant'], *[r['mode']] * (r['mode'] != 'decode'), *[r['library']] * (r['library'] != 'ours')])
-            curves.setdefault(name, []).append(r)
-    figure = [('context', f'ms per token, batch {batch_sizes[0]}',
-               {name: [(r['prompt'], r['ms_per_token']) for r in rs] for name, rs in curves.items()}),
-              ('context', f'cache in MB, batch {batch_sizes[0]}',
-               {name: [(r['prompt'], flat(r['cache_bytes'] / 1e6)) for r in rs] for name, rs in curves.items() if 'expand' not in name})]
-    return {'machine': machine_rates(timings['machine']), 'rows': rows, 'timings': timings}, text, notes, figure if len(prompts) > 1 else None
+        if r['batch_size'] == batch:
+            words = [r['variant']] + [r['mode']] * (r['mode'] != 'decode') + [r['library']] * (r['library'] != 'ours')
+            curves.setdefault(' '.join(words), []).append(r)
+    times = {name: [(r['prompt'], r['ms_per_token']) for r in rs] for name, rs in curves.items()}
+    caches = {name: [(r['prompt'], flat(r['cache_bytes'] / 1e6)) for r in rs]
+              for name, rs in curves.items() if 'expand' not in name}
+    figure = [('context', f'ms per token, batch {batch}', times), ('context', f'cache in MB, batch {batch}', caches)]
+    return ({'machine': machine_rates(timings['machine']), 'rows': rows, 'timings': timings}, text, notes,
+            figure if len(prompts) > 1 else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -770,7 +799,7 @@ def table(head, lines):
 
 
 def draw(path, panels):
-    """Panels (x label, y label, {name: [(x, summary), ...]}) side by side, bars from minimum to maximum -> file name or None."""
+    """Panels (x label, y label, {name: [(x, summary), ...]}) side by side, bars from minimum to maximum -> name or None."""
     try:
         import matplotlib
         matplotlib.use('Agg')
@@ -795,25 +824,32 @@ def draw(path, panels):
 
 
 def main():
-    path, started = Path(out or f'out/bench/{task}.json'), datetime.now().astimezone().isoformat(timespec='seconds')
-    try:
+    now = lambda: datetime.now().astimezone().isoformat(timespec='seconds')
+    path, started = Path(out or f'out/bench/{task}.json'), now()
+    aside = path.with_name(path.name + '.tmp')
+    try:                                                        # told now, not after ten minutes
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + '.tmp')
-        aside.touch()                                           # told now, not after ten minutes
+        aside.touch()
         aside.unlink()
     except OSError as error:
         fail(f'{path} cannot be written to ({error.strerror}); go elsewhere with --out=...')
-    content, text, notes, panels = {'train': task_train, 'parts': task_parts, 'scaling': task_scaling, 'decode': task_decode}[task]()
+    if path.is_dir():
+        fail(f'{path} is a folder; name a file in it: --out={path / task}.json')
+
+    tasks = {'train': task_train, 'parts': task_parts, 'scaling': task_scaling, 'decode': task_decode}
+    content, text, notes, panels = tasks[task]()
     figure, env, speed = draw(path.with_suffix('.png'), panels) if panels else None, environment(), content['machine']
-    content = {'schema': 1, 'task': task, 'started': started, 'finished': datetime.now().astimezone().isoformat(timespec='seconds'),
-               'config': config, 'environment': env, 'notes': notes, 'figure': figure, **content}
+    content = {'schema': 1, 'task': task, 'started': started, 'finished': now(), 'config': config, 'environment': env,
+               'notes': notes, 'figure': figure, **content}
     aside.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n', encoding='utf-8')
     os.replace(aside, path)
     giga = lambda r: show({k: v / 1e9 for k, v in r.items()}, ',.1f')
-    print(f'{text}\n\n{env["device_name"]}, {env["threads"]} threads, torch {env["torch"]}, {dtype}{", compiled" if compile else ""}, '
-          f'{rounds} rounds; its own {matrix_size}^3 matrix product {giga(speed["matmul_flops"])} GFLOP/s, its copy '
-          f'{giga(speed["copy_bytes_read_and_written"])} GB/s read and written\n')
-    print('\n'.join(f'- {note}' for note in notes) + f'\n\n{path}' + (f', {path.with_suffix(".png")}' if figure else ''))
+    print(f'{text}\n\n{env["device_name"]}, {env["threads"]} threads, torch {env["torch"]}, {dtype}'
+          f'{", compiled" if compile else ""}, {rounds} rounds; its own {matrix_size}^3 matrix product '
+          f'{giga(speed["matmul_flops"])} GFLOP/s, its copy {giga(speed["copy_bytes_read_and_written"])} GB/s read and '
+          'written\n')
+    print('\n'.join(f'- {note}' for note in notes))
+    print(f'\n{path}' + (f', {path.with_suffix(".png")}' if figure else ''))
 
 
 if __name__ == '__main__':

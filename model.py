@@ -81,9 +81,9 @@ class Block(nn.Module):
         self.attn_norm, self.attn = RMSNorm(config.n_embd), build_attention(config)
         self.moe_norm, self.moe = RMSNorm(config.n_embd), MixtureOfExperts(config)
 
-    def forward(self, x, *context):
-        x = x + self.attn(self.attn_norm(x), *context)
-        y, routing = self.moe(self.moe_norm(x))
+    def forward(self, x, rope, mask=None, cache=None, slots=None, span=None):
+        x = x + self.attn(self.attn_norm(x), rope, mask, cache, slots, span)
+        y, routing = self.moe(self.moe_norm(x), log=cache is None)      # nobody reads decoding's balance
         return x + y, routing
 
 
@@ -181,7 +181,7 @@ class LanguageModel(nn.Module):
         return self.head(x) if targets is None else self.head_loss(x, targets, routing)
 
     def trunk(self, x, rope, mask=None, caches=None, slots=None, span=None):
-        """The blocks and the last norm: x (B, T, C) -> (B, T, C), and a moe.Routing per layer."""
+        """The blocks and the last norm: x (B, T, C) -> (B, T, C), and a moe.Routing per layer (None when decoding)."""
         routing = []
         for i, layer in enumerate(self.layers):
             x, r = layer(x, rope, mask, caches[i] if caches is not None else None, slots, span)
@@ -269,7 +269,9 @@ class LanguageModel(nn.Module):
         prompts: B lists of token ids, at least one each; they may differ in length. temperature 0 takes the largest
         logit; otherwise softmax(logits / temperature) over the top_k largest (None: all), drawn from a CPU generator
         seeded with `seed`. A full cache (block_size tokens) is rebuilt from its newest half, so that text can be longer
-        than the context: a token then sees between block_size / 2 and block_size tokens. Raises ValueError.
+        than the context: a token then sees between block_size / 2 and block_size tokens. Until then each prompt gets what
+        it would get alone (but under dynamic scaling past its original context, where angles follow the longest row).
+        Raises ValueError.
         """
         if not prompts or not all(prompts):
             raise ValueError('every prompt needs at least one token')

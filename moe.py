@@ -56,6 +56,8 @@ class SegmentedSwiGLU(torch.autograd.Function):
         g, u, y = rows.new_empty(len(rows), gate.size(1)), rows.new_empty(len(rows), gate.size(1)), torch.empty_like(rows)
         start = 0
         for e, n in enumerate(sizes):
+            if n == 0:                                          # most experts, when a single token is decoded
+                continue
             s, start = slice(start, start + n), start + n
             torch.mm(rows[s], gate[e].T, out=g[s])
             torch.mm(rows[s], up[e].T, out=u[s])
@@ -88,16 +90,12 @@ def grouped_serves(rows, gate):
     """Whether F.grouped_mm is the way to go: on a GPU, and inside torch.compile. On a CPU the loop is faster.
 
     It takes no float64 and only strides that are multiples of 16 bytes; and torch.compile knows it in bfloat16 alone (the
-    shape rule, torch._meta_registrations of 2.13, refuses float32, which the kernel itself takes).
+    shape rule, torch._meta_registrations of 2.13, refuses float32, which the kernel itself takes). Where it does not serve
+    there, load.tolist() below breaks the graph, and the experts run eagerly.
     """
     compiling = torch.compiler.is_compiling()
     fits = rows.dtype == torch.bfloat16 or (rows.dtype == torch.float32 and not compiling)
     return fits and (rows.is_cuda or compiling) and all(n * rows.element_size() % 16 == 0 for n in gate.shape[1:])
-
-
-@torch.compiler.disable                                         # row counts on the host: no part of any graph
-def segmented_swiglu(rows, gate, up, down, load):
-    return SegmentedSwiGLU.apply(rows, gate, up, down, load.tolist())
 
 
 def swiglu_experts(rows, gate, up, down, load):
@@ -109,7 +107,7 @@ def swiglu_experts(rows, gate, up, down, load):
         ends = load.cumsum(0).to(torch.int32)                   # (E,) where each expert's rows end
         h = F.silu(F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)) * F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
         return F.grouped_mm(h, down.transpose(1, 2), offs=ends)
-    return segmented_swiglu(rows, gate, up, down, load)
+    return SegmentedSwiGLU.apply(rows, gate, up, down, load.tolist())
 
 
 class MixtureOfExperts(nn.Module):
@@ -145,8 +143,8 @@ class MixtureOfExperts(nn.Module):
             self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
         return self
 
-    def route(self, x):
-        """x (B, T, C) -> chosen (B, T, k) expert ids, weights (B, T, k), Routing."""
+    def route(self, x, log=True):
+        """x (B, T, C) -> chosen (B, T, k) expert ids, weights (B, T, k), Routing; None for it with log=False."""
         B, T, C = x.shape
         k, E = self.top_k, self.router.out_features
         # float32 also under autocast: small differences between logits decide the routing
@@ -164,6 +162,9 @@ class MixtureOfExperts(nn.Module):
         weights = scores.gather(-1, chosen)                                                     # never the biased ones
         if k > 1:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights * self.scaling
+        if not log:
+            return chosen, weights, None
 
         # Switch eq. 4-6 with the load counted per choice, per sequence (DeepSeek-V3 eq. 17-20), so that neither the
         # micro-batch nor the number of processes matters: E sum_e f_e P_e, f the share of the T k choices (no gradient),
@@ -172,12 +173,13 @@ class MixtureOfExperts(nn.Module):
         balance_loss = E * (counts.to(probs.dtype) / (T * k) * probs.mean(1)).sum(-1).mean()
         z_loss = logits.logsumexp(-1).square().mean()                                           # ST-MoE eq. 5
         entropy = -(probs * probs.clamp_min(1e-20).log()).sum(-1).mean()
-        return chosen, weights * self.scaling, Routing(balance_loss, z_loss, counts.sum(0), entropy.detach())
+        return chosen, weights, Routing(balance_loss, z_loss, counts.sum(0), entropy.detach())
 
-    def forward(self, x):
+    def forward(self, x, log=True):
         B, T, C = x.shape
-        N, k = B * T, self.top_k
-        chosen, weights, routing = self.route(x)
+        N, k, E = B * T, self.top_k, self.router.out_features
+        chosen, weights, routing = self.route(x, log)
+        load = routing.load if log else (chosen.flatten().unsqueeze(-1) == torch.arange(E, device=x.device)).sum(0)
         order = chosen.flatten().argsort(stable=True)           # (M,) which copy stands at each sorted row
         inverse = order.argsort()                               # (M,) at which sorted row each copy stands
         # under autocast the products run in its dtype; hand-written functions are not cast by it, so cast here
@@ -186,7 +188,7 @@ class MixtureOfExperts(nn.Module):
         rows = x.to(dtype).view(N, 1, C).expand(N, k, C).reshape(N * k, C)
         rows = Permute.apply(rows, order, inverse)                                              # (M, C), by expert
         with torch.autocast(x.device.type, enabled=False):
-            y = swiglu_experts(rows, gate, up, down, routing.load)
+            y = swiglu_experts(rows, gate, up, down, load)
         y = Permute.apply(y, inverse, order).view(N, k, C)                                      # by token again
         y = (y * weights.view(N, k, 1)).sum(1).view(B, T, C).to(x.dtype)
         if hasattr(self, 'shared_gate_proj'):

@@ -468,3 +468,51 @@ def test_every_configuration_that_is_shipped_is_accepted(tmp_path):
     for path in sorted((REPOSITORY / 'config').glob('*.py')):
         done = subprocess.run([sys.executable, REPOSITORY / 'train.py', path, '--device=abacus'], capture_output=True, text=True)
         assert done.returncode == 2 and 'abacus' in done.stderr                     # past the configurator, before any work
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machines that lack something
+
+def test_it_runs_from_another_folder_out_of_a_read_only_one_with_blanks_and_umlauts_in_its_path(tmp_path, corpus):
+    home, elsewhere = tmp_path / 'ein Ordner für alles', tmp_path / 'anderswo ☂'
+    home.mkdir(), elsewhere.mkdir()
+    for path in REPOSITORY.glob('*.py'):
+        (home / path.name).write_bytes(path.read_bytes())
+    home.chmod(0o555)
+    try:
+        done = subprocess.run([sys.executable, home / 'train.py', *flags(**{**TINY, 'dataset': corpus, 'data_root': elsewhere / 'däta'})],
+                              cwd=elsewhere, capture_output=True, text=True)
+    finally:
+        home.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((elsewhere / 'out/experiment1/baseline-s0/result.json').read_text())
+    assert result['environment']['git_commit'] is None                              # no repository there, and no failure
+
+
+def test_without_a_compiler_torch_compile_is_left_out_with_a_line_that_says_so(tmp_path, corpus, data_root):
+    done = subprocess.run([sys.executable, REPOSITORY / 'train.py', *flags(**{**TINY, 'compile': True, 'dataset': corpus, 'data_root': data_root,
+                                                                             'out_dir': tmp_path / 'run', 'max_steps': 1})],
+                          capture_output=True, text=True, env={**os.environ, 'CXX': '/no/such/compiler', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert 'torch.compile does not work here' in done.stdout
+    assert json.loads((tmp_path / 'run/result.json').read_text())['config']['compile'] is False
+
+
+def test_help_and_typos_are_answered_without_loading_torch(tmp_path):
+    (tmp_path / 'torch.py').write_text('raise SystemExit("torch was loaded")')
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    for program in ('train.py', 'sample.py', 'bench.py', 'data.py', 'analyze.py'):
+        done = subprocess.run([sys.executable, REPOSITORY / program, '--help'], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and '--' in done.stdout, (program, done.stderr)
+        done = subprocess.run([sys.executable, REPOSITORY / program, '--sede=1'], capture_output=True, text=True, env=environment)
+        assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'sede' in done.stderr, (program, done.stderr)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+@pytest.mark.parametrize('attn', VARIANTS)
+def test_on_a_gpu_a_compiled_bfloat16_run_follows_the_cpus(train, attn):
+    knobs = dict(attn=attn, n_embd=64, n_head=4, block_size=64, max_steps=12)
+    cpu = result_of(train('cpu', **knobs))
+    gpu = result_of(train('gpu', **{**knobs, 'device': 'cuda', 'dtype': 'bfloat16', 'compile': True}))
+    assert gpu['final']['val_loss'] == pytest.approx(cpu['final']['val_loss'], rel=0.02)
+    assert gpu['final']['peak_memory_kind'] == 'device'

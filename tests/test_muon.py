@@ -1,0 +1,53 @@
+"""muon.py: the orthogonalised update against a singular value decomposition, and who owns which parameter."""
+import pytest
+import torch
+
+from muon import Muon, orthogonalise
+
+
+@pytest.mark.parametrize('shape', [(24, 24), (48, 16), (16, 48), (3, 20, 12)])
+def test_the_update_has_the_singular_vectors_of_the_momentum_and_singular_values_near_1(shape):
+    g = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u, s, vt = torch.linalg.svd(g, full_matrices=False)
+    inside = u.mT @ orthogonalise(g, steps=8) @ vt.mT                  # diagonal, if the singular vectors are kept
+    values = torch.diagonal(inside, dim1=-2, dim2=-1)
+    assert (inside - torch.diag_embed(values)).abs().max() < 1e-8
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_a_stack_of_experts_is_updated_as_if_each_were_a_parameter_of_its_own():
+    torch.manual_seed(0)
+    stacked = torch.nn.Parameter(torch.randn(4, 12, 20, dtype=torch.float64))
+    single = [torch.nn.Parameter(w.detach().clone()) for w in stacked]
+    whole, parts = Muon([stacked], lr=0.1), Muon(single, lr=0.1)
+    for _ in range(3):
+        stacked.grad = torch.randn_like(stacked)
+        for p, g in zip(single, stacked.grad):
+            p.grad = g.clone()
+        whole.step()
+        parts.step()
+    assert torch.allclose(stacked, torch.stack([*single]), atol=1e-12)
+
+
+def test_one_step_is_weight_decay_and_an_update_of_adamws_size():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(64, 256, dtype=torch.float64))
+    before, p.grad = p.detach().clone(), torch.randn(64, 256, dtype=torch.float64)
+    Muon([p], lr=0.01, weight_decay=0.5).step()
+    update = (before * (1 - 0.01 * 0.5) - p.detach()) / 0.01
+    assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.15)      # Moonlight's aim: rms 0.2, as AdamW's is about
+    assert (update * p.grad).sum() > 0
+
+
+def test_momentum_is_nesterovs():
+    p = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+    first, second = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64), torch.tensor([[0.0, 2.0], [1.0, 0.0]], dtype=torch.float64)
+    opt = Muon([p], lr=1.0, momentum=0.9, weight_decay=0.0)
+    p.grad = first
+    opt.step()
+    at = p.detach().clone()
+    p.grad = second
+    opt.step()
+    m = 0.9 * (0.1 * first) + 0.1 * second
+    expected = orthogonalise(0.1 * second + 0.9 * m) * 0.2 * 2 ** 0.5
+    assert torch.allclose(at - p.detach(), expected, atol=1e-12)

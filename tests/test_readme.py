@@ -1,0 +1,124 @@
+"""README.md says what is so: its figures stand in committed result files, its commands and its walk-through work."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import analyze
+from attention import variants
+from conftest import REPOSITORY, TINY, flags
+
+README = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
+
+
+def blocks(kind):
+    """[(argument, text)] of the parts between <!-- kind argument --> and <!-- end -->."""
+    return re.findall(rf'<!-- {kind} (\S+) -->\n(.*?)<!-- end -->', README, re.S)
+
+
+def numbers(text):
+    return re.findall(r'\d+(?:[.,]\d+)*', text)
+
+
+def test_tables_quoted_from_a_report_stand_in_it_line_by_line():
+    assert blocks('from')
+    for path, text in blocks('from'):
+        report = (REPOSITORY / path).read_text(encoding='utf-8').splitlines()
+        lines = [line for line in text.splitlines() if line.strip()]
+        assert lines and all(line in report for line in lines), path
+
+
+def test_every_number_in_a_paragraph_about_results_stands_in_the_report_it_names():
+    assert blocks('figures')
+    for path, text in blocks('figures'):
+        source = (REPOSITORY / path).read_text(encoding='utf-8')
+        missing = [n for n in numbers(text) if not re.search(rf'(?<![\d.]){re.escape(n)}(?![\d])', source)]
+        assert not missing, (path, missing)
+
+
+@pytest.mark.parametrize('folder', [p.parent.name for p in sorted((REPOSITORY / 'results').glob('*/report.md'))])
+def test_a_committed_report_is_what_analyze_makes_of_the_committed_result_files(tmp_path, folder):
+    source = REPOSITORY / 'results' / folder
+    shutil.copytree(source, tmp_path / folder, ignore=shutil.ignore_patterns('*.png', 'report.*'))
+    options = json.loads((source / 'options.json').read_text()) if (source / 'options.json').exists() else []
+    done = subprocess.run([sys.executable, REPOSITORY / 'analyze.py', tmp_path / folder, '--plots=False', *options], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (source / 'report.md').read_bytes()
+    assert (tmp_path / folder / 'report.json').read_bytes() == (source / 'report.json').read_bytes()
+
+
+def test_committed_result_files_are_complete_runs_of_one_clean_commit_each():
+    for path in sorted((REPOSITORY / 'results').glob('*/*-s*.json')):
+        run = analyze.read_run(str(path))
+        assert run['status'] in ('complete', 'diverged') and run['environment']['git_dirty'] is False, path
+        assert path.name == f'{run["name"]}-s{run["config"]["seed"]}.json'
+
+
+def test_the_table_of_variants_is_that_of_the_code():
+    C, H = 384, 8
+    rows = {line.split('`')[1]: line for line in README.splitlines() if re.match(r'\| `\w+` \|', line)}
+    for name, row in variants(C, H).items():
+        cell = [int(n) for n in numbers(rows[name].rsplit('|', 2)[1])]
+        if 'kv_lora_rank' in row:
+            assert cell == [row['kv_lora_rank'], row['qk_rope_head_dim'], row['kv_lora_rank'] + row['qk_rope_head_dim']]
+            heads = [row[k] for k in ('q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim')]
+            assert [int(n) for n in numbers(rows[name].split('|')[3])] == heads
+        else:
+            assert cell[-1] == 2 * row['n_kv_head'] * C // H
+            assert [int(n) for n in numbers(rows[name].split('|')[3])] == [8, 48, row['n_kv_head']]
+
+
+def test_every_file_is_in_the_table_of_files_and_the_other_way_round():
+    named = set(re.findall(r'`(\w+\.py|\w+\.sh|\w+/)`', README.split('## The files')[1].split('## ')[0]))
+    present = {p.name for p in REPOSITORY.glob('*.py')} | {'reproduce.sh', 'config/', 'results/', 'tests/'}
+    assert present <= named | {'laptop.py', 'smoke.py', 'gpu.py'} and named - {'laptop.py', 'smoke.py', 'gpu.py'} <= present
+
+
+def test_knobs_and_files_that_the_readme_names_exist():
+    known = set()
+    for path in REPOSITORY.glob('*.py'):
+        known |= set(re.findall(r'^\s*(\w+)(?:: [^=\n]+)? = .*$', path.read_text(), re.M))
+    outside = {'nproc_per_node', 'nnodes', 'node_rank', 'master_addr', 'master_port'}            # torchrun's
+    for knob in set(re.findall(r'--(\w+)', README)) - outside:
+        assert knob in known or knob == 'help', knob
+    for path in set(re.findall(r'\]\((results/[^)]+)\)', README)):
+        assert (REPOSITORY / path).exists(), path
+
+
+def test_the_walk_through_adds_a_variant_that_trains_causally_within_its_window(tmp_path, corpus, data_root):
+    """The README's own code, pasted where it says, in a copy of the repository."""
+    code = re.findall(r'```python\n(.*?)```', README, re.S)
+    assert len(code) == 2 and len(''.join(code).splitlines()) <= 20
+    for path in REPOSITORY.glob('*.py'):
+        shutil.copy(path, tmp_path)
+    text = (tmp_path / 'attention.py').read_text() + '\n\n' + code[0]
+    at = text.index("        'mqa': {")
+    (tmp_path / 'attention.py').write_text(text[:at] + code[1] + text[at:])
+    done = subprocess.run([sys.executable, tmp_path / 'train.py', '--attn=window', *flags(**{**TINY, 'block_size': 128, 'batch_size': 2}),
+                           f'--dataset={corpus}', f'--data_root={data_root}', f'--out_dir={tmp_path / "run"}'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / 'run/result.json').read_text())
+    assert result['model']['attention_class'] == 'SlidingWindowAttention' and result['status'] == 'complete'
+    check = '''
+import torch
+from model import LanguageModel, ModelConfig
+m = LanguageModel(ModelConfig(vocab_size=50, block_size=128, n_layer=1, n_head=2, n_embd=32, d_ff=32, n_expert=2, attn='window')).double()
+x = torch.randint(0, 50, (1, 128)); y = x.clone(); y[0, 20] = (y[0, 20] + 1) % 50
+moved = (m(x) - m(y)).abs().amax(-1)[0] > 1e-12
+assert moved[20:84].all() and not moved[:20].any() and not moved[84:].any(), moved
+cache, parts = m.new_cache(1, 128), []
+for i in range(0, 128, 16):
+    parts.append(m.decode(x[:, i:i + 16], cache, last=False))
+assert torch.allclose(torch.cat(parts, 1), m(x), atol=1e-12)
+'''
+    done = subprocess.run([sys.executable, '-c', check], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_commands_for_a_fresh_machine_are_what_ci_runs():
+    command = README.split('<!-- test command -->')[1].split('```')[1].strip()
+    assert 'requirements-test.txt' in command and command.endswith('-m pytest -q')
+    assert '<!-- test command -->' in (REPOSITORY / '.ci/run').read_text()
