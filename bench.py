@@ -1,4 +1,4 @@
-"""Speed and memory of every attention variant, side by side in one process: python bench.py --task=... [--knob=value ...]
+"""Speed and memory of every attention variant, side by side in one process: python bench.py [--knob=value ...]
 
     --task=train      one whole update: tokens/s, share of the machine's own matrix rate, peak memory
     --task=parts      where an update's time goes: attention, router, dispatch, experts, head, optimizer, rest
@@ -11,6 +11,8 @@ last to first in turn, and with them a matrix product and a copy of the machine'
 alike. A ratio is the quotient of two medians, its range that of the quotients within a round. Prints Markdown, writes
 strict JSON with every single timing.
 """
+import os
+from pathlib import Path
 from typing import Literal
 
 from configurator import as_text, configure, fail
@@ -82,11 +84,28 @@ for knob in ('rounds', 'batch_size', 'block_size', 'micro_batch_size', 'new_toke
         fail(f'{knob} must be at least {least}, not {config[knob]}')
 if not variants or len(set(variants)) < len(variants):
     fail(f'--variants={as_text(variants)} must be names, each once, with commas between: --variants=baseline,lora')
+if device.partition(':')[0] not in ('auto', 'cpu', 'cuda'):
+    fail(f'--device={device} is no device; try auto, cpu or cuda')
+tokens_of_scaling = max(batch_size * block_size, *contexts)
+if task == 'scaling' and any(tokens_of_scaling % n for n in contexts):
+    fail(f'--contexts={as_text(config["contexts"])}: each must divide the {tokens_of_scaling} tokens of a batch')
+if task == 'scaling' and experts[0] < top_k:
+    fail(f'--experts={as_text(config["experts"])}: each must be at least top_k, {top_k}')
+
+path = Path(out or f'out/bench/{task}.json')
+aside = path.with_name(path.name + '.tmp')
+if path.is_dir():
+    fail(f'{path} is a folder; name a file in it: --out={path / task}.json')
+try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside.touch()
+    aside.unlink()
+except OSError as error:
+    fail(f'{path} cannot be written to ({error.strerror}); go elsewhere with --out=...')
 
 import contextlib
 import gc
 import json
-import os
 import platform
 import re
 import statistics
@@ -96,7 +115,6 @@ import time
 import warnings
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 
 import torch
 
@@ -127,8 +145,8 @@ if peer == 'transformers' and task in ('train', 'decode', 'memory'):
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
 cuda = device.startswith('cuda')
-if device not in ('cpu', 'cuda') or cuda and not torch.cuda.is_available():
-    fail(f'--device={device} is not here; try auto, cpu or cuda')
+if cuda and not torch.cuda.is_available():
+    fail(f'--device={device} was asked for, but this torch ({torch.__version__}) sees no CUDA GPU; try --device=auto')
 if cuda:
     torch.set_float32_matmul_precision('high')
 if dtype == 'auto':
@@ -422,18 +440,18 @@ def task_train():
                   for r in rows.values()])
     notes = [f'An update is {batch_size} x {block_size} tokens in micro-batches of {micro_batch_size}: forward, loss, '
              'backward, clip, fused AdamW.',
-             'Model FLOPs: LanguageModel.flops_per_token, 6 per active parameter and attention without the half that '
-             'causality spares.',
-             'Peak memory: ' + ('device memory above what the other sides keep there.' if cuda else
-                                f'resident peak (VmHWM) of a fresh process that does {memory_steps} updates of this side '
-                                'alone, Python included.')]
+             'Model FLOPs: LanguageModel.flops_per_token, 6 per active parameter, and attention as if nothing were '
+             'masked.']
+    notes += ['Peak memory: ' + ('device memory above what the other sides keep there.' if cuda else
+                                f'resident peak (VmHWM) of a fresh process that does {memory_steps} updates of this '
+                                'side alone, Python included.')] * bool(memory_steps)
     notes += [PEER_NOTE + ' The loss is its own.'] * bool(transformers)
     notes += [f'{side} attends by {", ".join(row["attention_kernels"])}' for side, row in rows.items()]
     return {'machine': speed, 'rows': list(rows.values()), 'timings': timings}, text, notes, None
 
 
-PEER_NOTE = ('transformers: the experts implementation that was fastest in a trial; DeepseekV3 routes by sigmoid and has '
-             'shared experts of width 0; neither it nor Mixtral computes auxiliary losses here.')
+PEER_NOTE = ('transformers: the experts implementation that was fastest in a trial; DeepseekV3 routes by sigmoid and '
+             'has shared experts of width 0; neither it nor Mixtral computes auxiliary losses here.')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # --task=parts: a stopwatch that is pressed where one part ends and the next begins, in the forward and in the backward
@@ -564,7 +582,7 @@ def task_parts():
 # --task=scaling
 
 def training_side(model, x, micro, with_optimizer):
-    """-> a side: forward and backward over x; apart from it clip and optimizer, whose work grows with all parameters."""
+    """-> a side: forward and backward over x; apart from it clip and optimizer, which work on all parameters."""
     loss = our_loss(compiled(model))
 
     def finish(opt):
@@ -583,12 +601,7 @@ def training_side(model, x, micro, with_optimizer):
 
 
 def task_scaling():
-    tokens = max(batch_size * block_size, *contexts)
-    if any(tokens % n for n in contexts):
-        fail(f'--contexts={as_text(config["contexts"])}: each must divide the {tokens} tokens of a batch')
-    if experts[0] < top_k:
-        fail(f'--experts={as_text(config["experts"])}: each must be at least top_k, {top_k}')
-    yardstick, rows, sides = machine(), [], {}
+    yardstick, rows, sides, tokens = machine(), [], {}, tokens_of_scaling
     for n in experts:
         model, side = build(variants[0], n_expert=n).train(), f'experts {n}'
         sides[side] = training_side(model, tokens_of(batch_size, block_size), micro_batch_size, True)
@@ -626,8 +639,8 @@ def task_scaling():
     notes = [f'tokens/s: forward and backward, of {batch_size * block_size} tokens in the first table, of {tokens} at '
              'each context in the second. The optimizer\'s work grows with all parameters, whatever the tokens: it '
              'stands apart.',
-             'by FLOPs: the quotient of the model FLOPs per token, attention\'s own share. In the first table it is not 1 '
-             'because a router\'s rows are active parameters.']
+             'by FLOPs: the quotient of the model FLOPs per token, attention\'s own share. In the first table it is '
+             'below 1 because a router has a row for each expert.']
 
     def curve(kind, attn):
         return [(r['n'], r['tokens_per_second']) for r in rows if (r['kind'], r['variant']) == (kind, attn)]
@@ -648,7 +661,7 @@ def chunks(prompt):
 
 
 def our_decoding(model, trunk, tokens, prompt):
-    """-> a side: the prompt, then the same new tokens in each way its attention can decode; facts, filled in as it runs."""
+    """-> a side: the prompt, then the same new tokens in each way its attention can decode; facts about its run."""
     latent = isinstance(model.layers[0].attn, attention.LatentAttention)
     facts, new = {}, range(prompt, prompt + new_tokens)
 
@@ -716,7 +729,7 @@ def peer_decoding(model, tokens, prompt):
 def task_decode():
     size = prompts[-1] + new_tokens
     ours = {attn: narrowed(build(attn, block_size=size)) for attn in variants}
-    theirs = {attn: build_peer(model.config).to(getattr(torch, dtype)).eval() for attn, model in ours.items() if transformers}
+    theirs = {attn: build_peer(ours[attn].config).to(getattr(torch, dtype)).eval() for attn in variants if transformers}
     trunks = {attn: torch.compile(model.trunk) if compile else None for attn, model in ours.items()}
     yardstick, timings, rows = machine(), {}, []
     for prompt, batch in ((p, b) for p in prompts for b in batch_sizes):
@@ -758,10 +771,10 @@ def task_decode():
     if generate:
         text += '\n\n' + table(['prompt', 'batch', 'variant', 'library', 'generate() tokens/s', 'to transformers'],
                                [[r['prompt'], r['batch_size'], r['variant'], r['library'],
-                                 show(r['generate_tokens_per_second'], ',.1f'), show(r['generate_speed_to_peer'], '.2f')]
-                                for r in rows if r['mode'] != 'expand'])
-    notes = [f'Random tokens: a prompt, {prefill_chunk} at a time, then {new_tokens} one at a time. ms/token: one step of '
-             f'the whole batch. Cache: what is allocated for prompt and new tokens, in {dtype}.',
+                                 show(r['generate_tokens_per_second'], ',.1f'),
+                                 show(r['generate_speed_to_peer'], '.2f')] for r in rows if r['mode'] != 'expand'])
+    notes = [f'Random tokens: a prompt, {prefill_chunk} at a time, then {new_tokens} one at a time. ms/token: one step '
+             f'of the whole batch. Cache: what is allocated for prompt and new tokens, in {dtype}.',
              'Latent attention reads the prompt in the cheaper way (auto), then decodes the same tokens absorbed and '
              'expanded.']
     notes += [PEER_NOTE + ' DynamicCache, one forward a token without generate().'] * bool(transformers)
@@ -799,7 +812,7 @@ def table(head, lines):
 
 
 def draw(path, panels):
-    """Panels (x label, y label, {name: [(x, summary), ...]}) side by side, bars from minimum to maximum -> name or None."""
+    """Panels (x label, y label, {name: [(x, summary), ...]}) side by side, bars from least to most -> file name"""
     try:
         import matplotlib
         matplotlib.use('Agg')
@@ -825,17 +838,7 @@ def draw(path, panels):
 
 def main():
     now = lambda: datetime.now().astimezone().isoformat(timespec='seconds')
-    path, started = Path(out or f'out/bench/{task}.json'), now()
-    aside = path.with_name(path.name + '.tmp')
-    try:                                                        # told now, not after ten minutes
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.touch()
-        aside.unlink()
-    except OSError as error:
-        fail(f'{path} cannot be written to ({error.strerror}); go elsewhere with --out=...')
-    if path.is_dir():
-        fail(f'{path} is a folder; name a file in it: --out={path / task}.json')
-
+    started = now()
     tasks = {'train': task_train, 'parts': task_parts, 'scaling': task_scaling, 'decode': task_decode}
     content, text, notes, panels = tasks[task]()
     figure, env, speed = draw(path.with_suffix('.png'), panels) if panels else None, environment(), content['machine']
