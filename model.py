@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import DEFAULTS, RMSNorm, attention_settings, build_attention, rope_tables
-from moe import MixtureOfExperts
+from moe import FEW_TOKENS, MixtureOfExperts, few_rows_product
 
 
 @dataclass
@@ -189,6 +189,9 @@ class LanguageModel(nn.Module):
         return self.norm(x), routing
 
     def head(self, x):
+        """x (..., C) -> logits (..., V)."""
+        if x.device.type == 'cpu' and not torch.is_grad_enabled() and x.numel() <= FEW_TOKENS * x.size(-1):
+            return few_rows_product(x.reshape(-1, x.size(-1)), self.embed.weight).view(*x.shape[:-1], -1).to(self.wide())
         return F.linear(x, self.embed.weight).to(self.wide())
 
     def head_loss(self, x, targets, routing):

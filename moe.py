@@ -110,6 +110,29 @@ def swiglu_experts(rows, gate, up, down, load):
     return SegmentedSwiGLU.apply(rows, gate, up, down, load.tolist())
 
 
+FEW_TOKENS = 8
+
+
+def few_rows_product(x, w):
+    """x w^T for a few rows x (N, in) and w (out, in), on a CPU: reading w is all the cost, and w on the left of two rows
+    or more as columns reads 30 GB/s, where F.linear reads 10 from one row and 7 from two (results/notes.md)."""
+    return (w @ (x if len(x) > 1 else x.expand(2, -1)).contiguous().T)[:, :len(x)].T
+
+
+def few_tokens_swiglu(x, chosen, weights, gate, up, down):
+    """Decoding's path on a CPU: for each expert that was chosen, the tokens that chose it, without sorting or permuting.
+
+    x (N, C); chosen, weights (N, k); gate, up (E, F, C); down (E, C, F) -> (N, C)
+    """
+    y, choices = torch.zeros_like(x), chosen.tolist()
+    for e in sorted({e for choice in choices for e in choice}):
+        rows = [n for n, choice in enumerate(choices) if e in choice]
+        rows = slice(None) if len(rows) == len(x) else rows                                     # a view instead of a copy
+        h = F.silu(few_rows_product(x[rows], gate[e])).mul_(few_rows_product(x[rows], up[e]))   # (rows, F)
+        y[rows] += few_rows_product(h, down[e]) * (weights[rows] * (chosen[rows] == e)).sum(1, keepdim=True)
+    return y
+
+
 class MixtureOfExperts(nn.Module):
     """x (B, T, C) -> (B, T, C), Routing. Experts are stored stacked, each matrix as (out, in) like nn.Linear's.
 
@@ -179,6 +202,9 @@ class MixtureOfExperts(nn.Module):
         B, T, C = x.shape
         N, k, E = B * T, self.top_k, self.router.out_features
         chosen, weights, routing = self.route(x, log)
+        if N <= FEW_TOKENS and x.device.type == 'cpu' and not (log or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            y = few_tokens_swiglu(x.view(N, C), chosen.view(N, k), weights.view(N, k).to(x.dtype), self.gate_proj, self.up_proj, self.down_proj)
+            return self.add_shared(x, y.view(B, T, C)), routing
         load = routing.load if log else (chosen.flatten().unsqueeze(-1) == torch.arange(E, device=x.device)).sum(0)
         order = chosen.flatten().argsort(stable=True)           # (M,) which copy stands at each sorted row
         inverse = order.argsort()                               # (M,) at which sorted row each copy stands
@@ -191,9 +217,12 @@ class MixtureOfExperts(nn.Module):
             y = swiglu_experts(rows, gate, up, down, load)
         y = Permute.apply(y, inverse, order).view(N, k, C)                                      # by token again
         y = (y * weights.view(N, k, 1)).sum(1).view(B, T, C).to(x.dtype)
+        return self.add_shared(x, y), routing
+
+    def add_shared(self, x, y):
         if hasattr(self, 'shared_gate_proj'):
             y = y + self.shared_down_proj(F.silu(self.shared_gate_proj(x)) * self.shared_up_proj(x))
-        return y, routing
+        return y
 
     @torch.no_grad()
     def update_bias(self, load, rate):

@@ -360,9 +360,11 @@ def peak_memory_gb():
     """Largest amount so far, in 10^9 bytes: of device memory on a CUDA GPU, else of this process's resident memory."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource                                         # not on Windows
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == 'darwin' else 1024) / 1e9       # bytes on a Mac, KiB on Linux
+    try:                                                    # on Linux; getrusage would count the parent's memory until exec
+        return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')) * 1024 / 1e9
+    except (OSError, StopIteration):
+        import resource                                     # not on Windows
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
 
 
 def write_atomically(path, write):
