@@ -1,6 +1,9 @@
 """What the tests share: the scripts on the path, a corpus of seconds, and train.py run inside this process."""
-import gc
 import os
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')              # many small tensors, two test processes: more threads are slower
+
+import gc
 import random
 import runpy
 import signal

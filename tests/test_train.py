@@ -283,38 +283,42 @@ def start_train(arguments):
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='no fork')
 def test_killed_thirty_times_at_any_moment_a_run_ends_in_the_bits_of_one_left_alone(tmp_path, corpus, data_root):
-    knobs = {**TINY, 'dataset': corpus, 'data_root': data_root, 'max_steps': 400, 'eval_interval': 5, 'checkpoint_interval': 1,
+    knobs = {**TINY, 'dataset': corpus, 'data_root': data_root, 'max_steps': 100, 'eval_interval': 25, 'checkpoint_interval': 1,
              'n_layer': 1, 'attn': 'enhanced', 'resume': True}
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['torch', 'numpy', 'torch.distributed.checkpoint.state_dict', 'torch.distributed.fsdp'])
-    rng, kills, folder = random.Random(0), 0, tmp_path / 'killed'
+    rng, kills, chains = random.Random(0), 0, 0
 
-    def begin(out_dir):
-        process = context.Process(target=start_train, args=(flags(**{**knobs, 'out_dir': out_dir}),))
+    def run(folder, seconds=None):
+        """Start or go on in folder, for so long at most -> exit status, None if it had to be killed."""
+        process = context.Process(target=start_train, args=(flags(**{**knobs, 'out_dir': folder}),))
         process.start()
-        return process
+        process.join(seconds)
+        status = process.exitcode
+        if status is None:
+            process.kill()
+            process.join()
+        return status
 
+    def outcome(folder):
+        history = json.loads((folder / 'result.json').read_text())['history']
+        return [(r['train_loss'], r['val_loss']) for r in history], torch.load(folder / 'checkpoint.pt', weights_only=True)['model']
+
+    begun = time.monotonic()
+    assert run(tmp_path / 'alone', 120) == 0
+    whole = time.monotonic() - begun                        # scales the moments of the kills to the machine
+    losses, weights = outcome(tmp_path / 'alone')
     while kills < 30:
-        process = begin(folder)
-        process.join(rng.uniform(0.2, 1.2))
-        if process.exitcode is not None:
-            assert process.exitcode == 0 and kills >= 5, f'ended by itself with {process.exitcode} after {kills} kills'
-            break
-        process.kill()
-        process.join()
-        kills += 1
-        if (folder / 'result.json').exists():               # whole at every moment, and so is the checkpoint
-            assert json.loads((folder / 'result.json').read_text())['status'] == 'running'
-        if (folder / 'checkpoint.pt').exists():
-            torch.load(folder / 'checkpoint.pt', weights_only=True)
-    for out_dir in (folder, tmp_path / 'alone'):
-        process = begin(out_dir)
-        process.join(120)
-        assert process.exitcode == 0
-    killed, alone = (json.loads((f / 'result.json').read_text()) for f in (folder, tmp_path / 'alone'))
-    assert [(r['train_loss'], r['val_loss']) for r in killed['history']] == [(r['train_loss'], r['val_loss']) for r in alone['history']]
-    a, b = (torch.load(f / 'checkpoint.pt', weights_only=True)['model'] for f in (folder, tmp_path / 'alone'))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+        folder, chains = tmp_path / f'killed{chains}', chains + 1
+        while (status := run(folder, rng.uniform(0.1, 0.6) * whole if kills < 30 else 120)) is None:
+            kills += 1
+            if (folder / 'result.json').exists():           # whole at every moment, and so is the checkpoint
+                assert json.loads((folder / 'result.json').read_text())['status'] in ('running', 'complete')
+            if (folder / 'checkpoint.pt').exists():
+                torch.load(folder / 'checkpoint.pt', weights_only=True)
+        assert status == 0
+        killed_losses, killed_weights = outcome(folder)
+        assert killed_losses == losses and all(torch.equal(killed_weights[k], weights[k]) for k in weights)
 
 
 @pytest.mark.skipif(not Path('/proc/self/fd').exists(), reason='counts memory and files through /proc')
