@@ -179,6 +179,6 @@ def paired(variant, base, margin, alpha=ALPHA):
     r = (sd_v ** 2 + sd_b ** 2 - c['sd'] ** 2) / (2 * sd_v * sd_b) if sd_v and sd_b else 0.0
     c['correlation'] = max(-1.0, min(1.0, r))
     # sds of correlated groups carry fewer degrees of freedom than 2(n-1): Cousineau 2020, TQMP 16(4)
-    factor = hedges(2 * df / (1 + c['correlation'] ** 2))
+    factor = hedges(2 * df / (1 + c['correlation'] ** 2)) if n > 2 else None     # at n = 2 it is all but 0: no estimate
     c['g_pooled'] = factor and factor * c['d_pooled']
     return c

@@ -561,3 +561,18 @@ def test_experts_on_mps_are_close_to_the_loop_on_the_cpu(router):
     layer, x = experts(router), numbers(2, 9, 8)
     expected = reference_experts(layer, x)
     close(layer.float().to('mps')(x.float().to('mps'))[0], expected, 1e-4)
+
+
+@both_routers
+@pytest.mark.parametrize('tokens', range(1, moe.FEW_TOKENS + 2))
+def test_decoding_a_few_tokens_takes_its_own_path_to_the_same_numbers(router, tokens, monkeypatch):
+    layer = experts(router, n_shared_expert=1, routed_scaling_factor=1.5)
+    x = numbers(tokens, 1, 8)
+    calls, few = [], moe.few_tokens_swiglu
+    monkeypatch.setattr(moe, 'few_tokens_swiglu', lambda *a: (calls.append(1), few(*a))[1])
+    expected, routing = layer(x)                                # gradients are on: the path of training
+    assert not calls and routing is not None
+    with torch.no_grad():
+        y, routing = layer(x, log=False)
+    assert bool(calls) == (tokens <= moe.FEW_TOKENS) and routing is None
+    close(y, expected, 1e-13)
