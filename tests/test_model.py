@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
+import moe
 from attention import rope_tables
 from model import LanguageModel, LinearCrossEntropy, ModelConfig
 
@@ -584,7 +585,9 @@ def test_compiled_attention_gives_the_eager_numbers_and_gradients():
     torch._dynamo.reset()
 
 
-def test_decoding_with_a_static_cache_is_captured_once_and_writes_the_same_text():
+def test_decoding_with_a_static_cache_is_captured_once_and_writes_the_same_text(monkeypatch):
+    # without the path for a few tokens, which eager decoding alone takes: in bfloat16 its rounding moves near ties
+    monkeypatch.setattr(moe, 'FEW_TOKENS', 0)
     torch._dynamo.reset()
     model = text_model('mla').bfloat16()
     graphs = torch._dynamo.testing.CompileCounterWithBackend('eager')
