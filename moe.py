@@ -46,9 +46,9 @@ class SegmentedSwiGLU(torch.autograd.Function):
     """down_e(silu(gate_e x) * up_e x) for rows sorted by expert, one expert after the other: the CPU's path.
 
     rows (M, C); gate, up (E, F, C); down (E, C, F); sizes: a list of E row counts that sum to M -> (M, C).
-    Written out by hand, forward and backward, since autograd over the same loop costs a third more time and memory
-    (results/notes.md): every product writes straight into its slice of one output, the F-wide intermediates of one
-    expert are used while they are still in the cache, and only gate's and up's outputs are kept for the backward.
+    Written out by hand, forward and backward, so that every product writes straight into its slice of one output, the
+    F-wide intermediates of one expert are used while they are still in the cache, and only gate's and up's outputs are
+    kept for the backward.
     """
 
     @staticmethod

@@ -299,7 +299,8 @@ whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
 if checkpoint:
     try:
         set_model_state_dict(raw_model, checkpoint['model'], options=whole)
-        for opt, state in zip(optimizers, checkpoint['optimizer'], strict=True):
+        # none in a finished run's checkpoint: killed between it and the result's last word, only that word is missing
+        for opt, state in zip(optimizers, checkpoint['optimizer'], strict=True) if checkpoint['optimizer'] else ():
             set_optimizer_state_dict(raw_model, opt, state, options=whole)
     except Exception as error:
         fail(f'{checkpoint_path} does not fit this model ({type(error).__name__}); --overwrite=True starts again')
@@ -395,6 +396,14 @@ def write_result(status, error=None):
     if main_process:
         text = json.dumps(json_ready(result), indent=1, allow_nan=False) + '\n'
         write_atomically(result_path, lambda file: file.write(text.encode()))
+
+
+def diverge(cause):
+    """End the run with exit status 3. What was saved last is from before the trouble and is left alone."""
+    write_result('diverged', cause)
+    saved = 'the last checkpoint still stands' if checkpoint_path.exists() else 'no checkpoint was written yet'
+    say(f'diverged at {cause}; {saved}', file=sys.stderr)
+    sys.exit(3)
 
 
 def save_checkpoint(finished=False):
@@ -559,10 +568,7 @@ while step < max_steps:
     step_seconds.append(time.perf_counter() - clock)
 
     if not (math.isfinite(train_loss) and math.isfinite(grad_norm)):
-        cause = f'step {step}: training loss {train_loss:.4g}, gradient norm {grad_norm:.4g}'
-        write_result('diverged', cause)
-        say(f'diverged at {cause}; the last checkpoint still stands', file=sys.stderr)
-        sys.exit(3)
+        diverge(f'step {step}: training loss {train_loss:.4g}, gradient norm {grad_norm:.4g}')
 
     evaluated = None
     if step % eval_interval == 0 or step == max_steps:
@@ -575,9 +581,7 @@ while step < max_steps:
                  'tokens_per_second': rate, 'mfu': rate * m['flops_per_token'] / (peak * world_size) if peak else None,
                  'peak_memory_gb': peak_memory_gb(), 'peak_memory_kind': 'device' if device.type == 'cuda' else 'resident'}
         if not math.isfinite(evaluated['val_loss']):
-            write_result('diverged', f'step {step}: validation loss {evaluated["val_loss"]}')
-            say(f'diverged at step {step}: validation loss {evaluated["val_loss"]}; the last checkpoint still stands', file=sys.stderr)
-            sys.exit(3)
+            diverge(f'step {step}: validation loss {evaluated["val_loss"]}')
 
     if evaluated or step % log_interval == 0:
         record = {'step': step, 'tokens': step * batch_size * block_size, 'seconds': sum(step_seconds), 'learning_rate': lr,

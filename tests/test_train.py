@@ -281,6 +281,15 @@ def start_train(arguments):
     __import__('runpy').run_path(str(REPOSITORY / 'train.py'), run_name='__main__')
 
 
+def test_killed_between_the_last_checkpoint_and_the_result_a_run_is_completed(train):
+    whole = train('whole')
+    killed = train('killed')
+    path = killed.folder / 'result.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'status': 'running'}))     # as it stood at that moment
+    assert_same_bits(whole, train('killed', resume=True))
+    assert json.loads(path.read_text())['status'] == 'complete'
+
+
 @pytest.mark.skipif(sys.platform == 'win32', reason='no fork')
 def test_killed_thirty_times_at_any_moment_a_run_ends_in_the_bits_of_one_left_alone(tmp_path, corpus, data_root):
     knobs = {**TINY, 'dataset': corpus, 'data_root': data_root, 'max_steps': 100, 'eval_interval': 25, 'checkpoint_interval': 1,
