@@ -154,7 +154,7 @@ def yarn_mscale(factor, mscale):
 
 
 def rope_tables(config, positions, length=0, dtype=torch.float32):
-    """cos and sin of every angle at `positions`, (T,) or (B, T) integers -> two tensors (..., T, 1, dr/2), 1 for the heads.
+    """[cos, sin] of every angle at `positions`, (T,) or (B, T) integers -> (..., T, 1, dr/2, 2), 1 for the heads.
 
     Never in a dtype below float32: bfloat16 cannot tell integers above 256 apart. Nothing is kept in a buffer, which
     model.to(bfloat16) would cast. `length` is the longest sequence these tables serve; only dynamic scaling looks at it.
@@ -168,14 +168,24 @@ def rope_tables(config, positions, length=0, dtype=torch.float32):
     if config.rope_scaling == 'yarn':
         amplitude = (yarn_mscale(config.rope_factor, config.rope_mscale)
                      / yarn_mscale(config.rope_factor, config.rope_mscale_all_dim))
-    return angles.cos() * amplitude, angles.sin() * amplitude
+    return torch.stack((angles.cos(), angles.sin()), dim=-1) * amplitude
 
 
 def apply_rope(x, rope):
-    """Turn the pairs of dims (2i, 2i+1) of x (..., T, heads, dr) by their angles: DeepSeek's interleaved layout."""
-    cos, sin = rope
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)                     # (..., T, heads, dr/2) each
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    """Turn the pairs of dims (2i, 2i+1) of x (..., T, heads, dr) by their angles: DeepSeek's interleaved layout.
+
+    A pair is a complex number, turning it by an angle a multiplies it by e^(ia) = cos a + i sin a (RoFormer, eq. 12-13).
+    Written in complex numbers that is one pass over memory instead of eight, and a fifth of the time on a CPU
+    (results/notes.md); torch.compile does not know complex numbers, and fuses the real ones into one pass itself.
+    """
+    pairs = x.unflatten(-1, (-1, 2))                                    # (..., T, heads, dr/2, 2)
+    if (not torch.compiler.is_compiling() and x.is_cpu and x.dtype == rope.dtype
+            and all(n % 2 == 0 for n in (x.storage_offset(), *x.stride()[:-1]))):       # what view_as_complex asks for
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    else:
+        (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return pairs.flatten(-2).to(x.dtype)
 
 
 def attention_scale(config, width):
@@ -200,6 +210,29 @@ def attend(q, k, v, scale, mask=None, causal=False):
     return o[..., :dv]
 
 
+class NormAndGain(torch.autograd.Function):
+    """y = x r w with r = 1 / sqrt(mean(x^2) + eps): RMSNorm that keeps x and one r per token for the backward.
+
+    F.rms_norm keeps x r as well, 40 MB at Experiment 1's size, and takes twice the time on a CPU (results/notes.md).
+    With n = x r and g = dL/dy: dL/dw = sum over tokens of g n, and dL/dx = r (g w - n mean(g w n)).
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        r = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()                    # (..., 1)
+        ctx.save_for_backward(x, w, r)
+        return (x * r).mul_(w)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, w, r = ctx.saved_tensors
+        n = x * r
+        gn = g * n
+        mean = (gn @ w).div_(len(w)).unsqueeze(-1)                                  # (..., 1)
+        return (g * w).addcmul_(n, mean, value=-1).mul_(r), gn.flatten(0, -2).sum(0), None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * gain over the last dim (arXiv 1910.07467), in the gain's dtype: float32 also where x is bfloat16."""
 
@@ -208,7 +241,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return NormAndGain.apply(x.to(self.weight.dtype), self.weight, self.eps).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,7 +392,8 @@ class LatentAttention(nn.Module):
 
         if cache is not None and self.absorbs(T, c.size(1)):
             W_uk, W_uv = self.kv_b_proj.weight.to(q.dtype).view(H, dn + dv, r).split([dn, dv], dim=1)  # (H, dn, r), (H, dv, r)
-            q = torch.cat((torch.einsum('bthn,hnr->bthr', q_nope, W_uk), q_pe), dim=-1)  # (B, T, H, r + dr)
+            q_c = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), W_uk)             # (H, B T, r): one product per head
+            q = torch.cat((q_c.transpose(0, 1).view(B, T, H, r), q_pe), dim=-1)     # (B, T, H, r + dr)
             # One key head for all; it also serves as the value (its last dr output columns are dropped), so that keys
             # and values are one piece of memory, as wide as each other: what the flash kernels want.
             kept = kept.unsqueeze(1)                                                # (B, 1, S, r + dr)
@@ -367,7 +401,7 @@ class LatentAttention(nn.Module):
                 o = attend(q, kept, kept, self.scale, mask).view(B, 1, H, r + dr)
             else:
                 o = attend(q.transpose(1, 2), kept, kept, self.scale, mask, causal).transpose(1, 2)
-            o = torch.einsum('bthr,hvr->bthv', o[..., :r], W_uv)                    # (B, T, H, dv)
+            o = torch.bmm(o[..., :r].flatten(0, 1).transpose(0, 1), W_uv.mT).transpose(0, 1)    # (B T, H, dv)
         else:
             S = c.size(1)
             k_nope, v = self.kv_b_proj(c).view(B, S, H, dn + dv).split([dn, dv], dim=-1)

@@ -319,9 +319,8 @@ def backward(loss, x, micro):
 
 
 def adamw(model):
-    decayed, others = ([p for p in model.parameters() if (p.ndim >= 2) == matrix] for matrix in (True, False))
-    groups = [{'params': decayed, 'weight_decay': 0.1}, {'params': others, 'weight_decay': 0.0}]
-    return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    """AdamW as train.py has it; the peer's parameters too are matrices that decay and vectors that don't."""
+    return LanguageModel.configure_optimizers(model, 1e-4)[0]
 
 
 def update_of(model, loss, lap=lambda part: None):

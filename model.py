@@ -21,7 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import DEFAULTS, RMSNorm, attention_settings, build_attention, rope_tables
-from moe import FEW_TOKENS, MixtureOfExperts, few_rows_product
+from moe import MixtureOfExperts, product
+from muon import Muon
 
 
 @dataclass
@@ -116,12 +117,16 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits, target = (x[s] @ weight.T).to(wide), targets[s].unsqueeze(1)        # (n, V), (n, 1)
             counts = target >= 0
             target = target.clamp_min(0)
-            correct += ((logits.argmax(1, keepdim=True) == target) & counts).sum()
-            lse = logits.logsumexp(1, keepdim=True)
-            nll += torch.where(counts, lse - logits.gather(1, target), 0).sum()
+            largest, best = logits.max(1, keepdim=True)
+            correct += ((best == target) & counts).sum()
+            logits -= largest                                                           # so that no exp overflows
+            at_target = logits.gather(1, target)
+            p = logits.exp_()
+            total = p.sum(1, keepdim=True)
+            nll += torch.where(counts, total.log() - at_target, 0).sum()
             if with_grad:
-                p = logits.sub_(lse).exp_()
-                p = p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target)).mul_(counts).to(x.dtype)
+                p = p.mul_(counts / total)                                              # softmax; 0 where nothing counts
+                p = p.scatter_add_(1, target, -counts.to(wide)).to(x.dtype)
                 torch.mm(p, weight, out=dx[s])
                 dw += p.T @ x[s]
         if with_grad:
@@ -190,14 +195,12 @@ class LanguageModel(nn.Module):
 
     def head(self, x):
         """x (..., C) -> logits (..., V)."""
-        if x.device.type == 'cpu' and not torch.is_grad_enabled() and x.numel() <= FEW_TOKENS * x.size(-1):
-            return few_rows_product(x.reshape(-1, x.size(-1)), self.embed.weight).view(*x.shape[:-1], -1).to(self.wide())
-        return F.linear(x, self.embed.weight).to(self.wide())
+        return product(x.reshape(-1, x.size(-1)), self.embed.weight).view(*x.shape[:-1], -1).to(self.wide())
 
     def head_loss(self, x, targets, routing):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        # as many rows at a time as make 16 MiB of logits on a CPU (its cache), 256 MiB elsewhere
-        chunk = max(1, 2 ** (22 if x.device.type == 'cpu' else 26) // self.config.vocab_size)
+        # as many rows at a time as make 8 MiB of logits on a CPU (its cache), 256 MiB elsewhere
+        chunk = max(1, 2 ** (21 if x.device.type == 'cpu' else 26) // self.config.vocab_size)
         with torch.autocast(x.device.type, enabled=False):
             nll, correct = LinearCrossEntropy.apply(x.flatten(0, 1).to(dtype), self.embed.weight.to(dtype),
                                                     targets.flatten(), chunk, torch.is_grad_enabled())
@@ -207,6 +210,29 @@ class LanguageModel(nn.Module):
     def wide(self):
         """float32, or float64 in a float64 model: the dtype of angles and logits."""
         return torch.promote_types(self.embed.weight.dtype, torch.float32)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Optimizer
+
+    def configure_optimizers(self, learning_rate, weight_decay=0.1, betas=(0.9, 0.95), muon=False):
+        """-> [AdamW], or [AdamW, Muon]. Each parameter has exactly one owner and decays only if it is a matrix.
+
+        With muon=True the matrices inside the blocks go to Muon, each expert being a matrix of its own; embedding, router,
+        norms and biases stay with AdamW. Fused AdamW: one pass over parameters, gradients and moments.
+        """
+        named = list(self.named_parameters())
+        of_muon = {n for n, p in named if muon and p.ndim >= 2 and not n.startswith('embed') and '.router.' not in n}
+        matrices = [p for n, p in named if p.ndim >= 2 and n not in of_muon]
+        vectors = [p for n, p in named if p.ndim < 2]                               # norm gains and biases
+        adamw = torch.optim.AdamW([{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.0}],
+                                  lr=learning_rate, betas=betas, fused=True)
+        for p in matrices + vectors:
+            if p.is_cpu:        # the moments now, not in the first step, where they would settle between activations that
+                adamw.state[p] = {'step': torch.zeros(()), 'exp_avg': torch.zeros_like(p),      # come and go: 0.1 GB of holes
+                                  'exp_avg_sq': torch.zeros_like(p)}
+        if not muon:
+            return [adamw]
+        return [adamw, Muon([p for n, p in named if n in of_muon], lr=learning_rate, weight_decay=weight_decay)]
 
     # ------------------------------------------------------------------------------------------------------------------
     # What it costs

@@ -13,6 +13,7 @@ Shapes: B sequences of T tokens, N = B T, C = n_embd, F = d_ff, E = n_expert, k 
 No token is dropped, there is no capacity, and nothing is added atomically: a token's result depends on that token alone,
 and the same input gives the same bits.
 """
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -28,62 +29,110 @@ class Routing(NamedTuple):
     entropy: torch.Tensor           # scalar, nats: mean entropy of a token's distribution over the experts, at most ln E
 
 
-class Permute(torch.autograd.Function):
-    """rows[order]. Plain indexing would scatter-add in its backward; a permutation's gradient is just the way back."""
-
-    @staticmethod
-    def forward(ctx, rows, order, inverse):
-        ctx.save_for_backward(order, inverse)
-        return rows[order]
-
-    @staticmethod
-    def backward(ctx, grad):
-        order, inverse = ctx.saved_tensors
-        return Permute.apply(grad, inverse, order), None, None
+def without_autocast(x):
+    """A context in which nothing is cast. Entering torch.autocast costs as much as a small product: only if it is on."""
+    return torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
 
 
-class SegmentedSwiGLU(torch.autograd.Function):
-    """down_e(silu(gate_e x) * up_e x) for rows sorted by expert, one expert after the other: the CPU's path.
+class ToExperts(torch.autograd.Function):
+    """x (N, ...) -> (M, ...): the k = M / N copies of every token, sorted by expert.
 
-    rows (M, C); gate, up (E, F, C); down (E, C, F); sizes: a list of E row counts that sum to M -> (M, C).
-    Written out by hand, forward and backward, so that every product writes straight into its slice of one output, the
-    F-wide intermediates of one expert are used while they are still in the cache, and only gate's and up's outputs are
-    kept for the backward.
+    order (M,): which copy stands at each sorted row, copy m being one of token m // k; inverse (M,): at which sorted row
+    each copy stands. Plain indexing would scatter-add in its backward, atomically on a GPU. But the gradient of handing
+    out copies is adding them up again, FromExperts, and the other way round: both gather.
     """
 
     @staticmethod
-    def forward(ctx, rows, gate, up, down, sizes):
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(order, inverse)
+        ctx.k, ctx.dtype = len(order) // len(x), x.dtype
+        return x[order // ctx.k]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return FromExperts.apply(grad, *ctx.saved_tensors, ctx.k, ctx.dtype), None, None
+
+
+class FromExperts(torch.autograd.Function):
+    """rows (M, ...), sorted by expert -> (N, ...): the sum over each token's k copies, added up in `dtype`."""
+
+    @staticmethod
+    def forward(ctx, rows, order, inverse, k, dtype):
+        ctx.save_for_backward(order, inverse)
+        ctx.dtype = rows.dtype
+        return rows[inverse].unflatten(0, (-1, k)).sum(1, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ToExperts.apply(grad.to(ctx.dtype), *ctx.saved_tensors), None, None, None, None
+
+
+def weights_first():
+    """Whether few rows are multiplied with the weights on the left: on AMD, whose products x w^T of one to eight rows MKL
+    computes at 7 to 10 GB/s of weights where w x^T reaches 30; on Intel it is the other way round (results/notes.md)."""
+    try:
+        return 'AuthenticAMD' in open('/proc/cpuinfo').read()
+    except OSError:
+        return False
+
+
+WEIGHTS_FIRST, FEW_ROWS = weights_first(), 8
+
+
+def product(x, w, out=None):
+    """x w^T for x (rows, in) and w (out, in). With few rows reading w is all it costs."""
+    if not (WEIGHTS_FIRST and len(x) <= FEW_ROWS and x.is_cpu):
+        return torch.mm(x, w.T, out=out)
+    y = (w @ (x if len(x) > 1 else x.expand(2, -1)).contiguous().T)[:, :len(x)].T    # of one column mm makes that slow product
+    return y if out is None else out.copy_(y)
+
+
+class SegmentedSwiGLU(torch.autograd.Function):
+    """w down_e(silu(gate_e x) * up_e x) for rows x sorted by expert, one expert after the other: the CPU's path.
+
+    rows (M, C); weights (M,); gate, up (E, F, C); down (E, C, F); sizes: a list of E row counts that sum to M -> (M, C).
+    Written out by hand, forward and backward, so that every product writes straight into its slice of one output, the
+    F-wide intermediates of one expert are used while they are still in the cache, and only gate's and up's outputs are
+    kept for the backward. The weight multiplies what goes into `down`, which is the same as multiplying what comes out,
+    but then the output need not be kept for the weight's gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, weights, gate, up, down, sizes):
         g, u, y = rows.new_empty(len(rows), gate.size(1)), rows.new_empty(len(rows), gate.size(1)), torch.empty_like(rows)
         start = 0
         for e, n in enumerate(sizes):
-            if n == 0:                                          # most experts, when a single token is decoded
+            if n == 0:                                          # most experts, when few tokens are decoded
                 continue
             s, start = slice(start, start + n), start + n
-            torch.mm(rows[s], gate[e].T, out=g[s])
-            torch.mm(rows[s], up[e].T, out=u[s])
-            torch.mm(F.silu(g[s]).mul_(u[s]), down[e].T, out=y[s])
-        ctx.save_for_backward(rows, gate, up, down, g, u)
+            product(rows[s], gate[e], out=g[s])
+            product(rows[s], up[e], out=u[s])
+            product(F.silu(g[s]).mul_(u[s]).mul_(weights[s, None]), down[e], out=y[s])
+        ctx.save_for_backward(rows, weights, gate, up, down, g, u)
         ctx.sizes = sizes
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        rows, gate, up, down, g, u = ctx.saved_tensors
-        d_rows, d_gate, d_up, d_down = (torch.empty_like(t) for t in (rows, gate, up, down))
+        rows, weights, gate, up, down, g, u = ctx.saved_tensors
+        d_rows, d_weights, d_gate, d_up, d_down = (torch.empty_like(t) for t in (rows, weights, gate, up, down))
         start = 0
         for e, n in enumerate(ctx.sizes):
             s, start = slice(start, start + n), start + n       # an expert without rows gets zeros: products over 0 rows
             silu = F.silu(g[s])
-            torch.mm(dy[s].T, silu * u[s], out=d_down[e])
-            dh = dy[s] @ down[e]                                # (n, F)
+            h = silu * u[s]
+            dh = dy[s] @ down[e]                                # (n, F), of w h
+            torch.linalg.vecdot(dh, h, out=d_weights[s])
+            torch.mm(dy[s].T, h.mul_(weights[s, None]), out=d_down[e])
+            dh.mul_(weights[s, None])
             d_u = silu.mul_(dh)
             d_g = torch.ops.aten.silu_backward(dh.mul_(u[s]), g[s])
             torch.mm(d_g.T, rows[s], out=d_gate[e])
             torch.mm(d_u.T, rows[s], out=d_up[e])
             torch.mm(d_g, gate[e], out=d_rows[s])
             d_rows[s].addmm_(d_u, up[e])
-        return d_rows, d_gate, d_up, d_down, None
+        return d_rows, d_weights, d_gate, d_up, d_down, None
 
 
 def grouped_serves(rows, gate):
@@ -98,38 +147,26 @@ def grouped_serves(rows, gate):
     return fits and (rows.is_cuda or compiling) and all(n * rows.element_size() % 16 == 0 for n in gate.shape[1:])
 
 
-def swiglu_experts(rows, gate, up, down, load):
-    """The experts' networks over rows (M, C) sorted by expert; load (E,) rows each. See SegmentedSwiGLU for the shapes.
+def swiglu_experts(rows, weights, gate, up, down, load):
+    """The experts' networks over rows (M, C) sorted by expert; load (E,) rows each. See SegmentedSwiGLU for the rest.
 
     F.grouped_mm does all experts in one launch, with row counts read on the device, no host synchronisation.
     """
     if grouped_serves(rows, gate):
         ends = load.cumsum(0).to(torch.int32)                   # (E,) where each expert's rows end
-        h = F.silu(F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)) * F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
+        g = F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)
+        u = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
+        h = (F.silu(g) * u * weights.unsqueeze(1)).to(rows.dtype)
         return F.grouped_mm(h, down.transpose(1, 2), offs=ends)
-    return SegmentedSwiGLU.apply(rows, gate, up, down, load.tolist())
+    return SegmentedSwiGLU.apply(rows, weights.to(rows.dtype), gate, up, down, load.tolist())
 
 
-FEW_TOKENS = 8
-
-
-def few_rows_product(x, w):
-    """x w^T for a few rows x (N, in) and w (out, in), on a CPU: reading w is all the cost, and w on the left of two rows
-    or more as columns reads 30 GB/s, where F.linear reads 10 from one row and 7 from two (results/notes.md)."""
-    return (w @ (x if len(x) > 1 else x.expand(2, -1)).contiguous().T)[:, :len(x)].T
-
-
-def few_tokens_swiglu(x, chosen, weights, gate, up, down):
-    """Decoding's path on a CPU: for each expert that was chosen, the tokens that chose it, without sorting or permuting.
-
-    x (N, C); chosen, weights (N, k); gate, up (E, F, C); down (E, C, F) -> (N, C)
-    """
-    y, choices = torch.zeros_like(x), chosen.tolist()
-    for e in sorted({e for choice in choices for e in choice}):
-        rows = [n for n, choice in enumerate(choices) if e in choice]
-        rows = slice(None) if len(rows) == len(x) else rows                                     # a view instead of a copy
-        h = F.silu(few_rows_product(x[rows], gate[e])).mul_(few_rows_product(x[rows], up[e]))   # (rows, F)
-        y[rows] += few_rows_product(h, down[e]) * (weights[rows] * (chosen[rows] == e)).sum(1, keepdim=True)
+def one_token_swiglu(x, chosen, weights, gate, up, down):
+    """Decoding's path for a single token x (1, C) on a CPU: nothing to sort. chosen, weights: lists of k -> (1, C)"""
+    y = torch.zeros_like(x)
+    for e, weight in zip(chosen, weights):
+        h = F.silu(product(x, gate[e])).mul_(product(x, up[e]))
+        y.add_(product(h, down[e]), alpha=weight)
     return y
 
 
@@ -171,7 +208,7 @@ class MixtureOfExperts(nn.Module):
         B, T, C = x.shape
         k, E = self.top_k, self.router.out_features
         # float32 also under autocast: small differences between logits decide the routing
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             wide = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(x.to(wide), self.router.weight.to(wide))                          # (B, T, E)
         if self.kind == 'softmax':
@@ -202,8 +239,9 @@ class MixtureOfExperts(nn.Module):
         B, T, C = x.shape
         N, k, E = B * T, self.top_k, self.router.out_features
         chosen, weights, routing = self.route(x, log)
-        if N <= FEW_TOKENS and x.device.type == 'cpu' and not (log or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            y = few_tokens_swiglu(x.view(N, C), chosen.view(N, k), weights.view(N, k).to(x.dtype), self.gate_proj, self.up_proj, self.down_proj)
+        if N == 1 and x.is_cpu and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            y = one_token_swiglu(x.view(1, C), chosen.flatten().tolist(), weights.flatten().tolist(),
+                                 self.gate_proj, self.up_proj, self.down_proj)
             return self.add_shared(x, y.view(B, T, C)), routing
         load = routing.load if log else (chosen.flatten().unsqueeze(-1) == torch.arange(E, device=x.device)).sum(0)
         order = chosen.flatten().argsort(stable=True)           # (M,) which copy stands at each sorted row
@@ -211,12 +249,11 @@ class MixtureOfExperts(nn.Module):
         # under autocast the products run in its dtype; hand-written functions are not cast by it, so cast here
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         gate, up, down = self.gate_proj.to(dtype), self.up_proj.to(dtype), self.down_proj.to(dtype)
-        rows = x.to(dtype).view(N, 1, C).expand(N, k, C).reshape(N * k, C)
-        rows = Permute.apply(rows, order, inverse)                                              # (M, C), by expert
-        with torch.autocast(x.device.type, enabled=False):
-            y = swiglu_experts(rows, gate, up, down, load)
-        y = Permute.apply(y, inverse, order).view(N, k, C)                                      # by token again
-        y = (y * weights.view(N, k, 1)).sum(1).view(B, T, C).to(x.dtype)
+        rows = ToExperts.apply(x.view(N, C).to(dtype), order, inverse)                          # (M, C)
+        weights = ToExperts.apply(weights.flatten(), order, inverse)                            # (M,)
+        with without_autocast(x):
+            y = swiglu_experts(rows, weights, gate, up, down, load)
+        y = FromExperts.apply(y, order, inverse, k, x.dtype).view(B, T, C)
         return self.add_shared(x, y), routing
 
     def add_shared(self, x, y):

@@ -116,7 +116,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from model import LanguageModel, ModelConfig
-from muon import Muon
 
 SCHEMA = 1
 sys.excepthook = lambda kind, *rest: os._exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)     # Ctrl-C early on
@@ -283,16 +282,7 @@ else:
     if world_size > 1:
         model = DistributedDataParallel(model, device_ids=[local_rank] if device.type == 'cuda' else None)
 
-# Each parameter has one owner: decayed or not, and with --optimizer=muon the hidden matrices go to Muon
-named = list(raw_model.named_parameters())
-for_muon = [p for n, p in named if optimizer == 'muon' and p.ndim >= 2 and not n.startswith('embed') and '.router.' not in n]
-taken = set(map(id, for_muon))
-matrices = [p for n, p in named if p.ndim >= 2 and id(p) not in taken]
-vectors = [p for n, p in named if p.ndim < 2]                           # norm gains and biases
-optimizers = [torch.optim.AdamW([{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.0}],
-                                lr=learning_rate, betas=(beta1, beta2), fused=True)]
-if for_muon:
-    optimizers.append(Muon(for_muon, lr=learning_rate, weight_decay=weight_decay))
+optimizers = raw_model.configure_optimizers(learning_rate, weight_decay, (beta1, beta2), muon=optimizer == 'muon')
 
 # Whole tensors on the CPU, by parameter name: any number of processes, sharded or not, reads what any other wrote
 whole = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -394,8 +394,8 @@ def test_angles_are_computed_in_float32_and_survive_a_model_of_bfloat16():
     config = config_of('mla')
     model = model_of(config, torch.bfloat16)
     assert model.wide() == torch.float32
-    cos, sin = rope_tables(config, torch.arange(1024), 0, model.wide())
-    assert cos.dtype == sin.dtype == torch.float32
+    cos, sin = rope_tables(config, torch.arange(1024), 0, model.wide()).unbind(-1)
+    assert cos.dtype == torch.float32
     for p in (257, 511, 1023):
         assert cos[p, 0, 0].item() == pytest.approx(math.cos(p), abs=1e-6)
         assert sin[p, 0, 1].item() == pytest.approx(math.sin(p * 10000 ** (-1 / 3)), abs=5e-5)
@@ -496,6 +496,32 @@ def test_with_two_dims_a_vector_is_turned_by_its_position_in_radians():
         close(y[p], [math.cos(p), math.sin(p)], 1e-15)
 
 
+@pytest.mark.parametrize('scaling', ['default', 'yarn'])
+def test_turning_in_complex_numbers_is_turning_in_real_ones_forward_and_backward(scaling, monkeypatch):
+    """The first is what a CPU does, the second what torch.compile, GPUs and vectors at odd places in memory get."""
+    config = config_of('mla', scaling, qk_rope_head_dim=12)
+    rope = rope_tables(config, torch.arange(9), 9, F64)
+    x, upstream, results = inputs(2, 9, 4, 13)[..., :12].requires_grad_(), inputs(2, 9, 4, 12), []     # odd strides: real
+    for view in (lambda x: x, lambda x: x.contiguous()):
+        y = apply_rope(view(x), rope)
+        results.append((y, *torch.autograd.grad(y, x, upstream)))
+    for one, other in zip(*results):
+        close(one, other, 1e-15)
+    monkeypatch.setattr(torch, 'view_as_complex', None)     # was it really two ways?
+    apply_rope(x, rope)
+    with pytest.raises(TypeError):
+        apply_rope(x.contiguous(), rope)
+
+
+@pytest.mark.parametrize('shape', [(2, 5, 8), (7, 8)], ids=str)
+def test_the_norm_is_torchs_and_passes_gradcheck(shape):
+    norm, x = attention.RMSNorm(8).double(), inputs(*shape).requires_grad_()
+    with torch.no_grad():
+        norm.weight.copy_(inputs(8))
+    close(norm(x), F.rms_norm(x, (8,), norm.weight, 1e-6), 1e-15)
+    assert torch.autograd.gradcheck(lambda x, w: attention.NormAndGain.apply(x, w, 1e-6), (x, norm.weight))
+
+
 @pytest.mark.parametrize('row', ['baseline', 'gqa', 'lora', 'enhanced'])
 @pytest.mark.parametrize('scaling', ['default', 'yarn'])
 def test_interleaved_pairs_with_permuted_weights_are_the_half_split_layout(row, scaling, monkeypatch):
@@ -505,12 +531,15 @@ def test_interleaved_pairs_with_permuted_weights_are_the_half_split_layout(row, 
     order = torch.cat((torch.arange(0, width, 2), torch.arange(1, width, 2)))
 
     def half_split(x, rope):  # GPT-NeoX, Llama in transformers: x cos + rotate_half(x) sin
-        cos, sin = (torch.cat((table, table), -1) for table in rope)
+        cos, sin = (torch.cat((table, table), -1) for table in rope.unbind(-1))
         left, right = x.chunk(2, -1)
         return x * cos + torch.cat((-right, left), -1) * sin
 
     rope, q = rope_tables(config, torch.arange(9), 9, F64), inputs(2, 9, 4, width)
-    assert torch.equal(half_split(q[..., order], rope), apply_rope(q, rope)[..., order])        # bit by bit
+    close(half_split(q[..., order], rope), apply_rope(q, rope)[..., order], 1e-15)
+    with monkeypatch.context() as patch:                    # in real numbers: bit by bit
+        patch.setattr(torch.compiler, 'is_compiling', lambda: True)
+        assert torch.equal(half_split(q[..., order], rope), apply_rope(q, rope)[..., order])
     expected = run_layer(layer, config, x).detach()
     rows_of = {}                                            # where the rotated rows of each matrix stand
     if row in LATENT:
@@ -625,11 +654,11 @@ def test_the_temperatures_of_yarn_are_those_of_deepseek():
     for all_dim, squared in ((0.707, 1.5896), (1.0, 1.8739)):               # DeepSeek-V2 and V3 at factor 40
         config = config_of('mla', 'yarn', rope_factor=40.0, rope_mscale=all_dim, rope_mscale_all_dim=all_dim)
         assert attention_scale(config, 192) * math.sqrt(192) == pytest.approx(squared, abs=5e-5)
-        cos, sin = rope_tables(config, torch.arange(9), 9, F64)
+        cos, sin = rope_tables(config, torch.arange(9), 9, F64).unbind(-1)
         close(cos ** 2 + sin ** 2, torch.ones_like(cos), 1e-14)  # equal mscales: amplitude 1, only m^2 is left
     config = config_of('mla', 'yarn', rope_factor=40.0, rope_mscale=1.0, rope_mscale_all_dim=0.0)
     assert attention_scale(config, 192) == 192 ** -0.5  # the temperature is in the angles' amplitude then
-    cos, sin = rope_tables(config, torch.arange(9), 9, F64)
+    cos, sin = rope_tables(config, torch.arange(9), 9, F64).unbind(-1)
     close(cos ** 2 + sin ** 2, torch.full_like(cos, 1.8739), 3e-5)
     assert yarn_mscale(1.0, 1.0) == yarn_mscale(0.5, 1.0) == 1.0
     linear = config_of('mla', 'linear', rope_mscale_all_dim=1.0)

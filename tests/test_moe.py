@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import moe
-from moe import MixtureOfExperts, Permute, SegmentedSwiGLU, swiglu_experts
+from moe import FromExperts, MixtureOfExperts, SegmentedSwiGLU, ToExperts, swiglu_experts
 
 F64 = torch.float64
 ROUTERS = ('softmax', 'sigmoid')
@@ -160,10 +160,11 @@ def test_experts_with_no_row_one_row_or_all_rows_give_the_loop(load, dtype, tole
     if dtype == F64 and path == 'grouped':
         pytest.skip('F.grouped_mm takes no float64')
     only_path(path, monkeypatch)
-    tensors = [numbers(sum(load), 8), numbers(5, 12, 8, seed=2), numbers(5, 12, 8, seed=3), numbers(5, 8, 12, seed=4)]
+    tensors = [numbers(sum(load), 8), numbers(sum(load), seed=6), numbers(5, 12, 8, seed=2), numbers(5, 12, 8, seed=3),
+               numbers(5, 8, 12, seed=4)]
     wide = [t.clone().requires_grad_() for t in tensors]
     owner = [e for e, n in enumerate(load) for _ in range(n)]
-    expected = torch.stack([network(row, *(w[e] for w in wide[1:])) for row, e in zip(wide[0], owner)])
+    expected = torch.stack([weight * network(row, *(w[e] for w in wide[2:])) for row, weight, e in zip(*wide[:2], owner)])
     upstream = numbers(*expected.shape, seed=5)
     theirs = torch.autograd.grad(expected, wide, upstream)
     narrow = [t.to(dtype).requires_grad_() for t in tensors]
@@ -172,7 +173,7 @@ def test_experts_with_no_row_one_row_or_all_rows_give_the_loop(load, dtype, tole
     ours = torch.autograd.grad(out, narrow, upstream.to(dtype))
     for one, other in zip(ours, theirs):
         close(one, other, 2 * tolerance)
-    for weights in ours[1:]:
+    for weights in ours[2:]:
         for e, n in enumerate(load):
             assert weights[e].any() == (n > 0)              # exactly zero for an expert without rows
 
@@ -193,17 +194,22 @@ def test_grouped_products_are_asked_only_for_what_they_take(monkeypatch):
 
 @pytest.mark.parametrize('sizes', [[2, 0, 3], [0, 0, 4], [1, 1, 1]], ids=str)
 def test_hand_written_experts_pass_gradcheck(sizes):
-    tensors = [numbers(sum(sizes), 3), numbers(3, 4, 3, seed=2), numbers(3, 4, 3, seed=3), numbers(3, 3, 4, seed=4)]
+    tensors = [numbers(sum(sizes), 3), numbers(sum(sizes), seed=5), numbers(3, 4, 3, seed=2), numbers(3, 4, 3, seed=3),
+               numbers(3, 3, 4, seed=4)]
     tensors = [t.requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(lambda *t: SegmentedSwiGLU.apply(*t, sizes), tensors, atol=1e-9)
 
 
-def test_permute_is_indexing_and_passes_gradcheck_to_the_second_order():
-    order = torch.tensor([3, 0, 4, 1, 2])
-    rows = numbers(5, 3).requires_grad_()
-    assert torch.equal(Permute.apply(rows, order, order.argsort()), rows[order])
-    function = lambda r: Permute.apply(r, order, order.argsort()) ** 2
-    assert torch.autograd.gradcheck(function, (rows,)) and torch.autograd.gradgradcheck(function, (rows,))
+@pytest.mark.parametrize('k', [1, 2])
+def test_handing_out_copies_and_adding_them_up_are_indexing_and_pass_gradcheck_to_the_second_order(k):
+    order = torch.tensor([3, 0, 5, 1, 2, 4])
+    inverse, x, rows = order.argsort(), numbers(6 // k, 3).requires_grad_(), numbers(6, 3, seed=2).requires_grad_()
+    assert torch.equal(ToExperts.apply(x, order, inverse), torch.stack([x[m // k] for m in order.tolist()]))
+    summed = torch.zeros(6 // k, 3, dtype=F64).index_add(0, order // k, rows)
+    close(FromExperts.apply(rows, order, inverse, k, F64), summed, 1e-15)
+    for function, t in ((lambda t: ToExperts.apply(t, order, inverse) ** 2, x),
+                        (lambda t: FromExperts.apply(t, order, inverse, k, F64) ** 2, rows)):
+        assert torch.autograd.gradcheck(function, (t,)) and torch.autograd.gradgradcheck(function, (t,))
 
 
 @both_routers
@@ -564,15 +570,24 @@ def test_experts_on_mps_are_close_to_the_loop_on_the_cpu(router):
 
 
 @both_routers
-@pytest.mark.parametrize('tokens', range(1, moe.FEW_TOKENS + 2))
-def test_decoding_a_few_tokens_takes_its_own_path_to_the_same_numbers(router, tokens, monkeypatch):
-    layer = experts(router, n_shared_expert=1, routed_scaling_factor=1.5)
-    x = numbers(tokens, 1, 8)
-    calls, few = [], moe.few_tokens_swiglu
-    monkeypatch.setattr(moe, 'few_tokens_swiglu', lambda *a: (calls.append(1), few(*a))[1])
+@pytest.mark.parametrize('top_k', [1, 3])
+def test_decoding_one_token_takes_its_own_path_to_the_same_numbers(router, top_k, monkeypatch):
+    layer, x = experts(router, n_shared_expert=1, routed_scaling_factor=1.5, top_k=top_k), numbers(1, 1, 8)
+    calls, one = [], moe.one_token_swiglu
+    monkeypatch.setattr(moe, 'one_token_swiglu', lambda *a: (calls.append(1), one(*a))[1])
     expected, routing = layer(x)                                # gradients are on: the path of training
     assert not calls and routing is not None
     with torch.no_grad():
         y, routing = layer(x, log=False)
-    assert bool(calls) == (tokens <= moe.FEW_TOKENS) and routing is None
+    assert calls and routing is None
     close(y, expected, 1e-13)
+
+
+@pytest.mark.parametrize('weights_first', [False, True])
+@pytest.mark.parametrize('rows', [1, 2, 8, 9])
+def test_few_rows_are_multiplied_to_the_same_numbers_whichever_factor_is_on_the_left(weights_first, rows, monkeypatch):
+    monkeypatch.setattr(moe, 'WEIGHTS_FIRST', weights_first)
+    x, w, out = numbers(rows, 5), numbers(7, 5, seed=2), torch.empty(rows, 7, dtype=F64)
+    close(moe.product(x, w), x @ w.T, 1e-14)
+    assert moe.product(x, w, out=out) is out
+    close(out, x @ w.T, 1e-14)
