@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All that wants one data-centre GPU, in calls of at most BUDGET seconds: the tests, the benchmarks, the report's Experiment 1,
 # and the experiment of config/gpu.py. Call it until it says that all is done: a finished stage is skipped, a training run that
-# was cut off goes on from its checkpoint, and a stage that failed is not tried again before its file in out/gpu/done is gone.
+# was cut off goes on from its checkpoint, any other stage starts again, so that it has to fit into one call (less 25 seconds
+# for packing). A stage that failed is not tried again before its file in out/gpu/done is gone.
 #
 #   ./gpu.sh                                  for 570 seconds at most
 #   BUDGET=0 ./gpu.sh                         to the end
