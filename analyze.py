@@ -189,9 +189,9 @@ def differing(runs, section, key):
 def disagreements(arms, baseline):
     """What keeps the runs from being comparable, as texts naming field, values and runs. Empty: comparable.
 
-    Over all runs: data (the tokens' sha256 among it), device, torch, every knob but the variant's and
-    bookkeeping; over complete runs: the budget they used. Within an arm (and its A/A twin): the model and
-    the variant's knobs.
+    Over all runs: data (by the tokens' sha256, not by the name, which depends on where the folder lies),
+    device, torch, every knob but the variant's and bookkeeping; over complete runs: the budget they used.
+    Within an arm (and its A/A twin): the model and the variant's knobs.
     """
     runs = [run for arm in arms.values() for run in arm.values()]
     keys = {part: sorted({key for run in runs for key in run[part]}) for part in ('config', 'data', 'model')}
@@ -201,7 +201,8 @@ def disagreements(arms, baseline):
         (variant if ingredient else common).append(key)
     for run in runs:
         networks.setdefault(baseline if run['name'] == f'{baseline}-again' else run['name'], []).append(run)
-    checks = [(runs, 'config', key) for key in sorted(common)] + [(runs, 'data', key) for key in keys['data']]
+    checks = [(runs, 'config', key) for key in sorted(common)] + [
+        (runs, 'data', key) for key in keys['data'] if key != 'dataset']
     checks += [(runs, 'environment', key) for key in ('device_name', 'torch')]
     finished = [run for run in runs if run['status'] == 'complete']
     checks += [(finished, 'final', key) for key in ('updates', 'tokens')]

@@ -148,17 +148,23 @@ cuda = device.startswith('cuda')
 if cuda and not torch.cuda.is_available():
     fail(f'--device={device} was asked for, but this torch ({torch.__version__}) sees no CUDA GPU; try --device=auto')
 if cuda:
+    index = torch.device(device).index or 0
+    if index >= torch.cuda.device_count():
+        fail(f'there is no {device}: this machine has {torch.cuda.device_count()} CUDA device(s)')
+    torch.cuda.set_device(index)                                # memory, names and events are those of the current one
     torch.set_float32_matmul_precision('high')
 if dtype == 'auto':
     bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = 'bfloat16' if bfloat16 else 'float32'
 compile = cuda if compile is None else compile
-autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == 'bfloat16')
+autocast = torch.autocast('cuda' if cuda else 'cpu', dtype=torch.bfloat16, enabled=dtype == 'bfloat16')
 synchronize = torch.cuda.synchronize if cuda else lambda: None
 matrix_size = matrix_size or (8192 if cuda else 2048)
 micro_batch_size = min(micro_batch_size, batch_size)
 config |= {k: globals()[k] for k in ('variants', 'device', 'dtype', 'compile', 'matrix_size', 'micro_batch_size')}
 compiled = torch.compile if compile else lambda model: model
+if compile:     # the variants share their code, so their graphs are counted together: beyond 8 the rest would run eagerly
+    torch._dynamo.config.recompile_limit = 128
 
 
 def environment():
@@ -348,7 +354,7 @@ def attention_kernels(work):
         synchronize()
     pattern = r'aten::_scaled_dot_product_\w+' + r'|[\w:]*(flash|fmha|sdpa)[\w:]*' * cuda
     found = {m.group()[:80] for event in profile.key_averages() if (m := re.search(pattern, event.key))}
-    return sorted(name for name in found if not re.search('backward|bwd', name))
+    return sorted(name for name in found if not re.search('backward|bwd|bprop|cutlassB', name))
 
 
 def resident_gb(field):

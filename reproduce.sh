@@ -28,8 +28,12 @@ flags_of() {    # an arm's name -> its flags: a variant, or one with a change
     esac
 }
 
+stop=
+trap 'stop=1' TERM      # `timeout` tells this script and the run alike: wait until the run has saved itself
+
 for seed in $SEEDS; do
     for arm in $VARIANTS; do
+        [ -z "$stop" ] || exit 143
         # shellcheck disable=SC2046
         $PYTHON train.py "$CONFIG" $(flags_of "$arm") --name="$arm" --seed="$seed" --experiment="$EXPERIMENT" --resume=True "$@"
         status=$?

@@ -596,7 +596,8 @@ while step < max_steps:
         save_checkpoint()
     if stopping:
         write_result('interrupted')
-        say(f'interrupted after step {step}; to go on: python {" ".join(sys.argv)} --resume=True')
+        command = ' '.join(a for a in sys.argv if not a.startswith(('--resume=', '--overwrite=')))
+        say(f'interrupted after step {step}; to go on: python {command} --resume=True')
         sys.exit(128 + (stop or signal.SIGTERM))
     if evaluated:
         write_result('running')

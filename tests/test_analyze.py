@@ -309,6 +309,7 @@ def test_runs_that_disagree_are_refused_naming_field_values_and_runs(tmp_path, c
     ('config__rope_factor', 2.0), ('config__rope_scaling',
      'linear'), ('config__n_kv_head', 2), ('config__q_lora_rank', 32),
     ('config__out_dir', 'elsewhere'), ('config__experiment', 'other'), ('config__resume', True),
+    ('data__dataset', 'the-same-text-in-another-folder'),
 ])
 def test_a_variants_own_knobs_and_bookkeeping_are_no_disagreement(tmp_path, field, value):
     runs = [result('baseline', s) for s in range(2)] + [result('lora', s, **{field: value}) for s in range(2)]

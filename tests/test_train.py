@@ -186,8 +186,8 @@ def test_interrupted_and_resumed_ends_in_the_bits_of_a_run_left_alone(train, mon
     alone = train('alone', **knobs)
     with monkeypatch.context() as m:
         call_at_step(m, 3, lambda: signal.raise_signal(number))
-        stopped = train('stopped', **knobs)
-    assert stopped.code == status and '--resume=True' in stopped.out
+        stopped = train('stopped', resume=True, **knobs)
+    assert stopped.code == status and stopped.out.count('--resume=True') == 1      # twice would be refused
     result = json.loads((stopped.folder / 'result.json').read_text())
     assert result['status'] == 'interrupted' and len(result['history']) == 4       # the step under way was finished
     resumed = train('stopped', resume=True, **knobs)
