@@ -494,9 +494,9 @@ class Mark(torch.autograd.Function):
 @contextlib.contextmanager
 def marked(model):
     """Marks around the parts of a model, as long as the with block lasts."""
-    def around(part, outside, work):
-        def wrapped(x, *rest, **named):
-            y = work(Mark.apply(outside, part, x)[0], *rest, **named)
+    def around(part, outside, work, tensors=1):                 # its first so many arguments carry gradients over the border
+        def wrapped(*rest, **named):
+            y = work(*Mark.apply(outside, part, *rest[:tensors]), *rest[tensors:], **named)
             if torch.is_tensor(y):
                 return Mark.apply(part, outside, y)[0]
             if part == 'router':                                # chosen, weights, Routing
@@ -506,7 +506,7 @@ def marked(model):
             return y._replace(nll=first) if part == 'head' else (first, *y[1:])
         return wrapped
 
-    plain, moe.swiglu_experts = moe.swiglu_experts, around('experts', 'dispatch', moe.swiglu_experts)
+    plain, moe.swiglu_experts = moe.swiglu_experts, around('experts', 'dispatch', moe.swiglu_experts, 2)
     model.head_loss = around('head', 'rest', model.head_loss)
     for layer in model.layers:
         layer.attn.forward = around('attention', 'rest', layer.attn.forward)
