@@ -182,7 +182,7 @@ def swiglu_experts(rows, weights, gate, up, down, load):
         u = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
         h = (F.silu(g) * u * weights.unsqueeze(1)).to(rows.dtype)
         return F.grouped_mm(h, down.transpose(1, 2), offs=ends)
-    return SegmentedSwiGLU.apply(rows, weights.to(rows.dtype), gate, up, down, load.tolist())
+    return SegmentedSwiGLU.apply(rows, weights.to(rows.dtype), gate, up, down, load.tolist(), torch.is_grad_enabled())
 
 
 def grouped_serves(rows, gate):
@@ -209,16 +209,18 @@ class SegmentedSwiGLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, weights, gate, up, down, sizes):
-        g, u, y = (rows.new_empty(len(rows), width) for width in (gate.size(1), gate.size(1), rows.size(1)))
+    def forward(ctx, rows, weights, gate, up, down, sizes, with_grad):
+        y, kept = torch.empty_like(rows), len(rows) if with_grad else max(sizes)     # without a backward: one expert at a time
+        g, u = rows.new_empty(kept, gate.size(1)), rows.new_empty(kept, gate.size(1))
         start = 0
         for e, n in enumerate(sizes):
             if n == 0:                                          # most experts, when few tokens are decoded
                 continue
             s, start = slice(start, start + n), start + n
-            product(rows[s], gate[e], out=g[s])
-            product(rows[s], up[e], out=u[s])
-            product(F.silu(g[s]).mul_(u[s]).mul_(weights[s, None]), down[e], out=y[s])
+            k = s if with_grad else slice(n)
+            product(rows[s], gate[e], out=g[k])
+            product(rows[s], up[e], out=u[k])
+            product(F.silu(g[k]).mul_(u[k]).mul_(weights[s, None]), down[e], out=y[s])
         ctx.save_for_backward(rows, weights, gate, up, down, g, u)
         ctx.sizes = sizes
         return y
@@ -243,7 +245,7 @@ class SegmentedSwiGLU(torch.autograd.Function):
             torch.mm(d_u.T, rows[s], out=d_up[e])
             torch.mm(d_g, gate[e], out=d_rows[s])
             d_rows[s].addmm_(d_u, up[e])
-        return d_rows, d_weights, d_gate, d_up, d_down, None
+        return d_rows, d_weights, d_gate, d_up, d_down, None, None
 
 
 def one_token_swiglu(x, chosen, weights, gate, up, down):
