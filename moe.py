@@ -180,8 +180,7 @@ def swiglu_experts(rows, weights, gate, up, down, load):
         ends = load.cumsum(0).to(torch.int32)                   # (E,) where each expert's rows end
         g = F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)
         u = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
-        h = (F.silu(g) * u * weights.unsqueeze(1)).to(rows.dtype)
-        return F.grouped_mm(h, down.transpose(1, 2), offs=ends)
+        return F.grouped_mm(F.silu(g) * u, down.transpose(1, 2), offs=ends) * weights.unsqueeze(1)
     return SegmentedSwiGLU.apply(rows, weights.to(rows.dtype), gate, up, down, load.tolist(), torch.is_grad_enabled())
 
 
@@ -203,14 +202,14 @@ class SegmentedSwiGLU(torch.autograd.Function):
     rows (M, C); weights (M,); gate, up (E, F, C); down (E, C, F); sizes: E row counts, a list -> (M, C).
     Written out by hand, forward and backward, so that every product writes straight into its slice of one output, the
     F-wide intermediates of one expert are used while they are still in the cache, and only g = gate x and u = up x are
-    kept for the backward. The weight w multiplies h = silu(g) u, which goes into `down`. That is the same as multiplying
-    what comes out, but then the output need not be kept for w's gradient. With e = dL/dy down, the gradient of w h:
-        dw = e . h      du = w e silu(g)      dg = w e u silu'(g)      and the products with the matrices as usual
+    kept for the backward; with h = silu(g) u,
+        dh = w down^T dy      du = dh silu(g)      dg = dh u silu'(g)      dw = dy . (down h) = dh . h / w
+    The last saves keeping the output. Where w underflowed to 0, so did its derivative by the router's logit.
     """
 
     @staticmethod
     def forward(ctx, rows, weights, gate, up, down, sizes, with_grad):
-        y, kept = torch.empty_like(rows), len(rows) if with_grad else max(sizes)     # without a backward: one expert at a time
+        y, kept = torch.empty_like(rows), len(rows) if with_grad else max(sizes)    # no backward: one expert at a time
         g, u = rows.new_empty(kept, gate.size(1)), rows.new_empty(kept, gate.size(1))
         start = 0
         for e, n in enumerate(sizes):
@@ -220,7 +219,8 @@ class SegmentedSwiGLU(torch.autograd.Function):
             k = s if with_grad else slice(n)
             product(rows[s], gate[e], out=g[k])
             product(rows[s], up[e], out=u[k])
-            product(F.silu(g[k]).mul_(u[k]).mul_(weights[s, None]), down[e], out=y[s])
+            product(F.silu(g[k]).mul_(u[k]), down[e], out=y[s])
+            y[s].mul_(weights[s, None])
         ctx.save_for_backward(rows, weights, gate, up, down, g, u)
         ctx.sizes = sizes
         return y
@@ -233,12 +233,11 @@ class SegmentedSwiGLU(torch.autograd.Function):
         start = 0
         for e, n in enumerate(ctx.sizes):
             s, start = slice(start, start + n), start + n       # without rows: products over 0 rows are zeros
-            silu = F.silu(g[s])
-            h = silu * u[s]
-            dh = dy[s] @ down[e]                                # (n, F), of w h
-            torch.linalg.vecdot(dh, h, out=d_weights[s])
-            torch.mm(dy[s].T, h.mul_(weights[s, None]), out=d_down[e])
-            dh.mul_(weights[s, None])
+            silu, w = F.silu(g[s]), weights[s, None]
+            h, dy_e = silu * u[s], dy[s] * w
+            dh = dy_e @ down[e]                                 # (n, F)
+            d_weights[s] = torch.where(w != 0, (dh * h).sum(1, keepdim=True) / w, 0).squeeze(1)
+            torch.mm(dy_e.T, h, out=d_down[e])
             d_u = silu.mul_(dh)
             d_g = torch.ops.aten.silu_backward(dh.mul_(u[s]), g[s])
             torch.mm(d_g.T, rows[s], out=d_gate[e])
