@@ -181,7 +181,7 @@ def swiglu_experts(rows, weights, gate, up, down, load):
         g = F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)
         u = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
         return F.grouped_mm(F.silu(g) * u, down.transpose(1, 2), offs=ends) * weights.unsqueeze(1)
-    return SegmentedSwiGLU.apply(rows, weights.to(rows.dtype), gate, up, down, load.tolist(), torch.is_grad_enabled())
+    return SegmentedSwiGLU.apply(rows, weights, gate, up, down, load.tolist(), torch.is_grad_enabled())
 
 
 def grouped_serves(rows, gate):
@@ -209,7 +209,8 @@ class SegmentedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, weights, gate, up, down, sizes, with_grad):
-        y, kept = torch.empty_like(rows), len(rows) if with_grad else max(sizes)    # no backward: one expert at a time
+        y = torch.empty_like(rows, dtype=weights.dtype)         # as wide as the weights, which stay float32 in bfloat16
+        kept = len(rows) if with_grad else max(sizes)           # without a backward: one expert at a time
         g, u = rows.new_empty(kept, gate.size(1)), rows.new_empty(kept, gate.size(1))
         start = 0
         for e, n in enumerate(sizes):
@@ -219,8 +220,7 @@ class SegmentedSwiGLU(torch.autograd.Function):
             k = s if with_grad else slice(n)
             product(rows[s], gate[e], out=g[k])
             product(rows[s], up[e], out=u[k])
-            product(F.silu(g[k]).mul_(u[k]), down[e], out=y[s])
-            y[s].mul_(weights[s, None])
+            torch.mul(product(F.silu(g[k]).mul_(u[k]), down[e]), weights[s, None], out=y[s])
         ctx.save_for_backward(rows, weights, gate, up, down, g, u)
         ctx.sizes = sizes
         return y
@@ -234,7 +234,7 @@ class SegmentedSwiGLU(torch.autograd.Function):
         for e, n in enumerate(ctx.sizes):
             s, start = slice(start, start + n), start + n       # without rows: products over 0 rows are zeros
             silu, w = F.silu(g[s]), weights[s, None]
-            h, dy_e = silu * u[s], dy[s] * w
+            h, dy_e = silu * u[s], (dy[s] * w).to(rows.dtype)
             dh = dy_e @ down[e]                                 # (n, F)
             d_weights[s] = torch.where(w != 0, (dh * h).sum(1, keepdim=True) / w, 0).squeeze(1)
             torch.mm(dy_e.T, h, out=d_down[e])
