@@ -21,7 +21,8 @@ prompt = ''                     # the text as it stands; FILE:path: the text of 
 max_new_tokens = 300            # at most
 num_samples = 1                 # continuations of the one prompt, made side by side in one batch
 temperature = 0.8               # below 1 likelier tokens gain, above they lose; 0: always the likeliest
-top_k: int | None = 50          # draw among so many of the likeliest tokens; 0 or none: among all
+top_k: int | None = 50          # draw among so many of the likeliest tokens (of sampling, not the experts'); 0 or
+                                # none: among all
 seed = 0                        # of the draws
 
 # Machine
@@ -79,25 +80,16 @@ import torch
 
 from attention import LatentAttention
 from data import Tokenizer
+from machine import choose_device, choose_dtype, load_whole
 from model import LanguageModel, ModelConfig
 
 SCHEMA = 1                                                  # of the checkpoints that are understood here, see train.py
 
-if device == 'auto':
-    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-try:
-    device = torch.device(device)
-except RuntimeError:
-    fail(f'--device={device} is no device; try auto, cpu, cuda, cuda:1 or mps')
-there = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}.get(device.type, 0)
-if (device.index or 0) >= there:
-    fail(f'there is no {device}: this torch ({torch.__version__}) sees {there} of that kind; try --device=auto')
-if dtype == 'auto':
-    has_bfloat16 = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = 'bfloat16' if has_bfloat16 else 'float32'
+device = choose_device(device)
+dtype = choose_dtype(dtype, device)
 
 try:
-    checkpoint = torch.load(path, map_location='cpu', weights_only=True)        # never executes a pickle
+    checkpoint = load_whole(path)
 except Exception as error:                                  # whatever a damaged or foreign file makes torch raise
     fail(f'{path} cannot be read ({type(error).__name__}): it is damaged, or no checkpoint of train.py')
 if not isinstance(checkpoint, dict) or 'schema' not in checkpoint:

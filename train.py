@@ -16,7 +16,7 @@ from configurator import configure, fail
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is compared
-attn = 'baseline'               # attention variant: baseline, gqa, mqa, lora, enhanced, mla (attention.py says what each is)
+attn = 'baseline'               # attention variant: baseline, gqa, mqa, lora, enhanced, mla; attention.py explains each
 seed = 0                        # initial weights and order of the data; runs of one seed form a pair
 
 # Ingredients of the variant; none: as in the variant's row. One given by hand overrides the row
@@ -28,15 +28,15 @@ qk_rope_head_dim: int | None = None     # width of its rotary score, even; also 
 v_head_dim: int | None = None           # width of a head's value
 attention_bias: bool | None = None      # biases in attention (latent: on q_a_proj, kv_a_proj_with_mqa and o_proj only)
 rope_scaling: Literal['default', 'linear', 'dynamic', 'yarn'] | None = None    # how rotary frequencies are stretched
-rope_factor: float | None = None        # by how much, 1 or more
+rope_factor: float | None = None        # by how much, 1 (nothing) or more; needs rope_scaling
 
 # Rotary positions, whatever the variant
 rope_theta = 10000.0                    # base of the frequencies
 rope_original_context: int | None = None    # context that dynamic and yarn stretch from; none: block_size
-rope_beta_fast = 32.0                   # yarn: pairs that turn more often than this within that context stay as they are
+rope_beta_fast = 32.0                   # yarn: pairs that turn more often than this within that context stay
 rope_beta_slow = 1.0                    # yarn: pairs that turn less often than this are stretched by the whole factor
 rope_mscale = 1.0                       # yarn: temperature multiplier on cos and sin (DeepSeek's mscale)
-rope_mscale_all_dim = 0.0               # yarn: temperature multiplier on whole scores; equal to rope_mscale in DeepSeek-V2/V3
+rope_mscale_all_dim = 0.0               # yarn: temperature multiplier on whole scores; DeepSeek-V2/V3: as rope_mscale
 
 # Model
 n_layer = 6                     # blocks
@@ -45,10 +45,10 @@ n_embd = 384                    # width
 block_size = 512                # context in tokens
 d_ff = 1536                     # hidden width of one expert
 n_expert = 8                    # experts in each layer
-top_k = 2                       # experts that each token visits
+top_k = 2                       # experts that each token visits (experts' choice)
 n_shared_expert = 0             # experts that every token visits besides
 router: Literal['softmax', 'sigmoid'] = 'softmax'   # sigmoid: DeepSeek-V3's, balanced by a bias instead of a loss
-routed_scaling_factor = 1.0     # multiplies the routed experts' sum; DeepSeek uses about sqrt(top_k) with shared experts
+routed_scaling_factor = 1.0     # multiplies the routed experts' sum; DeepSeek-V3: 2.5 at top-8
 balance_loss_weight: float | None = None    # of the load-balancing loss; none: 0.01 for softmax, 0 for sigmoid
 z_loss_weight: float | None = None          # of the router z-loss; none: 0.001 for softmax, 0 for sigmoid
 bias_update_rate = 0.001        # sigmoid: step of the selection bias after each update; hundreds of updates to settle
@@ -76,33 +76,33 @@ grad_clip = 1.0                 # largest norm of the whole gradient; 0: no clip
 
 # Machine
 device = 'auto'                 # auto: cuda, else mps, else cpu; or one of them by name (cuda:1, ...)
-dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the products; auto: bfloat16 on GPUs that have it, else float32
+dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the products; auto: bfloat16 on GPUs that have it,
+                                # else float32
 compile: bool | None = None     # torch.compile; none: on GPUs
-shard = False                   # several GPUs: split parameters and optimizer over them (FSDP2) instead of copying (DDP)
+shard = False                   # several GPUs: split parameters and optimizer over them (FSDP2); otherwise copies (DDP)
 
 # Folder and log
 experiment = 'experiment1'      # runs that belong together
 name = ''                       # of the arm, in tables and folder names; empty: the value of attn
 out_dir = ''                    # empty: out/<experiment>/<name>-s<seed>
-eval_interval = 10              # updates between evaluations of the whole validation split; the last update always has one
+eval_interval = 10              # updates between evaluations of the whole validation split; one always comes last
 checkpoint_interval = 0         # updates between checkpoints; 0: at evaluations
 log_interval = 0                # updates between log lines; 0: so that a run has at most 200
 resume = False                  # go on from the checkpoint, if there is one
 overwrite = False               # throw away what the folder holds
 # ---------------------------------------------------------------------------------------------------------------------
-config = configure(globals())   # config files, then flags, over the block above; first, so that a typo is answered at once
+config = configure(globals())   # config files, then flags, over the block above; first: a typo is answered at once
 
 import hashlib
 import json
 import math
 import os
-import platform
+import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import time
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -115,12 +115,26 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import data
+from machine import (choose_device, choose_dtype, environment, load_whole, now, peak_memory_gb,
+                     write_atomically)
 from model import LanguageModel, ModelConfig
 
 SCHEMA = 1
-sys.excepthook = lambda kind, *rest: os._exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)     # Ctrl-C early on
-# Dense bfloat16 matrix rate of GPUs in FLOP/s (vendors' data sheets), for mfu; elsewhere mfu is null
-PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12, 'RTX 4090': 165e12}
+# Dense bfloat16 matrix rate in FLOP/s (vendors' data sheets), for mfu, by the whole name that the driver gives: an H100
+# NVL or a MIG slice is no H100 SXM. Elsewhere, and in float32, mfu is null
+PEAK_FLOPS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100-SXM4-40GB': 312e12,
+              'NVIDIA A100-SXM4-80GB': 312e12, 'NVIDIA A100-PCIE-40GB': 312e12, 'NVIDIA A100 80GB PCIe': 312e12,
+              'NVIDIA L40S': 362e12, 'NVIDIA L4': 121e12, 'NVIDIA GeForce RTX 4090': 165e12}
+
+
+def end_quietly(kind, *rest):
+    """Ctrl-C before there is anything to save ends the program at once, without a traceback."""
+    if kind is KeyboardInterrupt:
+        os._exit(130)
+    sys.__excepthook__(kind, *rest)
+
+
+sys.excepthook = end_quietly
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Machine: processes, device, dtype
@@ -130,31 +144,18 @@ local_rank = int(os.environ.get('LOCAL_RANK', 0))
 main_process = rank == 0                                    # the one that prints and writes
 say = print if main_process else lambda *args, **kwargs: None
 
-if device == 'auto':
-    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-try:
-    device = torch.device(device)
-except RuntimeError:
-    fail(f'--device={device} is no device; try auto, cpu, cuda, cuda:1 or mps')
-if device.type == 'cuda' and not torch.cuda.is_available():
-    fail(f'--device={device} was asked for, but this torch ({torch.__version__}) sees no CUDA GPU; try --device=auto')
-if device.type == 'mps' and not torch.backends.mps.is_available():
-    fail('--device=mps was asked for, but there is none here; try --device=auto')
+device = choose_device(device, index=local_rank if world_size > 1 else None)
+dtype = choose_dtype(dtype, device)
 if device.type == 'cuda':
-    device = torch.device('cuda', local_rank if world_size > 1 else device.index or 0)
-    if device.index >= torch.cuda.device_count():
-        fail(f'there is no {device}: this machine has {torch.cuda.device_count()} CUDA device(s)')
-    torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high')              # tf32 where a product stays in float32
-if dtype == 'auto':
-    dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
 if compile is None:
     compile = device.type == 'cuda'
 if compile:
     try:                                                    # it needs a C++ compiler, and triton on a GPU
         torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
     except Exception as error:
-        say(f'torch.compile does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0]}); going on without')
+        reason = str(error).strip().partition('\n')[0]
+        say(f'torch.compile does not work here ({type(error).__name__}: {reason}); going on without')
         compile = False
 autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16')
 
@@ -164,10 +165,16 @@ autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == 'b
 for knob in ('max_steps', 'batch_size', 'micro_batch_size'):
     if config[knob] < 1:
         fail(f'{knob} must be at least 1, not {config[knob]}')
-for knob in ('n_shared_expert', 'max_train_tokens', 'max_val_tokens', 'warmup_steps', 'eval_interval', 'checkpoint_interval',
-             'log_interval', 'min_lr_ratio', 'weight_decay', 'grad_clip', 'learning_rate', 'bias_update_rate', 'seed'):
+for knob in ('n_shared_expert', 'max_train_tokens', 'max_val_tokens', 'warmup_steps', 'eval_interval', 'seed',
+             'checkpoint_interval', 'log_interval', 'min_lr_ratio', 'weight_decay', 'grad_clip', 'learning_rate',
+             'bias_update_rate'):
     if config[knob] < 0:
         fail(f'{knob} must not be negative, it is {config[knob]}')
+for knob in ('beta1', 'beta2'):
+    if not 0 <= config[knob] < 1:
+        fail(f'{knob} must be at least 0 and below 1, not {config[knob]}')
+if resume and overwrite:
+    fail('--resume=True goes on with what the folder holds, --overwrite=True throws it away; keep one of them')
 if shard and (world_size == 1 or optimizer == 'muon'):
     fail('--shard=True needs several processes (torchrun) and --optimizer=adamw: muon needs whole matrices')
 if batch_size % world_size:
@@ -193,8 +200,9 @@ except ValueError as error:
 
 # `config` becomes what was used: the variant's row applied, every 'auto' resolved
 config |= {k: getattr(model_config, k) for k in knobs_of_model}
-config |= {k: globals()[k] for k in ('dtype', 'compile', 'balance_loss_weight', 'z_loss_weight', 'name', 'eval_interval',
-                                     'checkpoint_interval', 'log_interval')} | {'device': device.type, 'out_dir': out.as_posix()}
+config |= {k: globals()[k] for k in ('dtype', 'compile', 'balance_loss_weight', 'z_loss_weight', 'name',
+                                     'eval_interval', 'checkpoint_interval', 'log_interval')}
+config |= {'device': device.type, 'out_dir': out.as_posix()}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The output folder: what is there already?
@@ -205,25 +213,29 @@ BOOKKEEPING = ('resume', 'overwrite', 'out_dir', 'data_root')   # may differ bet
 def differences(before):
     """'learning_rate: 0.001 there, 0.002 here, ...' between the config of a run on disk and this one's."""
     return ', '.join(f'{k}: {before.get(k, "absent")} there, {config.get(k, "absent")} here'
-                     for k in sorted(config.keys() | before.keys()) if k not in BOOKKEEPING and before.get(k) != config.get(k))
+                     for k in sorted((config.keys() | before.keys()).difference(BOOKKEEPING))
+                     if before.get(k) != config.get(k))
 
 
-def read_json(path):
+def read_result(path):
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
-        return content if isinstance(content, dict) and isinstance(content.get('config'), dict) else fail(
-            f'{path} is no result of this program; --overwrite=True replaces it')
     except (OSError, ValueError) as error:
         fail(f'{path} cannot be read ({error}); --overwrite=True replaces it')
+    if not (isinstance(content, dict) and isinstance(content.get('config'), dict)
+            and content.get('status') in ('running', 'complete', 'interrupted', 'diverged')):
+        fail(f'{path} is no result of this program; --overwrite=True replaces it')
+    return content
 
 
 result_path, checkpoint_path = out / 'result.json', out / 'checkpoint.pt'
 checkpoint = None
 if result_path.exists() and not overwrite:
-    before = read_json(result_path)
+    before = read_result(result_path)
     different = differences(before['config'])
     if different:
-        fail(f'{out} holds a run of another config ({different}); --overwrite=True replaces it, --out_dir=... goes elsewhere')
+        fail(f'{out} holds a run of another config ({different}); '
+             '--overwrite=True replaces it, --out_dir=... goes elsewhere')
     if before['status'] == 'complete':
         if not resume:
             fail(f'{out} holds a finished run; --overwrite=True runs it again, --out_dir=... goes elsewhere')
@@ -235,11 +247,12 @@ if result_path.exists() and not overwrite:
     if not resume:
         fail(f'{out} holds an unfinished run; --resume=True goes on with it, --overwrite=True starts again')
 
-if resume and not overwrite and checkpoint_path.exists():
+if resume and checkpoint_path.exists():
     try:
-        checkpoint = torch.load(checkpoint_path, map_location='cpu', weights_only=True)     # never executes a pickle
+        checkpoint = load_whole(checkpoint_path)
         if checkpoint['schema'] != SCHEMA:
-            fail(f'{checkpoint_path} has schema {checkpoint["schema"]}, this program reads {SCHEMA}; --overwrite=True starts again')
+            fail(f'{checkpoint_path} has schema {checkpoint["schema"]}, this program reads {SCHEMA}; '
+                 '--overwrite=True starts again')
         different = differences(checkpoint['config'])
     except Exception as error:                              # whatever a damaged archive makes torch raise
         fail(f'{checkpoint_path} cannot be read ({type(error).__name__}); --overwrite=True starts again')
@@ -253,9 +266,11 @@ if main_process:
         lock = open(out / '.lock', 'w')
         try:
             import fcntl                                    # not on Windows, where nothing guards the folder
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the system lets go of it when this process ends, however
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the system lets go of it when this process ends
         except ImportError:
             pass
+        if overwrite:
+            checkpoint_path.unlink(missing_ok=True)         # or --resume=True would find the one of before
     except BlockingIOError:
         fail(f'another process is writing to {out}; wait for it, or go elsewhere with --out_dir=...')
     except OSError as error:
@@ -269,7 +284,7 @@ if world_size > 1:
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(seconds=60))
 
 raw_model = LanguageModel(model_config, seed)
-if shard:       # FSDP2: each block's parameters are gathered when it runs; block by block, so that the whole never lies on one GPU
+if shard:       # FSDP2: each block's parameters are gathered when it runs, so that the whole never lies on one GPU
     for layer in raw_model.layers:
         if compile:
             layer.compile()
@@ -297,7 +312,7 @@ if checkpoint:
 
 
 def learning_rate_at(step):
-    """Of update `step`, counted from 0: linear up, never 0; then a cosine that ends at min_lr_ratio in the last update."""
+    """Of update `step`, from 0 on: linear up, never 0; then a cosine that ends at min_lr_ratio in the last update."""
     if step < warmup_steps:
         return learning_rate * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps)     # 0 .. 1
@@ -308,7 +323,7 @@ def learning_rate_at(step):
 # The result, read off the live objects
 
 def describe_model():
-    """The `model` part of the result. RuntimeError unless what the optimizer moves is exactly the model that is described."""
+    """The `model` part of the result. RuntimeError unless the optimizer moves exactly the model that is described."""
     owned = [id(p) for opt in optimizers for group in opt.param_groups for p in group['params']]
     if len(owned) != len(set(owned)) or set(owned) != {id(p) for p in raw_model.parameters()}:
         raise RuntimeError('the parameters in the optimizer are not those of the model that would be reported')
@@ -319,57 +334,10 @@ def describe_model():
             'kv_cache_bytes_per_token_16bit': raw_model.cache_bytes_per_token(torch.bfloat16)}
 
 
-def cpu_name():
-    try:                                                    # Linux tells the model here and nowhere else
-        return next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def describe_environment():
     here = Path(__file__).resolve().parent
-
-    def git(*command):
-        try:
-            return subprocess.run(['git', '-C', here, *command], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None                                     # no git, or no repository
-
-    changes = git('status', '--porcelain', '--untracked-files=no')
-    return {'device_name': torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name(),
-            'world_size': world_size, 'threads': torch.get_num_threads(), 'torch': torch.__version__,
-            'python': platform.python_version(), 'platform': platform.platform(), 'git_commit': git('rev-parse', 'HEAD'),
-            'git_dirty': None if changes is None else bool(changes),
-            'source_sha256': {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(here.glob('*.py'))}}
-
-
-def now():
-    return datetime.now().astimezone().isoformat(timespec='seconds')
-
-
-def peak_memory_gb():
-    """Largest amount so far, in 10^9 bytes: of device memory on a CUDA GPU, else of this process's resident memory."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:                                                    # on Linux; getrusage would count the parent's memory until exec
-        return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')) * 1024 / 1e9
-    except (OSError, StopIteration):
-        import resource                                     # not on Windows
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
-
-
-def write_atomically(path, write):
-    """write(file) aside, flushed to the disk, then renamed over `path`: there is always one whole file under that name."""
-    aside = path.with_name(path.name + '.tmp')
-    try:
-        with open(aside, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        fail(f'{path} could not be written ({error.strerror or error}); what was there before is still there')
+    sources = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(here.glob('*.py'))}
+    return {'device_name': None, 'world_size': world_size, **environment(device), 'source_sha256': sources}
 
 
 def json_ready(value):
@@ -382,7 +350,8 @@ def json_ready(value):
 
 
 def write_result(status, error=None):
-    result.update(status=status, error=error, finished=now() if status != 'running' else None, history=history, final=final)
+    result.update(status=status, error=error, finished=now() if status != 'running' else None,
+                  history=history, final=final)
     if main_process:
         text = json.dumps(json_ready(result), indent=1, allow_nan=False) + '\n'
         write_atomically(result_path, lambda file: file.write(text.encode()))
@@ -397,8 +366,8 @@ def diverge(cause):
 
 
 def save_checkpoint(finished=False):
-    """Everything that going on needs. Batches are a function of (seed, step) and nothing else is random: no generator states."""
-    weights = get_model_state_dict(raw_model, options=whole)            # of all processes together, where they hold parts
+    """All that going on needs. Batches are a function of (seed, step), nothing else is random: no generator states."""
+    weights = get_model_state_dict(raw_model, options=whole)            # of all processes, where they hold parts
     moments = None if finished else [get_optimizer_state_dict(raw_model, opt, options=whole) for opt in optimizers]
     if main_process:
         content = {'schema': SCHEMA, 'config': config, 'model_config': vars(model_config), 'model': weights,
@@ -408,8 +377,10 @@ def save_checkpoint(finished=False):
         write_atomically(checkpoint_path, lambda file: torch.save(content, file))
 
 
-result = {'schema': SCHEMA, 'status': 'running', 'name': name, 'started': checkpoint['started'] if checkpoint else now(),
-          'finished': None, 'config': config, 'model': describe_model(), 'data': corpus.describe(), 'environment': describe_environment()}
+result = {'schema': SCHEMA, 'status': 'running', 'name': name,
+          'started': checkpoint['started'] if checkpoint else now(), 'finished': None,
+          'config': config, 'model': describe_model(), 'data': corpus.describe(),
+          'environment': describe_environment()}
 history = checkpoint['history'] if checkpoint else []
 final = checkpoint['final'] if checkpoint else None
 step = checkpoint['step'] if checkpoint else 0              # updates done
@@ -431,17 +402,18 @@ def evaluate():
     x, y = corpus.val_windows()                             # (windows, T), targets -1 where the last window is padded
     sums = np.zeros(6)                                      # nll, correct, balance, z, entropy (by window), windows
     load = torch.zeros(model_config.n_layer, model_config.n_expert, dtype=torch.float64)
-    evaluator = raw_model if isinstance(model, DistributedDataParallel) else model      # no gradients to be averaged here
+    evaluator = raw_model if isinstance(model, DistributedDataParallel) else model      # no gradients to average here
     for i in range(0, len(x), world_size * micro_batch_size):
         i += rank * micro_batch_size
-        # sharded processes must run the same number of forwards: one without a window of its own runs an empty-handed one
+        # sharded processes must run the same number of forwards: one without windows of its own runs the first again
         xb, yb = (torch.from_numpy(a[i:i + micro_batch_size] if i < len(x) else a[:1]).to(device) for a in (x, y))
         with autocast:
             o = evaluator(xb, yb)
         if i < len(x):
             n = len(xb)
-            sums += [o.nll.item(), o.correct.item(), o.balance_loss.item() * n, o.z_loss.item() * n, o.entropy.mean().item() * n, n]
-            load += o.load.double().cpu()
+            sums += [o.nll.item(), o.correct.item(),
+                     o.balance_loss.item() * n, o.z_loss.item() * n, o.entropy.mean().item() * n, n]
+            load += o.load.cpu().double()                   # in this order: MPS has no float64
     if world_size > 1:
         sums, load = add_up(torch.from_numpy(sums)).numpy(), add_up(load)
     model.train()
@@ -449,9 +421,11 @@ def evaluate():
     fractions = load / load.sum(1, keepdim=True)            # (n_layer, E)
     val_bytes = result['data']['val_bytes']
     return {'val_loss': nll / targets, 'val_perplexity': math.exp(nll / targets) if nll / targets < 700 else math.inf,
-            'val_accuracy': correct / targets, 'val_bits_per_byte': nll / math.log(2) / val_bytes if val_bytes else None,
+            'val_accuracy': correct / targets,
+            'val_bits_per_byte': nll / math.log(2) / val_bytes if val_bytes else None,
             'balance_loss': balance_loss / windows, 'z_loss': z_loss / windows, 'router_entropy': entropy / windows,
-            'expert_load': fractions.tolist(), 'max_violation': (fractions.max() * model_config.n_expert - 1).item()}
+            'expert_load': fractions.tolist(),
+            'max_violation': (fractions.max() * model_config.n_expert - 1).item()}
 
 
 def add_up(tensor):
@@ -464,12 +438,15 @@ def add_up(tensor):
 # ---------------------------------------------------------------------------------------------------------------------
 # What is about to happen
 
-d, m = result['data'], result['model']
-say(f'{name}, seed {seed}: {m["attention_class"]}, {m["params_total"] / 1e6:.1f}M parameters, {m["params_active"] / 1e6:.1f}M active per '
-    f'token, {m["params_attention"] / 1e6:.2f}M in attention; cache {m["kv_cache_bytes_per_token"]:,} bytes a token')
-say(f'data: {d["dataset"]} in {d["vocab_size"]:,} tokens ({d["tokenizer"]}); {d["train_tokens"]:,} for training, of which '
-    f'{max_steps * batch_size * block_size / d["train_tokens"]:.2f} epochs; {d["val_tokens"]:,} for validation')
-say(f'a uniform guess costs {d["uniform_loss"]:.3f} nats a token, one by frequency {d["unigram_loss"]:.3f}')
+network, text = result['model'], result['data']
+say(f'{name}, seed {seed}: {network["attention_class"]}, {network["params_total"] / 1e6:.1f}M parameters, '
+    f'{network["params_active"] / 1e6:.1f}M active per token, {network["params_attention"] / 1e6:.2f}M in attention; '
+    f'cache {network["kv_cache_bytes_per_token"]:,} bytes a token in {dtype}')
+say(f'data: {text["dataset"]} in {text["vocab_size"]:,} tokens ({text["tokenizer"]}); '
+    f'{text["train_tokens"]:,} for training, '
+    f'seen {max_steps * batch_size * block_size / text["train_tokens"]:.2f} times; '
+    f'{text["val_tokens"]:,} for validation')
+say(f'a uniform guess costs {text["uniform_loss"]:.3f} nats a token, one by frequency {text["unigram_loss"]:.3f}')
 say(f'{max_steps} updates of {batch_size} x {block_size} tokens on {result["environment"]["device_name"]}'
     f'{f" x {world_size}" if world_size > 1 else ""}, {dtype}{", compiled" if compile else ""} -> {out}/')
 if step:
@@ -501,6 +478,19 @@ def ask_to_stop(number, frame):
     signal.signal(number, signal.SIG_DFL)                   # a second one ends the process at once
 
 
+def command_to_go_on():
+    """The command line of this run with --resume=True for --resume and --overwrite, ready to be pasted into a shell."""
+    arguments = [a for a in sys.argv if not a.startswith(('--resume=', '--overwrite='))] + ['--resume=True']
+    if overwrite and '--overwrite=True' not in sys.argv:
+        arguments.append('--overwrite=False')               # a config file asks for it
+    launcher = [sys.orig_argv[0]]
+    if world_size > 1:
+        launcher = ['torchrun', f'--nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", world_size)}']
+    several = int(os.environ.get('GROUP_WORLD_SIZE', 1)) > 1
+    where = " on each machine, with torchrun's --nnodes, --node_rank and --master_... as before" * several
+    return shlex.join(launcher + arguments) + where
+
+
 signal.signal(signal.SIGINT, ask_to_stop)
 signal.signal(signal.SIGTERM, ask_to_stop)
 
@@ -509,7 +499,8 @@ signal.signal(signal.SIGTERM, ask_to_stop)
 
 if not step:
     write_result('running')
-mine = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)   # the rows of every batch that this process takes
+# the rows of every batch that this process takes
+mine = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 start = time.perf_counter()
 first, first_done = step, start                                         # for the time left; moved past the first update
 
@@ -522,19 +513,22 @@ while step < max_steps:
     # Gradients of the whole batch, one micro-batch at a time. Every loss is scaled by its share of the batch, so that
     # neither the micro-batch nor the number of processes enters.
     x, y = tensors(*(a[mine] for a in corpus.batch(seed, step, batch_size)))            # (rows, T) each
-    losses = torch.zeros(3, device=device)                              # cross-entropy, balance, z: means over the batch
+    losses = torch.zeros(3, device=device)                              # cross-entropy, balance, z: means over batch
     load = torch.zeros(model_config.n_layer, model_config.n_expert, device=device)
     for i in range(0, len(x), micro_batch_size):
         xb, yb = x[i:i + micro_batch_size], y[i:i + micro_batch_size]
-        if world_size > 1:                                              # gradients travel once, with the last micro-batch
+        if world_size > 1:                                  # gradients travel once, with the last micro-batch
             last = i + micro_batch_size >= len(x)
-            model.set_requires_gradient_sync(last) if shard else setattr(model, 'require_backward_grad_sync', last)
+            if shard:
+                model.set_requires_gradient_sync(last)
+            else:
+                model.require_backward_grad_sync = last
         with autocast:
             o = model(xb, yb)
         share = len(xb) / batch_size
         parts = torch.stack((o.nll / (batch_size * block_size), o.balance_loss * share, o.z_loss * share))
         loss = parts[0] + balance_loss_weight * parts[1] + z_loss_weight * parts[2]
-        if world_size > 1:                                              # DDP averages gradients, here they are to be summed
+        if world_size > 1:                                  # DDP averages gradients, here they are to be summed
             loss = loss * world_size
         loss.backward()
         losses += parts.detach()
@@ -565,27 +559,32 @@ while step < max_steps:
         evaluated = evaluate()
         tokens = step * batch_size * block_size
         rate = tokens / sum(step_seconds)
-        peak = next((v for k, v in PEAK_FLOPS.items() if k in result['environment']['device_name']), None)
+        peak = PEAK_FLOPS.get(result['environment']['device_name']) if dtype == 'bfloat16' else None
         final = {'step': step, 'updates': step, 'tokens': tokens, **evaluated, 'seconds_training': sum(step_seconds),
-                 'seconds_total': seconds_before + time.perf_counter() - start, 'step_ms_median': 1e3 * statistics.median(step_seconds),
-                 'tokens_per_second': rate, 'mfu': rate * m['flops_per_token'] / (peak * world_size) if peak else None,
-                 'peak_memory_gb': peak_memory_gb(), 'peak_memory_kind': 'device' if device.type == 'cuda' else 'resident'}
+                 'seconds_total': seconds_before + time.perf_counter() - start,
+                 'step_ms_median': 1e3 * statistics.median(step_seconds), 'tokens_per_second': rate,
+                 'mfu': rate * network['flops_per_token'] / (peak * world_size) if peak else None,
+                 'peak_memory_gb': peak_memory_gb(device),
+                 'peak_memory_kind': 'device' if device.type == 'cuda' else 'resident'}
         if not math.isfinite(evaluated['val_loss']):
             diverge(f'step {step}: validation loss {evaluated["val_loss"]}')
 
     if evaluated or step % log_interval == 0:
-        record = {'step': step, 'tokens': step * batch_size * block_size, 'seconds': sum(step_seconds), 'learning_rate': lr,
-                  'train_loss': train_loss, 'val_loss': evaluated['val_loss'] if evaluated else None, 'grad_norm': grad_norm,
+        record = {'step': step, 'tokens': step * batch_size * block_size, 'seconds': sum(step_seconds),
+                  'learning_rate': lr, 'train_loss': train_loss,
+                  'val_loss': evaluated['val_loss'] if evaluated else None, 'grad_norm': grad_norm,
                   'balance': {'balance_loss': losses[1].item(), 'z_loss': losses[2].item(),
                               'max_violation': (load.max(1).values / load.mean(1) - 1).max().item()}}
         history.append(record)
-        left = (max_steps - step) * ((time.perf_counter() - first_done) / (step - first) if step > first else step_seconds[-1])
+        pace = (time.perf_counter() - first_done) / (step - first) if step > first else step_seconds[-1]
+        left = timedelta(seconds=round((max_steps - step) * pace))
         line = (f'step {step}/{max_steps} | loss {train_loss:.4f} | lr {lr:.2e} | '
-                f'{batch_size * block_size / step_seconds[-1]:,.0f} tokens/s | {timedelta(seconds=round(left))} left')
+                f'{batch_size * block_size / step_seconds[-1]:,.0f} tokens/s | {left} left')
         if evaluated:
             bits = evaluated['val_bits_per_byte']
-            line += (f' | val {evaluated["val_loss"]:.4f}{f" = {bits:.3f} bits/byte" if bits else ""} | fullest expert '
-                     f'+{evaluated["max_violation"]:.0%}, router entropy {evaluated["router_entropy"]:.2f} of {math.log(n_expert):.2f}')
+            line += (f' | val {evaluated["val_loss"]:.4f}{f" = {bits:.3f} bits/byte" if bits else ""} | '
+                     f'busiest expert {1 + evaluated["max_violation"]:.2f} x even, '
+                     f'router entropy {evaluated["router_entropy"]:.2f} of {math.log(n_expert):.2f}')
         say(line, flush=True)
     if step - first == 1 and len(step_seconds) == 1:
         first, first_done = step, time.perf_counter()
@@ -596,15 +595,15 @@ while step < max_steps:
         save_checkpoint()
     if stopping:
         write_result('interrupted')
-        command = ' '.join(a for a in sys.argv if not a.startswith(('--resume=', '--overwrite=')))
-        say(f'interrupted after step {step}; to go on: python {command} --resume=True')
+        say(f'interrupted after step {step}; to go on: {command_to_go_on()}')
         sys.exit(128 + (stop or signal.SIGTERM))
     if evaluated:
         write_result('running')
 
 save_checkpoint(finished=True)
 write_result('complete')
-say(f'validation loss {final["val_loss"]:.4f} after {final["tokens"]:,} tokens in {final["seconds_training"]:.0f} s of updates; {result_path}')
+say(f'validation loss {final["val_loss"]:.4f} after {final["tokens"]:,} tokens '
+    f'in {final["seconds_training"]:.0f} s of updates; {result_path}')
 if world_size > 1:
     dist.barrier()
     dist.destroy_process_group()

@@ -9,9 +9,11 @@ import pytest
 
 import analyze
 from attention import variants
+from configurator import read_block
 from conftest import REPOSITORY, TINY, flags
 
 README = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
+PROGRAMS = 'train', 'sample', 'bench', 'data', 'analyze'
 
 
 def blocks(kind):
@@ -78,12 +80,17 @@ def test_every_file_is_in_the_table_of_files_and_the_other_way_round():
 
 
 def test_knobs_and_files_that_the_readme_names_exist():
-    known = set()
-    for path in REPOSITORY.glob('*.py'):
-        known |= set(re.findall(r'^\s*(\w+)(?:: [^=\n]+)? = .*$', path.read_text(), re.M))
+    knobs = {name: set(read_block(REPOSITORY / f'{name}.py')[0]) | {'help'} for name in PROGRAMS}
     outside = {'nproc_per_node', 'nnodes', 'node_rank', 'master_addr', 'master_port'}            # torchrun's
-    for knob in set(re.findall(r'--(\w+)', README)) - outside:
-        assert knob in known or knob == 'help', knob
+    checked = set()
+    for paragraph in re.split(r'\n\s*\n', README):
+        program = None                                          # named last in this paragraph: the flags are its own
+        for name, knob in re.findall(rf'\b({"|".join(PROGRAMS)})\.py\b|--(\w+)', paragraph):
+            program = name or program
+            if knob and knob not in outside:
+                assert knob in (knobs[program] if program else set().union(*knobs.values())), (program, knob)
+                checked.add(program)
+    assert checked >= {'train', 'sample', 'bench', 'analyze'}
     for path in set(re.findall(r'\]\((results/[^)]+)\)', README)):
         assert (REPOSITORY / path).exists(), path
 

@@ -1,0 +1,122 @@
+"""The machine under train.py, sample.py and bench.py: device, description, memory, files that are whole or refused.
+
+Imports torch, so it is imported after configure() has answered --help and typos.
+"""
+import os
+import platform
+import subprocess
+import sys
+import zipfile
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from configurator import fail
+
+
+def choose_device(name, kinds=('cuda', 'mps', 'cpu'), index=None):
+    """--device -> torch.device, that of this process from now on; auto: the first of `kinds` that is here.
+
+    index: of the GPU that this process is to take, whatever the name says (several processes, one GPU each).
+    """
+    there = {'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available()), 'cpu': 1}
+    try:
+        device = torch.device(next(kind for kind in kinds if there[kind]) if name == 'auto' else name)
+    except RuntimeError:
+        fail(f'--device={name} is no device; try auto, {", ".join(reversed(kinds))} or cuda:1')
+    if device.type == 'cuda' and index is not None:
+        device = torch.device('cuda', index)
+    count = there.get(device.type, 0) if device.type in kinds else 0
+    if (device.index or 0) >= count:
+        fail(f'--device={name}: there is no {device}, this torch ({torch.__version__}) sees {count} of that kind; '
+             'try --device=auto')
+    if device.type == 'cuda':
+        torch.cuda.set_device(device.index or 0)            # memory, names and events are those of the current one
+    return device
+
+
+def choose_dtype(name, device):
+    """--dtype -> 'float32' or 'bfloat16'; auto: bfloat16 where a GPU computes in it, not where it is emulated."""
+    if name != 'auto':
+        return name
+    computes = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    return 'bfloat16' if computes else 'float32'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it is, what is used of it
+
+def device_name(device):
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    try:                                                    # Linux tells a CPU's model here and nowhere else
+        with open('/proc/cpuinfo') as file:
+            return next(line.split(':')[1].strip() for line in file if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def git(*command):
+    """What git says about this folder; None without git or a repository."""
+    command = ['git', '-C', Path(__file__).resolve().parent, *command]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment(device):
+    """Where and with what something was run, for a result file."""
+    changes = git('status', '--porcelain', '--untracked-files=no')
+    return {'device_name': device_name(device), 'threads': torch.get_num_threads(), 'torch': torch.__version__,
+            'python': platform.python_version(), 'platform': platform.platform(),
+            'git_commit': git('rev-parse', 'HEAD'), 'git_dirty': None if changes is None else bool(changes)}
+
+
+def resident_gb(field='VmHWM'):
+    """Memory of this process in 10^9 bytes: its peak, or with VmRSS what it is now (on Linux; elsewhere the peak)."""
+    try:                                                    # getrusage would count the starting process's memory in
+        with open('/proc/self/status') as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(field)) * 1024 / 1e9
+    except (OSError, StopIteration):
+        import resource                                     # not on Windows
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
+
+
+def peak_memory_gb(device):
+    """Largest amount so far, in 10^9 bytes: of device memory on a CUDA GPU, else of this process's resident memory."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == 'cuda' else resident_gb()
+
+
+def now():
+    return datetime.now().astimezone().isoformat(timespec='seconds')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def write_atomically(path, write):
+    """write(file) aside, flushed to the disk, renamed over `path`: there is always one whole file under that name."""
+    aside = path.with_name(path.name + '.tmp')
+    try:
+        with open(aside, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        fail(f'{path} could not be written ({error.strerror or error}); what was there before is still there')
+
+
+def load_whole(path):
+    """What torch.save wrote to `path`, on the CPU; never executes a pickle. Some exception if the file is damaged.
+
+    torch.save stores a CRC-32 of each record, which torch.load does not look at: a flipped bit would become a weight.
+    """
+    with zipfile.ZipFile(path) as archive:                  # about 1 GB/s
+        # a record with attributes may pass for a folder, of which torch.load reads nothing: a tensor of stale memory
+        if archive.testzip() is not None or any(record.external_attr for record in archive.infolist()):
+            raise zipfile.BadZipFile('a record is damaged')
+    return torch.load(path, map_location='cpu', weights_only=True)

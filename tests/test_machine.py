@@ -1,0 +1,121 @@
+"""machine.py: the device that was asked for or one line, files that are whole or refused."""
+import errno
+import itertools
+import os
+import zipfile
+
+import pytest
+import torch
+from conftest import REPOSITORY  # noqa: F401  (puts the scripts on the path)
+
+import machine
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """gpus(cuda=..., mps=...): so many of them seem to be here -> the list of GPUs that were made the current one."""
+    chosen = []
+
+    def pretend(cuda=0, mps=False):
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
+        monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+        return chosen
+    return pretend
+
+
+@pytest.mark.parametrize('here, kinds, auto', [
+    ({}, ('cuda', 'mps', 'cpu'), 'cpu'), ({'mps': True}, ('cuda', 'mps', 'cpu'), 'mps'),
+    ({'cuda': 1, 'mps': True}, ('cuda', 'mps', 'cpu'), 'cuda'), ({'mps': True}, ('cuda', 'cpu'), 'cpu')])
+def test_auto_is_the_first_kind_that_is_here(gpus, here, kinds, auto):
+    chosen = gpus(**here)
+    assert machine.choose_device('auto', kinds) == torch.device(auto)
+    assert chosen == [0] * (auto == 'cuda')
+
+
+def test_a_gpu_by_name_or_by_the_number_of_the_process_becomes_the_current_one(gpus):
+    chosen = gpus(cuda=4)
+    assert machine.choose_device('cuda:3') == torch.device('cuda:3')
+    assert machine.choose_device('auto', index=2) == machine.choose_device('cuda:0', index=2) == torch.device('cuda:2')
+    assert machine.choose_device('cpu', index=2) == torch.device('cpu')             # processes without GPUs
+    assert chosen == [3, 2, 2]
+
+
+@pytest.mark.parametrize('name, index, words', [
+    ('abacus', None, ['--device=abacus is no device', 'cpu, mps']), ('cuda:x', None, ['is no device']),
+    ('', None, ['is no device']), ('meta', None, ['no meta', 'sees 0']), ('cuda:7', None, ['no cuda:7', 'sees 2']),
+    ('cpu:1', None, ['no cpu:1']), ('mps', None, ['no mps', '--device=auto']), ('auto', 2, ['no cuda:2', 'sees 2'])])
+def test_a_device_that_is_none_or_not_here_is_one_line(gpus, capsys, name, index, words):
+    chosen = gpus(cuda=2)
+    with pytest.raises(SystemExit) as end:
+        machine.choose_device(name, index=index)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count('\n') == 1 and all(word in err for word in words), err
+    assert not chosen
+
+
+def test_auto_is_bfloat16_only_where_a_gpu_computes_in_it(monkeypatch):
+    cpu, cuda = torch.device('cpu'), torch.device('cuda')
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: has)
+        assert machine.choose_dtype('auto', cuda) == ('bfloat16' if has else 'float32')
+        assert machine.choose_dtype('auto', cpu) == machine.choose_dtype('float32', cuda) == 'float32'
+        assert machine.choose_dtype('bfloat16', cpu) == 'bfloat16'
+
+
+def test_the_environment_needs_neither_git_nor_proc(monkeypatch, tmp_path):
+    fields = ['device_name', 'threads', 'torch', 'python', 'platform', 'git_commit', 'git_dirty']
+    whole = machine.environment(torch.device('cpu'))
+    assert list(whole) == fields and whole['device_name'] and whole['threads'] == torch.get_num_threads()
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.setattr('builtins.open', lambda *a, **k: (_ for _ in ()).throw(FileNotFoundError()))
+    bare = machine.environment(torch.device('cpu'))
+    assert list(bare) == fields and bare['git_commit'] is bare['git_dirty'] is None
+    assert isinstance(bare['device_name'], str)
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='reads /proc')
+def test_resident_memory_grows_with_what_is_held_and_the_peak_stays():
+    before, hog = machine.resident_gb('VmRSS'), b'\1' * 300_000_000
+    assert machine.resident_gb('VmRSS') > before + 0.25
+    del hog
+    assert machine.resident_gb('VmRSS') < before + 0.15
+    assert machine.peak_memory_gb(torch.device('cpu')) > before + 0.25
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, capsys):
+    path = tmp_path / 'x'
+    machine.write_atomically(path, lambda file: file.write(b'first'))
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(SystemExit):
+        machine.write_atomically(path, lambda file: file.write(b'second'))
+    assert 'No space left' in capsys.readouterr().err
+    assert path.read_bytes() == b'first' and [p.name for p in tmp_path.iterdir()] == ['x']
+
+
+def test_any_flipped_byte_of_a_saved_file_is_noticed_or_changes_nothing(tmp_path):
+    path = tmp_path / 'x.pt'
+    content = {'weights': torch.arange(40.0), 'step': 7, 'name': 'é'}
+    torch.save(content, path)
+    whole, loaded = path.read_bytes(), 0
+    record = whole.index(torch.arange(40.0).numpy().tobytes())
+    for i, flip in itertools.product(range(len(whole)), (255, 16)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ flip]) + whole[i + 1:])
+        try:
+            there = machine.load_whole(path)
+        except Exception:
+            continue
+        loaded += 1
+        assert not record <= i < record + 160
+        assert there.keys() == content.keys() and torch.equal(there['weights'], content['weights'])
+        assert (there['step'], there['name']) == (7, 'é')
+    assert 0 < loaded < len(whole)                                            # padding, times, attributes
+
+
+def test_what_is_no_archive_is_not_loaded(tmp_path):
+    torch.save([1], tmp_path / 'old.pt', _use_new_zipfile_serialization=False)      # has no checksums
+    with pytest.raises(zipfile.BadZipFile):
+        machine.load_whole(tmp_path / 'old.pt')
