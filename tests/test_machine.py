@@ -93,7 +93,7 @@ FAULTS = '''
 import resource, sys, torch, machine
 if sys.argv[1] == 'keep':
     machine.keep_freed_memory(torch.device('cpu'))
-for _ in range(4):
+for _ in range(6):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(10_000_000)                                  # 40 MB
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
