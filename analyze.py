@@ -30,7 +30,7 @@ PARETO = {'params_total': 'parameters', 'params_active': 'active parameters',
 VARIANT = {'attn', 'n_kv_head', 'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim',
            'v_head_dim', 'attention_bias'}  # what is being compared; so is every rope_* except rope_theta
 BOOKKEEPING = {'name', 'seed', 'out_dir', 'data_root', 'experiment', 'resume', 'overwrite', 'log_interval',
-               'checkpoint_interval', 'checkpoint'}                 # without influence on the numbers
+               'checkpoint_interval'}                               # without influence on the numbers
 
 # ---- reading: every field that is used below is checked here, once, so that later code meets no surprise
 
@@ -502,7 +502,7 @@ The margin, the smallest difference worth having, is {margin:g} ({unit}). Differ
 - data: {data[dataset]}, tokenizer {data[tokenizer]}, vocabulary {data[vocab_size]}, {data[train_tokens]}
   training and {data[val_tokens]} validation tokens (sha256 {data[train_sha256]:.12}, {data[val_sha256]:.12})
 - reference losses: {data[uniform_loss]:.4f} nats for a guess, {data[unigram_loss]:.4f} from token frequencies
-- budget: {config[max_steps]} updates of {config[batch_size]} x {config[block_size]} = {tokens} tokens,
+- budget{whose}: {config[max_steps]} updates of {config[batch_size]} x {config[block_size]} = {tokens} tokens,
   {epochs:.2f} epochs; {config[optimizer]}, learning rate {config[learning_rate]:g}
 - device: {environment[device_name]}, {config[dtype]}, torch {environment[torch]}, threads
   {environment[threads]}, processes {environment[world_size]}
@@ -586,6 +586,7 @@ def report(arms, r, problems, title):
               for arm in arms.values() for run in complete(arm).values()}
     return REPORT.format(
         **r | {key: first[key] for key in ('config', 'data', 'environment')}, title=title, alpha=ALPHA,
+        whose=f' of {r["baseline"]}' if problems else '',
         power=POWER,
         m=max(1, len(r['family'])), tokens=tokens_seen(first),
         memory=' and '.join(sorted(memory)) or 'unknown',
