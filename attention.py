@@ -5,14 +5,15 @@ grouped queries (Ainslie et al. 2023, arXiv 2305.13245), and multi-head latent a
 2405.04434, section 2.1, eq. 9-19). Parameters carry DeepSeek's names, so that its published weights fit by name.
 
 What is in here, in reading order:
-    variants()             the named rows of knobs behind --attn: a new variant is one row, or one class and one row
-    attention_settings()   a row, with the knobs that were given by hand laid over it, checked
     rope_...()             frequencies (default, linear, dynamic NTK, YaRN) and the rotation
+    attend(), RMSNorm      the softmax over keys, handed to torch's fused kernels; the norm of blocks and latents
     MultiHeadAttention     q, k, v per head; fewer key/value heads make it grouped-query (gqa) or multi-query (mqa)
     LatentAttention        k and v of all heads through one small latent, which is all that decoding has to keep
+    variants()             the named rows of knobs behind --attn: a new variant is one row, or one class and one row
+    attention_settings()   a row, with the knobs that were given by hand laid over it, checked
 
 Shapes: B sequences, T new tokens, S tokens that can be attended (cached + new), C = n_embd, H = n_head,
-dn = qk_nope_head_dim, dr = qk_rope_head_dim, dv = v_head_dim, r = kv_lora_rank.
+dn = qk_nope_head_dim, dr = qk_rope_head_dim, dv = v_head_dim, r = kv_lora_rank, rq = q_lora_rank.
 
 Both classes are called in the same way, attention(x, rope, mask, cache, slots, span), and serve two situations:
     training   x (B, T, C) alone: causal over itself, nothing is kept.
@@ -26,94 +27,6 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The variants
-
-def variants(n_embd, n_head):
-    """The rows behind --attn: name -> {'class': ..., knob: value}, as proportions of the width, so that they hold at any.
-
-    With C = n_embd and d = C / n_head. At Experiment 1's C = 384 and 8 heads (d = 48) the lora row reads: ranks 32 and
-    64, nope 16 + rope 32, v 48, which are the numbers of the report that this project repeats.
-    """
-    C, d = n_embd, n_embd // n_head
-    two_thirds = 2 * round(d / 3)                                       # 2d/3, rounded to an even number of dims
-    nearest_8 = lambda x: max(8, 8 * round(x / 8))
-    lora = {'class': LatentAttention, 'q_lora_rank': C // 12, 'kv_lora_rank': C // 6,
-            'qk_nope_head_dim': d - two_thirds, 'qk_rope_head_dim': two_thirds, 'v_head_dim': d}
-    return {
-        'baseline': {'class': MultiHeadAttention, 'n_kv_head': n_head},
-        'gqa': {'class': MultiHeadAttention, 'n_kv_head': max(1, n_head // 4)},
-        'mqa': {'class': MultiHeadAttention, 'n_kv_head': 1},
-        # DeepSeek's attention inside the baseline's head sizes: nope + rope = v = d
-        'lora': lora,
-        # ... and the three things the report added: content width that no longer pays for the rotary part, RoPE scaling, bias
-        'enhanced': {**lora, 'qk_nope_head_dim': d, 'rope_scaling': 'linear', 'rope_factor': 2.0, 'attention_bias': True},
-        # DeepSeek-V2's own proportions: q rank 0.3 C, kv rank 0.1 C, nope = v = d, rope = d/2 (1536, 512, 128, 64 at C = 5120)
-        'mla': {'class': LatentAttention, 'q_lora_rank': nearest_8(0.3 * C), 'kv_lora_rank': nearest_8(0.1 * C),
-                'qk_nope_head_dim': d, 'qk_rope_head_dim': 2 * round(d / 4), 'v_head_dim': d},
-    }
-
-
-# What a row leaves open. None: the knob means nothing to that row's class (giving it by hand is an error).
-DEFAULTS = {'n_kv_head': None, 'q_lora_rank': None, 'kv_lora_rank': None, 'qk_nope_head_dim': None,
-            'qk_rope_head_dim': None, 'v_head_dim': None, 'rope_scaling': 'default', 'rope_factor': 1.0,
-            'attention_bias': False}
-ROPE_SCALINGS = ('default', 'linear', 'dynamic', 'yarn')
-
-
-def attention_settings(attn, n_embd, n_head, **given):
-    """The knobs of variant `attn` with those in `given` that are not None laid over its row. -> dict with DEFAULTS' keys.
-
-    Raises ValueError, in one line, for an unknown variant, a knob that the variant's class does not have, and sizes
-    that make no attention (odd rotary width, no width at all, key/value heads that do not divide the heads, ...).
-    """
-    if n_embd < 1 or n_head < 1 or n_embd % n_head:
-        raise ValueError(f'n_embd ({n_embd}) must be a multiple of n_head ({n_head}): every head gets n_embd / n_head dims')
-    rows = variants(n_embd, n_head)
-    if attn not in rows:
-        import difflib                                                  # only on the way out
-        close = difflib.get_close_matches(str(attn), rows, n=1)
-        raise ValueError(f'unknown attention variant {attn!r}{f"; did you mean --attn={close[0]}?" if close else ""}'
-                         f' (one of {", ".join(rows)})')
-    row = {**DEFAULTS, **rows[attn]}
-    for knob, value in given.items():
-        if value is None:
-            continue
-        if row[knob] is None:
-            raise ValueError(f'--{knob} means nothing to --attn={attn}, which is {row["class"].__name__}')
-        row[knob] = value
-    row.pop('class')
-
-    if row['n_kv_head'] is not None:                                    # multi-head
-        if row['n_kv_head'] < 1 or n_head % row['n_kv_head']:
-            raise ValueError(f'n_kv_head ({row["n_kv_head"]}) must divide n_head ({n_head})')
-        if (n_embd // n_head) % 2:
-            raise ValueError(f'n_embd / n_head is {n_embd // n_head}, an odd number: rotary positions turn pairs of dims')
-    else:                                                               # latent
-        if row['q_lora_rank'] < 0:
-            raise ValueError(f'q_lora_rank ({row["q_lora_rank"]}) must be 0 (no bottleneck for the queries) or positive')
-        for knob in ('kv_lora_rank', 'v_head_dim', 'qk_rope_head_dim'):
-            if row[knob] < 1:
-                raise ValueError(f'{knob} is {row[knob]} with n_embd={n_embd}, n_head={n_head}; it must be at least 1')
-        if row['qk_nope_head_dim'] < 1:
-            raise ValueError(f'qk_nope_head_dim is {row["qk_nope_head_dim"]}: the rotary part (qk_rope_head_dim = '
-                             f'{row["qk_rope_head_dim"]}) leaves the content no width; make it smaller or n_embd larger')
-        if row['qk_rope_head_dim'] % 2:
-            raise ValueError(f'qk_rope_head_dim ({row["qk_rope_head_dim"]}) must be even: rotary positions turn pairs of dims')
-    if row['rope_scaling'] not in ROPE_SCALINGS:
-        raise ValueError(f'unknown rope_scaling {row["rope_scaling"]!r} (one of {", ".join(ROPE_SCALINGS)})')
-    if row['rope_scaling'] == 'dynamic' and (row['qk_rope_head_dim'] or n_embd // n_head) == 2:
-        raise ValueError('rope_scaling=dynamic needs a rotary width above 2: its exponent is width / (width - 2)')
-    if not 1 <= row['rope_factor'] < math.inf:
-        raise ValueError(f'rope_factor ({row["rope_factor"]}) must be at least 1: positions are divided by it')
-    return row
-
-
-def build_attention(config):
-    """A new attention layer for `config` (model.ModelConfig): the class that the variant's row names."""
-    return variants(config.n_embd, config.n_head)[config.attn]['class'](config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,7 +44,8 @@ def rope_frequencies(dim, theta=10000.0, scaling='default', factor=1.0, original
     linear    the same divided by factor: position p turns as far as p/factor did          (Chen et al., arXiv 2306.15595)
     dynamic   a larger theta once `length` exceeds `original`; up to there exactly default (NTK-aware, YaRN section 3.3)
     yarn      pairs that turn more than beta_fast times within `original` tokens stay, those that turn less than
-              beta_slow times are divided by factor, a linear ramp in between              (YaRN, eq. 18-20)
+              beta_slow times are divided by factor, a ramp in between, linear in the pair's index as in YaRN's code and
+              DeepSeek's (the paper's eq. 18 is linear in the number of turns)              (YaRN, section 3.2)
     """
     if scaling == 'dynamic' and length > original:
         theta = theta * (factor * length / original - (factor - 1)) ** (dim / (dim - 2))
@@ -166,6 +80,8 @@ def rope_tables(config, positions, length=0, dtype=torch.float32):
     angles = (positions.unsqueeze(-1) * frequencies).unsqueeze(-2)      # (..., T, 1, dr/2)
     amplitude = 1.0
     if config.rope_scaling == 'yarn':
+        # q and k are both turned, and attention_scale multiplies by a(all_dim)^2: rotary scores get a(mscale)^2 in all,
+        # content scores a(all_dim)^2
         amplitude = (yarn_mscale(config.rope_factor, config.rope_mscale)
                      / yarn_mscale(config.rope_factor, config.rope_mscale_all_dim))
     return torch.stack((angles.cos(), angles.sin()), dim=-1) * amplitude
@@ -189,7 +105,7 @@ def apply_rope(x, rope):
 
 
 def attention_scale(config, width):
-    """What scores are multiplied by: 1/sqrt(width of a query), times a(mscale_all_dim)^2 under YaRN (q and k carry one each)."""
+    """What scores are multiplied by: 1/sqrt(width of a query), under YaRN times a(mscale_all_dim)^2, DeepSeek's temperature."""
     scale = width ** -0.5
     return scale * yarn_mscale(config.rope_factor, config.rope_mscale_all_dim) ** 2 if config.rope_scaling == 'yarn' else scale
 
@@ -206,7 +122,8 @@ def attend(q, k, v, scale, mask=None, causal=False):
         v = F.pad(v, (0, dk - dv))
     elif dv > dk:
         q, k = F.pad(q, (0, dv - dk)), F.pad(k, (0, dv - dk))
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale,
+                                       enable_gqa=q.size(1) != k.size(1))
     return o[..., :dv]
 
 
@@ -310,7 +227,7 @@ class LatentAttention(nn.Module):
            +----------+--------------------+
         q_a_proj              kv_a_proj_with_mqa            the two ways down
            |                   |           |
-      c_q (q_lora_rank)     c (r)      k_pe (dr)            the latents; c is normed, k_pe is turned by its position:
+       c_q (rq)              c (r)      k_pe (dr)           c is normed, k_pe is turned by its position:
          norm                norm         rope              THESE TWO, r + dr numbers, are the cache
         q_b_proj           kv_b_proj       |                the ways up, H heads
        /        \\           /     \\        |
@@ -320,13 +237,21 @@ class LatentAttention(nn.Module):
      score = ( q_nope . k_nope  +  q_pe . k_pe ) scale      one k_pe serves all heads
     out = o_proj( concat over heads of softmax(score) v )
 
-    k_nope = W_UK c and v = W_UV c are linear in the latent, which is the whole trick of decoding. `expand` makes them for
-    all S cached tokens and attends as usual. `absorb` moves the matrices to the other side of the products,
-        q_nope . (W_UK c) = (W_UK^T q_nope) . c         and         sum_s p_s (W_UV c_s) = W_UV (sum_s p_s c_s),
-    and attends over the cached latents themselves, as H queries to one key of width r + dr (V2, section 2.1.2). Same
-    numbers; which one is cheaper depends on how many new tokens share the expansion (self.absorbs).
+    The paper's matrices, as (out, in) like nn.Linear's:
+        W_DQ           = q_a_proj             (rq, C)           W_DKV and W_KR = kv_a_proj_with_mqa   (r + dr, C)
+        W_UQ and W_QR  = q_b_proj             (H (dn + dr), rq) W_UK and W_UV  = kv_b_proj            (H (dn + dv), r)
+        W_O            = o_proj               (C, H dv)         without a query rank q_proj replaces q_a and q_b
+    The two norms stand in the paper's text (section 3.1.2), not in its equations. With biases, DeepSeek has them on
+    q_a_proj, kv_a_proj_with_mqa and o_proj, nowhere else.
 
-    With biases, DeepSeek has them on q_a_proj, kv_a_proj_with_mqa and o_proj, nowhere else.
+    The trick of decoding: k_nope = W_UK c and v = W_UV c are linear in the cached latent c. One way to use the cache,
+    `expand`, makes both for all S cached tokens and attends as usual. The other, `absorb`, moves the matrices to the other
+    side of the products,
+        q_nope . (W_UK c) = (W_UK^T q_nope) . c         and         sum_s p_s (W_UV c_s) = W_UV (sum_s p_s c_s),
+    and attends over the cached latents themselves, as H queries to one key of width r + dr (V2, section 2.1.2). The
+    numbers are the same; which way is cheaper depends on how many new tokens share the expansion (self.absorbs).
+    This is also why position has a part of its own: a rotation between q and W_UK would differ from token to token, and
+    W_UK could not change sides (V2, section 2.1.3).
     """
 
     def __init__(self, config):
@@ -364,7 +289,9 @@ class LatentAttention(nn.Module):
     def absorbs(self, T, S):
         """Whether T new tokens should attend to S cached ones in the latent space: compares the multiply-adds a head needs.
 
-        For S >> T this is T < r (dn + dv) / (2r - dn - dv), about the rank: decoding absorbs, prefill expands.
+        A pair of tokens costs dn + dr + dv when expanded and 2r + dr when absorbed. If the latter is more, few new tokens
+        absorb and many expand: for S >> T up to T = r (dn + dv) / (2r - dn - dv), 64 for `lora` and 192 for `enhanced` at
+        C = 384, 171 at DeepSeek-V3's sizes. If it is not, as in `mla` here with its small rank, absorbing always wins.
         """
         if self.decode != 'auto':
             return self.decode == 'absorb'
@@ -375,37 +302,132 @@ class LatentAttention(nn.Module):
 
     def forward(self, x, rope, mask=None, cache=None, slots=None, span=None):
         B, T, C = x.shape
-        H, r = self.n_head, self.kv_lora_rank
-        dn, dr, dv = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.q_lora_rank else self.q_proj(x)
+        H, r, dn, dr = self.n_head, self.kv_lora_rank, self.qk_nope_head_dim, self.qk_rope_head_dim
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.q_lora_rank else self.q_proj(x)     # eq. 12-14
         q_nope, q_pe = q.view(B, T, H, dn + dr).split([dn, dr], dim=-1)             # (B, T, H, dn), (B, T, H, dr)
-        q_pe = apply_rope(q_pe, rope)
-        c, k_pe = self.kv_a_proj_with_mqa(x).split([r, dr], dim=-1)                 # (B, T, r), (B, T, dr)
+        c, k_pe = self.kv_a_proj_with_mqa(x).split([r, dr], dim=-1)                 # (B, T, r), (B, T, dr): eq. 9, 15
         c = self.kv_a_layernorm(c)
-        k_pe = apply_rope(k_pe.unsqueeze(2), rope)                                  # (B, T, 1, dr): one head for all
+        q_pe, k_pe = apply_rope(q_pe, rope), apply_rope(k_pe.unsqueeze(2), rope).squeeze(2)     # k_pe: one head for all
         if cache is not None:
-            new = torch.cat((c, k_pe.squeeze(2)), dim=-1)                           # (B, T, r + dr)
+            new = torch.cat((c, k_pe), dim=-1)                                      # (B, T, r + dr)
             write(cache, 1, slots, new)
             kept = new if slots is None else cache[:, :span].to(q.dtype)            # (B, S, r + dr)
-            c, k_pe = kept[..., :r], kept[..., r:].unsqueeze(2)
+            c, k_pe = kept.split([r, dr], dim=-1)
         causal = slots is None and mask is None
-
         if cache is not None and self.absorbs(T, c.size(1)):
-            W_uk, W_uv = self.kv_b_proj.weight.to(q.dtype).view(H, dn + dv, r).split([dn, dv], dim=1)  # (H, dn, r), (H, dv, r)
-            q_c = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), W_uk)             # (H, B T, r): one product per head
-            q = torch.cat((q_c.transpose(0, 1).view(B, T, H, r), q_pe), dim=-1)     # (B, T, H, r + dr)
-            # One key head for all; it also serves as the value (its last dr output columns are dropped), so that keys
-            # and values are one piece of memory, as wide as each other: what the flash kernels want.
-            kept = kept.unsqueeze(1)                                                # (B, 1, S, r + dr)
-            if T == 1:    # the H heads as H rows of one query matrix: the cache is read once, not H times
-                o = attend(q, kept, kept, self.scale, mask).view(B, 1, H, r + dr)
-            else:
-                o = attend(q.transpose(1, 2), kept, kept, self.scale, mask, causal).transpose(1, 2)
-            o = torch.bmm(o[..., :r].flatten(0, 1).transpose(0, 1), W_uv.mT).transpose(0, 1)    # (B T, H, dv)
+            o = self.absorbed(q_nope, q_pe, kept, mask, causal)
         else:
-            S = c.size(1)
-            k_nope, v = self.kv_b_proj(c).view(B, S, H, dn + dv).split([dn, dv], dim=-1)
-            q = torch.cat((q_nope, q_pe), dim=-1)                                   # (B, T, H, dn + dr)
-            k = torch.cat((k_nope, k_pe.expand(B, S, H, dr)), dim=-1)               # (B, S, H, dn + dr)
-            o = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, mask, causal).transpose(1, 2)
-        return self.o_proj(o.reshape(B, T, H * dv))
+            o = self.expanded(q_nope, q_pe, c, k_pe, mask, causal)
+        return self.o_proj(o.reshape(B, T, -1))                                     # eq. 19
+
+    def expanded(self, q_nope, q_pe, c, k_pe, mask, causal):
+        """Attention as it is trained: keys and values of every head made from c (B, S, r), k_pe (B, S, dr) -> (B, T, H, dv)"""
+        B, S, H, dn, dv = *c.shape[:2], self.n_head, self.qk_nope_head_dim, self.v_head_dim
+        k_nope, v = self.kv_b_proj(c).view(B, S, H, dn + dv).split([dn, dv], dim=-1)            # eq. 10-11
+        k_pe = k_pe.unsqueeze(2).expand(-1, -1, H, -1)                              # (B, S, H, dr)
+        q, k = torch.cat((q_nope, q_pe), dim=-1), torch.cat((k_nope, k_pe), dim=-1)             # eq. 16-17
+        return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, mask, causal).transpose(1, 2)
+
+    def absorbed(self, q_nope, q_pe, kept, mask, causal):
+        """The same over the cache itself, kept (B, S, r + dr) = [c | k_pe]: one key head for all, and its own value."""
+        B, T, H, dn = q_nope.shape
+        r, dv = self.kv_lora_rank, self.v_head_dim
+        W_uk, W_uv = self.kv_b_proj.weight.to(q_nope.dtype).view(H, dn + dv, r).split([dn, dv], dim=1)
+        q_c = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), W_uk)                 # (H, B T, r): W_uk^T q, head by head
+        q = torch.cat((q_c.transpose(0, 1).view(B, T, H, r), q_pe), dim=-1)         # (B, T, H, r + dr)
+        kept = kept.unsqueeze(1)                                                    # (B, 1, S, r + dr)
+        if T == 1:                  # the H heads as H rows of one query matrix: the cache is read once, not H times
+            o = attend(q, kept, kept, self.scale, mask).view(B, 1, H, -1)
+        else:
+            o = attend(q.transpose(1, 2), kept, kept, self.scale, mask, causal).transpose(1, 2)
+        # Keys as values, because kernels want both as wide as each other: of the sums over s only the r of c are meant
+        o = torch.bmm(o[..., :r].flatten(0, 1).transpose(0, 1), W_uv.mT)            # (H, B T, dv)
+        return o.transpose(0, 1).view(B, T, H, dv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The variants
+
+def variants(n_embd, n_head):
+    """The rows behind --attn: name -> {'class': ..., knob: value}, as proportions of the width, so that they hold at any.
+
+    With C = n_embd and d = C / n_head. At Experiment 1's C = 384 and 8 heads (d = 48) the lora row reads: ranks 32 and
+    64, nope 16 + rope 32, v 48, which are the numbers of the report that this project repeats.
+    """
+    C, d = n_embd, n_embd // n_head
+    two_thirds = 2 * round(d / 3)                                       # 2d/3, rounded to an even number of dims
+    nearest_8 = lambda x: max(8, 8 * round(x / 8))
+    lora = {'class': LatentAttention, 'q_lora_rank': C // 12, 'kv_lora_rank': C // 6,
+            'qk_nope_head_dim': d - two_thirds, 'qk_rope_head_dim': two_thirds, 'v_head_dim': d}
+    return {
+        'baseline': {'class': MultiHeadAttention, 'n_kv_head': n_head},
+        'gqa': {'class': MultiHeadAttention, 'n_kv_head': max(1, n_head // 4)},
+        'mqa': {'class': MultiHeadAttention, 'n_kv_head': 1},
+        # DeepSeek's attention inside the baseline's head sizes: nope + rope = v = d
+        'lora': lora,
+        # ... and the three things the report added: content width that no longer pays for the rotary part, RoPE scaling, bias
+        'enhanced': {**lora, 'qk_nope_head_dim': d, 'rope_scaling': 'linear', 'rope_factor': 2.0, 'attention_bias': True},
+        # DeepSeek-V2's own proportions: q rank 0.3 C, kv rank 0.1 C, nope = v = d, rope = d/2 (1536, 512, 128, 64 at C = 5120)
+        'mla': {'class': LatentAttention, 'q_lora_rank': nearest_8(0.3 * C), 'kv_lora_rank': nearest_8(0.1 * C),
+                'qk_nope_head_dim': d, 'qk_rope_head_dim': 2 * round(d / 4), 'v_head_dim': d},
+    }
+
+
+# What a row leaves open. None: the knob means nothing to that row's class (giving it by hand is an error).
+DEFAULTS = {'n_kv_head': None, 'q_lora_rank': None, 'kv_lora_rank': None, 'qk_nope_head_dim': None,
+            'qk_rope_head_dim': None, 'v_head_dim': None, 'rope_scaling': 'default', 'rope_factor': 1.0,
+            'attention_bias': False}
+ROPE_SCALINGS = ('default', 'linear', 'dynamic', 'yarn')
+
+
+def attention_settings(attn, n_embd, n_head, **given):
+    """The knobs of variant `attn` with those in `given` that are not None laid over its row. -> dict with DEFAULTS' keys.
+
+    Raises ValueError, in one line, for an unknown variant, a knob that the variant's class does not have, and sizes
+    that make no attention (odd rotary width, no width at all, key/value heads that do not divide the heads, ...).
+    """
+    if n_embd < 1 or n_head < 1 or n_embd % n_head:
+        raise ValueError(f'n_embd ({n_embd}) must be a multiple of n_head ({n_head}): every head gets n_embd / n_head dims')
+    rows = variants(n_embd, n_head)
+    if attn not in rows:
+        import difflib                                                  # only on the way out
+        close = difflib.get_close_matches(str(attn), rows, n=1)
+        raise ValueError(f'unknown attention variant {attn!r}{f"; did you mean --attn={close[0]}?" if close else ""}'
+                         f' (one of {", ".join(rows)})')
+    row = {**DEFAULTS, **rows[attn]}
+    for knob, value in given.items():
+        if value is None:
+            continue
+        if row[knob] is None:
+            raise ValueError(f'--{knob} means nothing to --attn={attn}, which is {row["class"].__name__}')
+        row[knob] = value
+    row.pop('class')
+
+    if row['n_kv_head'] is not None:                                    # multi-head
+        if row['n_kv_head'] < 1 or n_head % row['n_kv_head']:
+            raise ValueError(f'n_kv_head ({row["n_kv_head"]}) must divide n_head ({n_head})')
+        if (n_embd // n_head) % 2:
+            raise ValueError(f'n_embd / n_head is {n_embd // n_head}, an odd number: rotary positions turn pairs of dims')
+    if row['kv_lora_rank'] is not None:                                 # latent
+        if row['q_lora_rank'] < 0:
+            raise ValueError(f'q_lora_rank ({row["q_lora_rank"]}) must be 0 (no bottleneck for the queries) or positive')
+        for knob in ('kv_lora_rank', 'v_head_dim', 'qk_rope_head_dim'):
+            if row[knob] < 1:
+                raise ValueError(f'{knob} is {row[knob]} with n_embd={n_embd}, n_head={n_head}; it must be at least 1')
+        if row['qk_nope_head_dim'] < 1:
+            raise ValueError(f'qk_nope_head_dim is {row["qk_nope_head_dim"]}: the rotary part (qk_rope_head_dim = '
+                             f'{row["qk_rope_head_dim"]}) leaves the content no width; make it smaller or n_embd larger')
+        if row['qk_rope_head_dim'] % 2:
+            raise ValueError(f'qk_rope_head_dim ({row["qk_rope_head_dim"]}) must be even: rotary positions turn pairs of dims')
+    if row['rope_scaling'] not in ROPE_SCALINGS:
+        raise ValueError(f'unknown rope_scaling {row["rope_scaling"]!r} (one of {", ".join(ROPE_SCALINGS)})')
+    if row['rope_scaling'] == 'dynamic' and (row['qk_rope_head_dim'] or n_embd // n_head) == 2:
+        raise ValueError('rope_scaling=dynamic needs a rotary width above 2: its exponent is width / (width - 2)')
+    if not 1 <= row['rope_factor'] < math.inf:
+        raise ValueError(f'rope_factor ({row["rope_factor"]}) must be at least 1: positions are divided by it')
+    return row
+
+
+def build_attention(config):
+    """A new attention layer for `config` (model.ModelConfig): the class that the variant's row names."""
+    return variants(config.n_embd, config.n_head)[config.attn]['class'](config)

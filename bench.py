@@ -117,7 +117,8 @@ import torch
 import attention
 import moe
 from figures import canvas
-from machine import choose_device, choose_dtype, environment, now, resident_gb, write_atomically
+from machine import (choose_device, choose_dtype, environment, keep_freed_memory, now, resident_gb,
+                     write_atomically)
 from model import LanguageModel, ModelConfig
 
 if variants == ['all']:
@@ -142,7 +143,8 @@ if peer == 'transformers' and task in ('train', 'decode', 'memory'):
 
 device = choose_device(device, kinds=('cuda', 'cpu'))
 dtype, cuda = choose_dtype(dtype, device), device.type == 'cuda'
-if cuda:
+keep_freed_memory(device)
+if cuda and dtype == 'float32':
     torch.set_float32_matmul_precision('high')
 compile = cuda if compile is None else compile
 autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16')
@@ -455,9 +457,9 @@ class Mark(torch.autograd.Function):
 @contextlib.contextmanager
 def marked(model):
     """Marks around the parts of a model, as long as the with block lasts."""
-    def around(part, outside, work):
-        def wrapped(x, *rest, **named):
-            y = work(Mark.apply(outside, part, x)[0], *rest, **named)
+    def around(part, outside, work, tensors=1):                 # its first so many arguments carry gradients over
+        def wrapped(*rest, **named):
+            y = work(*Mark.apply(outside, part, *rest[:tensors]), *rest[tensors:], **named)
             if torch.is_tensor(y):
                 return Mark.apply(part, outside, y)[0]
             if part == 'router':                                # chosen, weights, Routing
@@ -467,7 +469,7 @@ def marked(model):
             return y._replace(nll=first) if part == 'head' else (first, *y[1:])
         return wrapped
 
-    plain, moe.swiglu_experts = moe.swiglu_experts, around('experts', 'dispatch', moe.swiglu_experts)
+    plain, moe.swiglu_experts = moe.swiglu_experts, around('experts', 'dispatch', moe.swiglu_experts, 2)
     model.head_loss = around('head', 'rest', model.head_loss)
     for layer in model.layers:
         layer.attn.forward = around('attention', 'rest', layer.attn.forward)

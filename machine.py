@@ -2,6 +2,7 @@
 
 Imports torch, so it is imported after configure() has answered --help and typos.
 """
+import ctypes
 import os
 import platform
 import subprocess
@@ -44,6 +45,21 @@ def choose_dtype(name, device):
         return name
     computes = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
     return 'bfloat16' if computes else 'float32'
+
+
+def keep_freed_memory(device):
+    """On a CPU with glibc: keep what is freed for the next update instead of handing it back to the system.
+
+    Tensors above 32 MB (the experts' gradients, from 16 experts on) are otherwise fresh pages in every update, and the
+    first touch of a page costs more than what is computed on it: 1.4 times the time at 32 experts, at the same peak
+    (results/notes.md).
+    """
+    try:
+        if device.type == 'cpu':
+            mallopt = ctypes.CDLL('libc.so.6').mallopt
+            mallopt(-4, 0), mallopt(-1, -1)                 # M_MMAP_MAX: nothing apart from the heap; M_TRIM_THRESHOLD: never
+    except (OSError, AttributeError):                       # another C library
+        pass
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -71,6 +71,8 @@ class ModelConfig:
             raise ValueError(f'unknown router {self.router!r} (one of softmax, sigmoid)')
         if self.rope_theta <= 1:
             raise ValueError(f'rope_theta must be above 1, not {self.rope_theta}')
+        if not 0 < self.rope_beta_slow < self.rope_beta_fast:
+            raise ValueError(f'rope_beta_slow ({self.rope_beta_slow}) must be above 0 and below rope_beta_fast ({self.rope_beta_fast})')
         if self.rope_original_context is not None and self.rope_original_context < 1:
             raise ValueError(f'rope_original_context must be at least 1, not {self.rope_original_context}')
         self.__dict__.update(attention_settings(self.attn, self.n_embd, self.n_head, **{k: getattr(self, k) for k in DEFAULTS}))

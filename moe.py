@@ -8,10 +8,11 @@ Shapes: B sequences of T tokens, N = B T, C = n_embd, F = d_ff, E = n_expert, k 
 
     x (N, C) -> router -> chosen (N, k), weights (N, k)
     k copies of each token, sorted by expert (M, C):   [ expert 0's rows | expert 1's rows | ... | expert E-1's rows ]
-    one matrix product per expert over its contiguous rows -> (M, C) -> back into token order -> weighted sum over k
+    one matrix product per expert over its contiguous rows, weighted -> (M, C) -> by token again, summed over k -> (N, C)
 
-No token is dropped, there is no capacity, and nothing is added atomically: a token's result depends on that token alone,
-and the same input gives the same bits.
+No token is dropped, there is no capacity, and nothing is added atomically: a token's result depends on that token
+alone, and the same input gives the same bits. Read MixtureOfExperts first; below it stand the dispatch and the
+networks, each with its backward by hand.
 """
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -26,20 +27,120 @@ class Routing(NamedTuple):
     balance_loss: torch.Tensor      # scalar, 1 when load or probability is even
     z_loss: torch.Tensor            # scalar, nats squared
     load: torch.Tensor              # (E,) token copies that each expert got; sums to M
-    entropy: torch.Tensor           # scalar, nats: mean entropy of a token's distribution over the experts, at most ln E
+    entropy: torch.Tensor           # scalar, nats: mean entropy of a token's distribution over experts, at most ln E
 
 
-def without_autocast(x):
-    """A context in which nothing is cast. Entering torch.autocast costs as much as a small product: only if it is on."""
-    return torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
+class MixtureOfExperts(nn.Module):
+    """x (B, T, C) -> (B, T, C), Routing. Experts are stored stacked, each matrix as (out, in) like nn.Linear's.
 
+    router='softmax'  p = softmax over all E; the k largest, renormalised to sum to 1 (Mixtral, Qwen; the same as a
+                      softmax over the k largest logits). With k = 1 that would be a constant 1, which tells the router
+                      nothing, so there p itself is the weight (Switch Transformer, eq. 2).
+    router='sigmoid'  DeepSeek-V3, eq. 12-16: s = sigmoid(logits); a bias per expert is added for CHOOSING only, the
+                      weights are the chosen s, renormalised. The bias is no parameter: update_bias() nudges it.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C, width, E = config.n_embd, config.d_ff, config.n_expert
+        self.top_k, self.kind, self.scaling = config.top_k, config.router, config.routed_scaling_factor
+        self.router = nn.Linear(C, E, bias=False)
+        self.gate_proj = nn.Parameter(torch.empty(E, width, C))
+        self.up_proj = nn.Parameter(torch.empty(E, width, C))
+        self.down_proj = nn.Parameter(torch.empty(E, C, width))
+        if config.n_shared_expert:          # always on, ungated: one network, n_shared_expert times as wide
+            shared = config.n_shared_expert * width
+            self.shared_gate_proj = nn.Linear(C, shared, bias=False)
+            self.shared_up_proj = nn.Linear(C, shared, bias=False)
+            self.shared_down_proj = nn.Linear(shared, C, bias=False)
+        # float32 whatever the model's dtype: steps of 0.001 are lost in bfloat16. None for the softmax router.
+        self.register_buffer('e_score_correction_bias', torch.zeros(E) if self.kind == 'sigmoid' else None)
+
+    def _apply(self, fn, recurse=True):
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)         # .to(), .bfloat16(), ...: the bias moves, but stays float32
+        if bias is not None:
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
+
+    def route(self, x, log=True):
+        """x (B, T, C) -> chosen (B, T, k) expert ids, weights (B, T, k), Routing; None for it with log=False."""
+        # float32 also under autocast: small differences between logits decide the routing
+        with without_autocast(x):
+            wide = torch.promote_types(x.dtype, torch.float32)
+            logits = F.linear(x.to(wide), self.router.weight.to(wide))                          # (B, T, E)
+        if self.kind == 'softmax':
+            scores = probs = logits.softmax(-1)
+            chosen = scores.topk(self.top_k, dim=-1).indices                                    # (B, T, k)
+        else:
+            scores = logits.sigmoid()
+            chosen = (scores + self.e_score_correction_bias).topk(self.top_k, dim=-1).indices
+            probs = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        weights = scores.gather(-1, chosen)                                                     # never the biased ones
+        if self.top_k > 1:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights * self.scaling
+        return chosen, weights, self.balance(logits, probs, chosen) if log else None
+
+    def balance(self, logits, probs, chosen):
+        """How evenly the experts are used -> Routing. logits, probs (B, T, E), chosen (B, T, k).
+
+        Switch eq. 4-6 with the load counted per choice, E sum_e f_e P_e: f_e is expert e's share of the choices, P_e its
+        mean probability, over ALL experts. Both are taken per sequence (DeepSeek-V3 eq. 17-20), so that neither the
+        micro-batch nor the number of processes matters. f counts, so it has no gradient; P has, and pushes probability
+        away from the experts that are full. The loss is 1 when f or P is even. With E = 4, k = 1, every token on expert 0
+        and p = (.7, .1, .1, .1) it is 4 x 1 x .7 = 2.8; if k experts get everything with certainty, E/k.
+        """
+        (_, T, k), E = chosen.shape, logits.size(-1)
+        counts = (chosen.flatten(1).unsqueeze(-1) == torch.arange(E, device=chosen.device)).sum(1)      # (B, E)
+        balance_loss = E * (counts.to(probs.dtype) / (T * k) * probs.mean(1)).sum(-1).mean()
+        z_loss = logits.logsumexp(-1).square().mean()                                           # ST-MoE eq. 5
+        entropy = -(probs * probs.clamp_min(1e-20).log()).sum(-1).mean()
+        return Routing(balance_loss, z_loss, counts.sum(0), entropy.detach())
+
+    def forward(self, x, log=True):
+        B, T, C = x.shape
+        N, k, E = B * T, self.top_k, self.router.out_features
+        chosen, weights, routing = self.route(x, log)
+        if N == 1 and x.is_cpu and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            y = one_token_swiglu(x.view(1, C), chosen.flatten().tolist(), weights.flatten().tolist(),
+                                 self.gate_proj, self.up_proj, self.down_proj)
+            return self.add_shared(x, y.view(B, T, C)), routing
+        load = routing.load if log else (chosen.flatten().unsqueeze(-1) == torch.arange(E, device=x.device)).sum(0)
+        order = chosen.flatten().argsort(stable=True)           # (M,) which copy stands at each sorted row
+        inverse = order.argsort()                               # (M,) at which sorted row each copy stands
+        # under autocast the products run in its dtype; functions written by hand are not cast by it, so cast here
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        gate, up, down = self.gate_proj.to(dtype), self.up_proj.to(dtype), self.down_proj.to(dtype)
+        rows = ToExperts.apply(x.view(N, C).to(dtype), order, inverse)                          # (M, C)
+        weights = ToExperts.apply(weights.flatten(), order, inverse)                            # (M,)
+        with without_autocast(x):
+            y = swiglu_experts(rows, weights, gate, up, down, load)
+        y = FromExperts.apply(y, order, inverse, k, x.dtype).view(B, T, C)
+        return self.add_shared(x, y), routing
+
+    def add_shared(self, x, y):
+        if hasattr(self, 'shared_gate_proj'):
+            y = y + self.shared_down_proj(F.silu(self.shared_gate_proj(x)) * self.shared_up_proj(x))
+        return y
+
+    @torch.no_grad()
+    def update_bias(self, load, rate):
+        """DeepSeek-V3's auxiliary-loss-free balancing (arXiv 2408.15664): once per optimizer update, nudge every
+        overloaded expert down and every underloaded one up by `rate`. load (E,): copies over the whole global batch."""
+        load = load.to(self.e_score_correction_bias.dtype)
+        self.e_score_correction_bias += rate * torch.sign(load.mean() - load)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The dispatch: tokens to their experts and back
 
 class ToExperts(torch.autograd.Function):
     """x (N, ...) -> (M, ...): the k = M / N copies of every token, sorted by expert.
 
-    order (M,): which copy stands at each sorted row, copy m being one of token m // k; inverse (M,): at which sorted row
-    each copy stands. Plain indexing would scatter-add in its backward, atomically on a GPU. But the gradient of handing
-    out copies is adding them up again, FromExperts, and the other way round: both gather.
+    order (M,): which copy stands at each sorted row, copy m being one of token m // k; inverse (M,): at which sorted
+    row each copy stands. Plain indexing would scatter-add in its backward, atomically on a GPU. But the gradient of
+    handing out copies is adding them up again, FromExperts, and the other way round: both gather.
     """
 
     @staticmethod
@@ -67,47 +168,59 @@ class FromExperts(torch.autograd.Function):
         return ToExperts.apply(grad.to(ctx.dtype), *ctx.saved_tensors), None, None, None, None
 
 
-def weights_first():
-    """Whether few rows are multiplied with the weights on the left: on AMD, whose products x w^T of one to eight rows MKL
-    computes at 7 to 10 GB/s of weights where w x^T reaches 30; on Intel it is the other way round (results/notes.md)."""
-    try:
-        return 'AuthenticAMD' in open('/proc/cpuinfo').read()
-    except OSError:
-        return False
+# ---------------------------------------------------------------------------------------------------------------------
+# The experts' networks
+
+def swiglu_experts(rows, weights, gate, up, down, load):
+    """The experts' networks over rows (M, C) sorted by expert; load (E,) rows each. See SegmentedSwiGLU for the rest.
+
+    F.grouped_mm does all experts in one launch, with row counts read on the device, no host synchronisation.
+    """
+    if grouped_serves(rows, gate):
+        ends = load.cumsum(0).to(torch.int32)                   # (E,) where each expert's rows end
+        g = F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)
+        u = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
+        return F.grouped_mm(F.silu(g) * u, down.transpose(1, 2), offs=ends) * weights.unsqueeze(1)
+    return SegmentedSwiGLU.apply(rows, weights, gate, up, down, load.tolist(), torch.is_grad_enabled())
 
 
-WEIGHTS_FIRST, FEW_ROWS = weights_first(), 8
+def grouped_serves(rows, gate):
+    """Whether F.grouped_mm is the way to go: on a GPU, and inside torch.compile. On a CPU the loop is faster.
 
-
-def product(x, w, out=None):
-    """x w^T for x (rows, in) and w (out, in). With few rows reading w is all it costs."""
-    if not (WEIGHTS_FIRST and len(x) <= FEW_ROWS and x.is_cpu):
-        return torch.mm(x, w.T, out=out)
-    y = (w @ (x if len(x) > 1 else x.expand(2, -1)).contiguous().T)[:, :len(x)].T    # of one column mm makes that slow product
-    return y if out is None else out.copy_(y)
+    It takes no float64 and only strides that are multiples of 16 bytes; and torch.compile knows it in bfloat16 alone
+    (the shape rule, torch._meta_registrations of 2.13, refuses float32, which the kernel itself takes). Where it does
+    not serve there, load.tolist() below breaks the graph, and the experts run eagerly.
+    """
+    compiling = torch.compiler.is_compiling()
+    fits = rows.dtype == torch.bfloat16 or (rows.dtype == torch.float32 and not compiling)
+    return fits and (rows.is_cuda or compiling) and all(n * rows.element_size() % 16 == 0 for n in gate.shape[1:])
 
 
 class SegmentedSwiGLU(torch.autograd.Function):
     """w down_e(silu(gate_e x) * up_e x) for rows x sorted by expert, one expert after the other: the CPU's path.
 
-    rows (M, C); weights (M,); gate, up (E, F, C); down (E, C, F); sizes: a list of E row counts that sum to M -> (M, C).
+    rows (M, C); weights (M,); gate, up (E, F, C); down (E, C, F); sizes: E row counts, a list -> (M, C).
     Written out by hand, forward and backward, so that every product writes straight into its slice of one output, the
-    F-wide intermediates of one expert are used while they are still in the cache, and only gate's and up's outputs are
-    kept for the backward. The weight multiplies what goes into `down`, which is the same as multiplying what comes out,
-    but then the output need not be kept for the weight's gradient.
+    F-wide intermediates of one expert are used while they are still in the cache, and only g = gate x and u = up x are
+    kept for the backward; with h = silu(g) u,
+        dh = w down^T dy      du = dh silu(g)      dg = dh u silu'(g)      dw = dy . (down h) = dh . h / w
+    The last saves keeping the output. Where w underflowed to 0, so did its derivative by the router's logit.
     """
 
     @staticmethod
-    def forward(ctx, rows, weights, gate, up, down, sizes):
-        g, u, y = rows.new_empty(len(rows), gate.size(1)), rows.new_empty(len(rows), gate.size(1)), torch.empty_like(rows)
+    def forward(ctx, rows, weights, gate, up, down, sizes, with_grad):
+        y = torch.empty_like(rows, dtype=weights.dtype)         # as wide as the weights, which stay float32 in bfloat16
+        kept = len(rows) if with_grad else max(sizes)           # without a backward: one expert at a time
+        g, u = rows.new_empty(kept, gate.size(1)), rows.new_empty(kept, gate.size(1))
         start = 0
         for e, n in enumerate(sizes):
             if n == 0:                                          # most experts, when few tokens are decoded
                 continue
             s, start = slice(start, start + n), start + n
-            product(rows[s], gate[e], out=g[s])
-            product(rows[s], up[e], out=u[s])
-            product(F.silu(g[s]).mul_(u[s]).mul_(weights[s, None]), down[e], out=y[s])
+            k = s if with_grad else slice(n)
+            product(rows[s], gate[e], out=g[k])
+            product(rows[s], up[e], out=u[k])
+            torch.mul(product(F.silu(g[k]).mul_(u[k]), down[e]), weights[s, None], out=y[s])
         ctx.save_for_backward(rows, weights, gate, up, down, g, u)
         ctx.sizes = sizes
         return y
@@ -119,46 +232,19 @@ class SegmentedSwiGLU(torch.autograd.Function):
         d_rows, d_weights, d_gate, d_up, d_down = (torch.empty_like(t) for t in (rows, weights, gate, up, down))
         start = 0
         for e, n in enumerate(ctx.sizes):
-            s, start = slice(start, start + n), start + n       # an expert without rows gets zeros: products over 0 rows
-            silu = F.silu(g[s])
-            h = silu * u[s]
-            dh = dy[s] @ down[e]                                # (n, F), of w h
-            torch.linalg.vecdot(dh, h, out=d_weights[s])
-            torch.mm(dy[s].T, h.mul_(weights[s, None]), out=d_down[e])
-            dh.mul_(weights[s, None])
+            s, start = slice(start, start + n), start + n       # without rows: products over 0 rows are zeros
+            silu, w = F.silu(g[s]), weights[s, None]
+            h, dy_e = silu * u[s], (dy[s] * w).to(rows.dtype)
+            dh = dy_e @ down[e]                                 # (n, F)
+            d_weights[s] = torch.where(w != 0, (dh * h).sum(1, keepdim=True) / w, 0).squeeze(1)
+            torch.mm(dy_e.T, h, out=d_down[e])
             d_u = silu.mul_(dh)
             d_g = torch.ops.aten.silu_backward(dh.mul_(u[s]), g[s])
             torch.mm(d_g.T, rows[s], out=d_gate[e])
             torch.mm(d_u.T, rows[s], out=d_up[e])
             torch.mm(d_g, gate[e], out=d_rows[s])
             d_rows[s].addmm_(d_u, up[e])
-        return d_rows, d_weights, d_gate, d_up, d_down, None
-
-
-def grouped_serves(rows, gate):
-    """Whether F.grouped_mm is the way to go: on a GPU, and inside torch.compile. On a CPU the loop is faster.
-
-    It takes no float64 and only strides that are multiples of 16 bytes; and torch.compile knows it in bfloat16 alone (the
-    shape rule, torch._meta_registrations of 2.13, refuses float32, which the kernel itself takes). Where it does not serve
-    there, load.tolist() below breaks the graph, and the experts run eagerly.
-    """
-    compiling = torch.compiler.is_compiling()
-    fits = rows.dtype == torch.bfloat16 or (rows.dtype == torch.float32 and not compiling)
-    return fits and (rows.is_cuda or compiling) and all(n * rows.element_size() % 16 == 0 for n in gate.shape[1:])
-
-
-def swiglu_experts(rows, weights, gate, up, down, load):
-    """The experts' networks over rows (M, C) sorted by expert; load (E,) rows each. See SegmentedSwiGLU for the rest.
-
-    F.grouped_mm does all experts in one launch, with row counts read on the device, no host synchronisation.
-    """
-    if grouped_serves(rows, gate):
-        ends = load.cumsum(0).to(torch.int32)                   # (E,) where each expert's rows end
-        g = F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)
-        u = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
-        h = (F.silu(g) * u * weights.unsqueeze(1)).to(rows.dtype)
-        return F.grouped_mm(h, down.transpose(1, 2), offs=ends)
-    return SegmentedSwiGLU.apply(rows, weights.to(rows.dtype), gate, up, down, load.tolist())
+        return d_rows, d_weights, d_gate, d_up, d_down, None, None
 
 
 def one_token_swiglu(x, chosen, weights, gate, up, down):
@@ -170,100 +256,27 @@ def one_token_swiglu(x, chosen, weights, gate, up, down):
     return y
 
 
-class MixtureOfExperts(nn.Module):
-    """x (B, T, C) -> (B, T, C), Routing. Experts are stored stacked, each matrix as (out, in) like nn.Linear's.
+def weights_first():
+    """Whether products of few rows have the weights on the left: on AMD. There MKL reads w at 7 to 10 GB/s for x w^T with
+    one or two rows x, and at 30 for w x^T; on Intel it is the other way round, 27 and 12 (results/notes.md)."""
+    try:
+        return 'AuthenticAMD' in open('/proc/cpuinfo').read()
+    except OSError:
+        return False                                            # not Linux
 
-    router='softmax'  p = softmax over all E; the k largest, renormalised to sum to 1 (Mixtral, Qwen; the same as a softmax
-                      over the k largest logits). With k = 1 that would be a constant 1, which tells the router nothing,
-                      so there p itself is the weight (Switch Transformer, eq. 2).
-    router='sigmoid'  DeepSeek-V3, eq. 12-16: s = sigmoid(logits); a bias per expert is added for CHOOSING only, the
-                      weights are the chosen s, renormalised. The bias is no parameter: update_bias() nudges it.
-    """
 
-    def __init__(self, config):
-        super().__init__()
-        C, width, E = config.n_embd, config.d_ff, config.n_expert
-        self.top_k, self.kind, self.scaling = config.top_k, config.router, config.routed_scaling_factor
-        self.router = nn.Linear(C, E, bias=False)
-        self.gate_proj = nn.Parameter(torch.empty(E, width, C))
-        self.up_proj = nn.Parameter(torch.empty(E, width, C))
-        self.down_proj = nn.Parameter(torch.empty(E, C, width))
-        if config.n_shared_expert:                              # always on, ungated: one network, n_shared_expert times as wide
-            shared = config.n_shared_expert * width
-            self.shared_gate_proj = nn.Linear(C, shared, bias=False)
-            self.shared_up_proj = nn.Linear(C, shared, bias=False)
-            self.shared_down_proj = nn.Linear(shared, C, bias=False)
-        # float32 whatever the model's dtype: steps of 0.001 are lost in bfloat16. None for the softmax router.
-        self.register_buffer('e_score_correction_bias', torch.zeros(E) if self.kind == 'sigmoid' else None)
+WEIGHTS_FIRST, FEW_ROWS = weights_first(), 8
 
-    def _apply(self, fn, recurse=True):
-        bias = self.e_score_correction_bias
-        super()._apply(fn, recurse)                             # .to(), .bfloat16(), ...: the bias moves, but stays float32
-        if bias is not None:
-            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
-        return self
 
-    def route(self, x, log=True):
-        """x (B, T, C) -> chosen (B, T, k) expert ids, weights (B, T, k), Routing; None for it with log=False."""
-        B, T, C = x.shape
-        k, E = self.top_k, self.router.out_features
-        # float32 also under autocast: small differences between logits decide the routing
-        with without_autocast(x):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(wide), self.router.weight.to(wide))                          # (B, T, E)
-        if self.kind == 'softmax':
-            scores = logits.softmax(-1)
-            chosen = scores.topk(k, dim=-1).indices
-            probs = scores
-        else:
-            scores = logits.sigmoid()
-            chosen = (scores + self.e_score_correction_bias).topk(k, dim=-1).indices
-            probs = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-        weights = scores.gather(-1, chosen)                                                     # never the biased ones
-        if k > 1:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        weights = weights * self.scaling
-        if not log:
-            return chosen, weights, None
+def product(x, w, out=None):
+    """x w^T for x (rows, in) and w (out, in). With few rows, reading w is all that it costs."""
+    if not (WEIGHTS_FIRST and len(x) <= FEW_ROWS and x.is_cpu):
+        return torch.mm(x, w.T, out=out)
+    columns = (x if len(x) > 1 else x.expand(2, -1)).contiguous().T         # one column would be that slow product again
+    y = (w @ columns)[:, :len(x)].T
+    return y if out is None else out.copy_(y)
 
-        # Switch eq. 4-6 with the load counted per choice, per sequence (DeepSeek-V3 eq. 17-20), so that neither the
-        # micro-batch nor the number of processes matters: E sum_e f_e P_e, f the share of the T k choices (no gradient),
-        # P the mean probability over ALL experts. It is 1 when f or P is even, E/k when k experts get everything.
-        counts = (chosen.flatten(1).unsqueeze(-1) == torch.arange(E, device=x.device)).sum(1)   # (B, E)
-        balance_loss = E * (counts.to(probs.dtype) / (T * k) * probs.mean(1)).sum(-1).mean()
-        z_loss = logits.logsumexp(-1).square().mean()                                           # ST-MoE eq. 5
-        entropy = -(probs * probs.clamp_min(1e-20).log()).sum(-1).mean()
-        return chosen, weights, Routing(balance_loss, z_loss, counts.sum(0), entropy.detach())
 
-    def forward(self, x, log=True):
-        B, T, C = x.shape
-        N, k, E = B * T, self.top_k, self.router.out_features
-        chosen, weights, routing = self.route(x, log)
-        if N == 1 and x.is_cpu and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            y = one_token_swiglu(x.view(1, C), chosen.flatten().tolist(), weights.flatten().tolist(),
-                                 self.gate_proj, self.up_proj, self.down_proj)
-            return self.add_shared(x, y.view(B, T, C)), routing
-        load = routing.load if log else (chosen.flatten().unsqueeze(-1) == torch.arange(E, device=x.device)).sum(0)
-        order = chosen.flatten().argsort(stable=True)           # (M,) which copy stands at each sorted row
-        inverse = order.argsort()                               # (M,) at which sorted row each copy stands
-        # under autocast the products run in its dtype; hand-written functions are not cast by it, so cast here
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        gate, up, down = self.gate_proj.to(dtype), self.up_proj.to(dtype), self.down_proj.to(dtype)
-        rows = ToExperts.apply(x.view(N, C).to(dtype), order, inverse)                          # (M, C)
-        weights = ToExperts.apply(weights.flatten(), order, inverse)                            # (M,)
-        with without_autocast(x):
-            y = swiglu_experts(rows, weights, gate, up, down, load)
-        y = FromExperts.apply(y, order, inverse, k, x.dtype).view(B, T, C)
-        return self.add_shared(x, y), routing
-
-    def add_shared(self, x, y):
-        if hasattr(self, 'shared_gate_proj'):
-            y = y + self.shared_down_proj(F.silu(self.shared_gate_proj(x)) * self.shared_up_proj(x))
-        return y
-
-    @torch.no_grad()
-    def update_bias(self, load, rate):
-        """DeepSeek-V3's auxiliary-loss-free balancing (arXiv 2408.15664): once per optimizer update, nudge every
-        overloaded expert down and every underloaded one up by `rate`. load (E,): copies over the whole global batch."""
-        load = load.to(self.e_score_correction_bias.dtype)
-        self.e_score_correction_bias += rate * torch.sign(load.mean() - load)
+def without_autocast(x):
+    """A context in which nothing is cast. Entering torch.autocast costs as much as a small product: only if it is on."""
+    return torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()

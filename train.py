@@ -115,7 +115,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from machine import (choose_device, choose_dtype, environment, load_whole, now, peak_memory_gb,
+from machine import (choose_device, choose_dtype, environment, keep_freed_memory, load_whole, now, peak_memory_gb,
                      write_atomically)
 from model import LanguageModel, ModelConfig
 
@@ -146,8 +146,9 @@ say = print if main_process else lambda *args, **kwargs: None
 
 device = choose_device(device, index=local_rank if world_size > 1 else None)
 dtype = choose_dtype(dtype, device)
-if device.type == 'cuda':
-    torch.set_float32_matmul_precision('high')              # tf32 where a product stays in float32
+keep_freed_memory(device)
+if device.type == 'cuda' and dtype == 'float32':            # tf32; in bfloat16 runs the router's product stays exact
+    torch.set_float32_matmul_precision('high')
 if compile is None:
     compile = device.type == 'cuda'
 if compile:

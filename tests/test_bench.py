@@ -56,7 +56,7 @@ def train(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def parts(tmp_path_factory):
-    return measure(tmp_path_factory.mktemp('parts'), 'parts')
+    return measure(tmp_path_factory.mktemp('parts'), 'parts', '--rounds=8')
 
 
 @pytest.fixture(scope='module')
@@ -133,7 +133,7 @@ def test_every_median_lies_between_its_minimum_and_maximum_and_every_round_is_in
         middle = s.get('median', s.get('of_medians'))
         assert 0 <= s['min'] <= middle * (1 + 1e-9) and middle <= s['max'] * (1 + 1e-9), s
     rounds = result['config']['rounds']
-    assert rounds == (4 if task == 'train' else 3), 'a knob given by hand counts, also under --quick'
+    assert rounds == {'train': 4, 'parts': 8}.get(task, 3), 'a knob given by hand counts, also under --quick'
     for side, measures in result['timings'].items():
         for what, seconds in measures.items():
             again = side == 'machine'                               # it runs along with every set of sides
@@ -204,7 +204,9 @@ def test_the_parts_and_the_remainder_are_the_whole(parts):
         assert all(value > 0 for value in ms.values())
         assert sum(ms.values()) == approximately(row['parts_ms'])
         assert row['parts_ms'] + row['remainder_ms'] == approximately(row['whole_ms']['median'])
-        assert abs(row['remainder_ms']) < row['whole_ms']['median'] / 2             # the parts are those of an update
+        # the parts are those of an update; by minima, as a busy machine moves a median of milliseconds
+        whole, least = row['whole_ms']['min'], sum(p['ms']['min'] for p in row['parts'])
+        assert abs(whole - least) < whole / 2
         assert row['routing_share'] == approximately((ms['router'] + ms['dispatch']) / row['whole_ms']['median'])
         assert row['flops_per_token'] == live(row['variant']).flops_per_token()
         assert sum(p['flops_per_token'] for p in row['parts']) == row['flops_per_token']

@@ -1,6 +1,10 @@
 """machine.py: the device that was asked for or one line, files that are whole or refused."""
 import errno
+import mmap
 import os
+import platform
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -82,11 +86,31 @@ def test_the_environment_needs_neither_git_nor_proc(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='reads /proc')
 def test_resident_memory_grows_with_what_is_held_and_the_peak_stays():
-    before, hog = machine.resident_gb('VmRSS'), b'\1' * 300_000_000
+    before, hog = machine.resident_gb('VmRSS'), mmap.mmap(-1, 300_000_000)     # not the heap, which may keep what it had
+    for page in range(0, len(hog), 4096):
+        hog[page] = 1
     assert machine.resident_gb('VmRSS') > before + 0.25
-    del hog
+    hog.close()
     assert machine.resident_gb('VmRSS') < before + 0.15
     assert machine.peak_memory_gb(torch.device('cpu')) > before + 0.25
+
+
+FAULTS = '''
+import resource, sys, torch, machine
+if sys.argv[1] == 'keep':
+    machine.keep_freed_memory(torch.device('cpu'))
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10_000_000)                                  # 40 MB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+'''
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status') or 'glibc' not in platform.libc_ver(), reason='glibc is told')
+def test_freed_memory_is_kept_for_the_next_update():
+    faults = {way: int(subprocess.run([sys.executable, '-c', FAULTS, way], cwd=REPOSITORY, capture_output=True, text=True,
+                                      check=True).stdout) for way in ('keep', 'leave')}
+    assert faults['keep'] < 100 and faults['leave'] > 1000
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, capsys):
