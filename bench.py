@@ -49,7 +49,6 @@ prompts = ['512']               # tokens in the cache before decoding starts
 batch_sizes = ['1', '8']        # sequences decoded at once
 new_tokens = 64                 # tokens decoded after the prompt, one at a time
 prefill_chunk = 512             # tokens of the prompt at once
-generate = False                # also time whole generate() calls, greedy, ours and the peer's
 
 # Machine
 device = 'auto'                 # auto: cuda, else cpu; or one of them by name
@@ -84,8 +83,6 @@ for knob in ('rounds', 'batch_size', 'block_size', 'micro_batch_size', 'new_toke
         fail(f'{knob} must be at least {least}, not {config[knob]}')
 if not variants or len(set(variants)) < len(variants):
     fail(f'--variants={as_text(variants)} must be names, each once, with commas between: --variants=baseline,lora')
-if device.partition(':')[0] not in ('auto', 'cpu', 'cuda'):
-    fail(f'--device={device} is no device; try auto, cpu or cuda')
 tokens_of_scaling = max(batch_size * block_size, *contexts)
 if task == 'scaling' and any(tokens_of_scaling % n for n in contexts):
     fail(f'--contexts={as_text(config["contexts"])}: each must divide the {tokens_of_scaling} tokens of a batch')
@@ -93,11 +90,11 @@ if task == 'scaling' and experts[0] < top_k:
     fail(f'--experts={as_text(config["experts"])}: each must be at least top_k, {top_k}')
 
 path = Path(out or f'out/bench/{task}.json')
-aside = path.with_name(path.name + '.tmp')
 if path.is_dir():
     fail(f'{path} is a folder; name a file in it: --out={path / task}.json')
-try:
+try:                                                            # told now, not after an hour of measuring
     path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + '.tmp')
     aside.touch()
     aside.unlink()
 except OSError as error:
@@ -106,7 +103,6 @@ except OSError as error:
 import contextlib
 import gc
 import json
-import platform
 import re
 import statistics
 import subprocess
@@ -114,12 +110,15 @@ import sys
 import time
 import warnings
 from dataclasses import replace
-from datetime import datetime
 
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')                 # else torch's profiler writes lines of its own
 import torch
 
 import attention
 import moe
+from figures import canvas
+from machine import (choose_device, choose_dtype, environment, keep_freed_memory, now, resident_gb,
+                     write_atomically)
 from model import LanguageModel, ModelConfig
 
 if variants == ['all']:
@@ -142,48 +141,21 @@ if peer == 'transformers' and task in ('train', 'decode', 'memory'):
 # ---------------------------------------------------------------------------------------------------------------------
 # Machine, as in train.py
 
-if device == 'auto':
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-cuda = device.startswith('cuda')
-if cuda and not torch.cuda.is_available():
-    fail(f'--device={device} was asked for, but this torch ({torch.__version__}) sees no CUDA GPU; try --device=auto')
-if cuda:
-    index = torch.device(device).index or 0
-    if index >= torch.cuda.device_count():
-        fail(f'there is no {device}: this machine has {torch.cuda.device_count()} CUDA device(s)')
-    torch.cuda.set_device(index)                                # memory, names and events are those of the current one
+device = choose_device(device, kinds=('cuda', 'cpu'))
+dtype, cuda = choose_dtype(dtype, device), device.type == 'cuda'
+keep_freed_memory(device)
+if cuda and dtype == 'float32':
     torch.set_float32_matmul_precision('high')
-if dtype == 'auto':
-    bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = 'bfloat16' if bfloat16 else 'float32'
 compile = cuda if compile is None else compile
-autocast = torch.autocast('cuda' if cuda else 'cpu', dtype=torch.bfloat16, enabled=dtype == 'bfloat16')
+autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16')
 synchronize = torch.cuda.synchronize if cuda else lambda: None
 matrix_size = matrix_size or (8192 if cuda else 2048)
 micro_batch_size = min(micro_batch_size, batch_size)
-config |= {k: globals()[k] for k in ('variants', 'device', 'dtype', 'compile', 'matrix_size', 'micro_batch_size')}
+config |= {k: globals()[k] for k in ('variants', 'dtype', 'compile', 'matrix_size', 'micro_batch_size')}
+config |= {'device': str(device)}
 compiled = torch.compile if compile else lambda model: model
-if compile:     # the variants share their code, so their graphs are counted together: beyond 8 the rest would run eagerly
+if compile:     # the variants share their code, so their graphs count together: beyond 8 the rest would run eagerly
     torch._dynamo.config.recompile_limit = 128
-
-
-def environment():
-    def git(*command):
-        try:
-            command = ['git', '-C', Path(__file__).resolve().parent, *command]
-            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None                                         # no git, or no repository
-    try:
-        name = next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    changes = git('status', '--porcelain', '--untracked-files=no')
-    return {'device_name': torch.cuda.get_device_name() if cuda else name, 'threads': torch.get_num_threads(),
-            'torch': torch.__version__, 'transformers': transformers and transformers.__version__,
-            'python': platform.python_version(), 'platform': platform.platform(),
-            'git_commit': git('rev-parse', 'HEAD'), 'git_dirty': None if changes is None else bool(changes)}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Timing
@@ -207,8 +179,8 @@ def interleave(sides, timings):
     return timings
 
 
-def machine():
-    """The yardstick, a side like any other: one matrix product in the model's dtype, one copy."""
+def yardstick():
+    """The machine, a side like any other: one matrix product in the model's dtype, one copy."""
     a, b, c = (torch.randn(matrix_size, matrix_size, device=device, dtype=getattr(torch, dtype)) for _ in range(3))
     source, target = torch.ones(2, copy_mib * 2 ** 18, device=device)
     times = 10 if cuda else 1                                   # one of a GPU's is too short for the clock
@@ -357,15 +329,6 @@ def attention_kernels(work):
     return sorted(name for name in found if not re.search('backward|bwd|bprop|cutlassB', name))
 
 
-def resident_gb(field):
-    """VmHWM (peak) or VmRSS of this process, 10^9 bytes. Linux counts the starting process into a child's ru_maxrss."""
-    try:
-        return next(int(s.split()[1]) for s in open('/proc/self/status') if s.startswith(field)) * 1024 / 1e9
-    except (OSError, StopIteration):
-        import resource                                         # not on Windows; in bytes on a Mac
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
-
-
 def task_memory():
     """The process behind peak_memory(): one side alone, a few updates, one line of JSON."""
     before, model = resident_gb('VmRSS'), build(variants[0])
@@ -375,7 +338,7 @@ def task_memory():
     update = update_of(model.train(), (peer_loss if transformers else our_loss)(compiled(model)))
     for _ in range(memory_steps):
         update()
-    print(json.dumps({'peak_gb': resident_gb('VmHWM'), 'before_model_gb': before}))
+    print(json.dumps({'peak_gb': resident_gb(), 'before_model_gb': before}))
 
 
 def peak_memory(attn, experts_implementation):
@@ -395,7 +358,7 @@ def peak_memory(attn, experts_implementation):
 
 
 def task_train():
-    sides, updates, rows = {'machine': machine()}, {}, {}
+    sides, updates, rows = {'machine': yardstick()}, {}, {}
     for attn in variants:
         for library in ['ours'] + ['transformers'] * bool(transformers):
             gc.collect()
@@ -494,7 +457,7 @@ class Mark(torch.autograd.Function):
 @contextlib.contextmanager
 def marked(model):
     """Marks around the parts of a model, as long as the with block lasts."""
-    def around(part, outside, work, tensors=1):                 # its first so many arguments carry gradients over the border
+    def around(part, outside, work, tensors=1):                 # its first so many arguments carry gradients over
         def wrapped(*rest, **named):
             y = work(*Mark.apply(outside, part, *rest[:tensors]), *rest[tensors:], **named)
             if torch.is_tensor(y):
@@ -546,7 +509,7 @@ def flops_of_parts(model):
 
 
 def task_parts():
-    sides, models = {'machine': machine()}, {attn: build(attn).train() for attn in variants}
+    sides, models = {'machine': yardstick()}, {attn: build(attn).train() for attn in variants}
     for attn, model in models.items():
         update = update_of(model, our_loss(model), lap)
         sides[f'{attn} whole'] = lambda update=update: {'update': timed(update)}
@@ -606,25 +569,25 @@ def training_side(model, x, micro, with_optimizer):
 
 
 def task_scaling():
-    yardstick, rows, sides, tokens = machine(), [], {}, tokens_of_scaling
-    for n in experts:
-        model, side = build(variants[0], n_expert=n).train(), f'experts {n}'
-        sides[side] = training_side(model, tokens_of(batch_size, block_size), micro_batch_size, True)
-        rows.append({'kind': 'experts', 'variant': variants[0], 'n': n, 'tokens': batch_size * block_size, 'side': side,
+    machine, rows, sides, tokens = yardstick(), [], {}, tokens_of_scaling
+
+    def add(kind, model, n, x, micro):
+        side = f'experts {n}' if kind == 'experts' else f'{model.config.attn} context {n}'
+        sides[side] = training_side(model, x, micro, with_optimizer=kind == 'experts')
+        rows.append({'kind': kind, 'variant': model.config.attn, 'n': n, 'tokens': x.numel(), 'side': side,
                      'flops_per_token': model.flops_per_token(),
                      'params_total': model.parameter_counts()['params_total']})
-    timings = interleave({'machine': yardstick, **sides}, {})
+
+    for n in experts:
+        add('experts', build(variants[0], n_expert=n).train(), n, tokens_of(batch_size, block_size), micro_batch_size)
+    timings = interleave({'machine': machine, **sides}, {})
     sides.clear()
     for attn in variants:
         model = build(attn, block_size=contexts[-1]).train()    # one for all contexts: its weights are the same
         for n in contexts:
-            side = f'{attn} context {n}'
-            sides[side] = training_side(model, tokens_of(tokens // n, n), tokens // n, False)
             model.config = replace(model.config, block_size=n)  # for flops_per_token
-            rows.append({'kind': 'context', 'variant': attn, 'n': n, 'tokens': tokens, 'side': side,
-                         'flops_per_token': model.flops_per_token(),
-                         'params_total': model.parameter_counts()['params_total']})
-    interleave({'machine': yardstick, **sides}, timings)
+            add('context', model, n, tokens_of(tokens // n, n), tokens // n)
+    interleave({'machine': machine, **sides}, timings)
 
     for row in rows:
         first = next(r for r in rows if (r['kind'], r['variant']) == (row['kind'], row['variant']))
@@ -685,9 +648,6 @@ def our_decoding(model, trunk, tokens, prompt):
             cache.filled = prompt
             seconds[way] = timed(lambda: [model.decode(tokens[:, i:i + 1], cache, trunk) for i in new])
         choose('auto')
-        if generate:
-            texts = tokens[:, :prompt].tolist()
-            seconds['generate'] = timed(lambda: list(model.generate(texts, new_tokens, temperature=0)))
         return seconds
     return side, facts
 
@@ -708,10 +668,6 @@ def peer_decoding(model, tokens, prompt):
         for i in range(prompt, prompt + count):
             step(slice(i, i + 1))
 
-    def whole():
-        model.generate(tokens[:, :prompt], attention_mask=torch.ones_like(tokens[:, :prompt]), do_sample=False,
-                       pad_token_id=0, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
-
     @torch.no_grad()
     def side():
         model.set_experts_implementation(facts['prefill_experts'])
@@ -721,7 +677,7 @@ def peer_decoding(model, tokens, prompt):
         kept = [t for layer in state['cache'].layers for t in (layer.keys, layer.values)]
         facts['bytes'] = sum(t.numel() * t.element_size() for t in kept)
         state.clear()
-        return seconds | ({'generate': timed(whole)} if generate else {})
+        return seconds
 
     with torch.no_grad():
         at_once = len(tokens) * min(prompt, prefill_chunk)
@@ -736,9 +692,9 @@ def task_decode():
     ours = {attn: narrowed(build(attn, block_size=size)) for attn in variants}
     theirs = {attn: build_peer(ours[attn].config).to(getattr(torch, dtype)).eval() for attn in variants if transformers}
     trunks = {attn: torch.compile(model.trunk) if compile else None for attn, model in ours.items()}
-    yardstick, timings, rows = machine(), {}, []
+    machine, timings, rows = yardstick(), {}, []
     for prompt, batch in ((p, b) for p in prompts for b in batch_sizes):
-        tokens, sides, facts = tokens_of(batch, prompt + new_tokens), {'machine': yardstick}, {}
+        tokens, sides, facts = tokens_of(batch, prompt + new_tokens), {'machine': machine}, {}
         for attn in variants:
             side = f'{attn} ours batch {batch} prompt {prompt}'
             sides[side], facts[side] = our_decoding(ours[attn], trunks[attn], tokens, prompt)
@@ -750,7 +706,7 @@ def task_decode():
             attn, library, *_ = side.split()
             seconds = timings[side]
             other = timings.get(side.replace('ours', 'transformers'), {}) if library == 'ours' else {}
-            for mode in sorted(seconds.keys() - {'prefill', 'generate'}):
+            for mode in sorted(seconds.keys() - {'prefill'}):
                 rows.append({
                     'variant': attn, 'library': library, 'mode': mode, 'batch_size': batch, 'prompt': prompt,
                     'side': side, 'experts_implementation': fact.get('experts'),
@@ -759,10 +715,8 @@ def task_decode():
                     'decode_tokens_per_second': rate(batch * new_tokens, seconds[mode]),
                     'ms_per_token': summary(seconds[mode], 1e3 / new_tokens), 'cache_bytes': fact['bytes'],
                     'cache_bytes_per_token': fact['bytes'] / (batch * (prompt + new_tokens)),
-                    'generate_tokens_per_second': rate(batch * new_tokens, seconds['generate']) if generate else None,
                     'prefill_speed_to_peer': ratio(seconds['prefill'], other.get('prefill')),
                     'decode_speed_to_peer': ratio(seconds[mode], other.get('decode')),
-                    'generate_speed_to_peer': ratio(seconds.get('generate'), other.get('generate')),
                     'absorb_speed_to_expand': ratio(seconds[mode], seconds['expand'] if mode == 'absorb' else None)})
         print(f'prompt {prompt}, batch {batch}: done', file=sys.stderr, flush=True)
 
@@ -773,11 +727,6 @@ def task_decode():
                    show(r['decode_tokens_per_second'], ',.1f'), show(r['ms_per_token'], '.2f'),
                    show(r['absorb_speed_to_expand'], '.2f'), show(r['decode_speed_to_peer'], '.2f'),
                    f'{r["cache_bytes_per_token"]:,.0f}', f'{r["cache_bytes"] / 1e6:.2f}'] for r in rows])
-    if generate:
-        text += '\n\n' + table(['prompt', 'batch', 'variant', 'library', 'generate() tokens/s', 'to transformers'],
-                               [[r['prompt'], r['batch_size'], r['variant'], r['library'],
-                                 show(r['generate_tokens_per_second'], ',.1f'),
-                                 show(r['generate_speed_to_peer'], '.2f')] for r in rows if r['mode'] != 'expand'])
     notes = [f'Random tokens: a prompt, {prefill_chunk} at a time, then {new_tokens} one at a time. ms/token: one step '
              f'of the whole batch. Cache: what is allocated for prompt and new tokens, in {dtype}.',
              'Latent attention reads the prompt in the cheaper way (auto), then decodes the same tokens absorbed and '
@@ -819,13 +768,10 @@ def table(head, lines):
 def draw(path, panels):
     """Panels (x label, y label, {name: [(x, summary), ...]}) side by side, bars from least to most -> file name"""
     try:
-        import matplotlib
-        matplotlib.use('Agg')
-        from matplotlib import pyplot
+        figure, axes = canvas(6.5 * len(panels), 4.5, columns=len(panels))
     except ImportError:
         print('no figure: matplotlib is not installed', file=sys.stderr)
         return None
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5))
     for ax, (xlabel, ylabel, curves) in zip(axes, panels):
         for name, points in curves.items():
             x, stats = [p[0] for p in points], [p[1] for p in points]
@@ -836,21 +782,19 @@ def draw(path, panels):
         ax.set_xticks(x, [str(n) for n in x])
         ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
         ax.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
     return path.name
 
 
 def main():
-    now = lambda: datetime.now().astimezone().isoformat(timespec='seconds')
     started = now()
     tasks = {'train': task_train, 'parts': task_parts, 'scaling': task_scaling, 'decode': task_decode}
     content, text, notes, panels = tasks[task]()
-    figure, env, speed = draw(path.with_suffix('.png'), panels) if panels else None, environment(), content['machine']
+    figure, speed = draw(path.with_suffix('.png'), panels) if panels else None, content['machine']
+    env = environment(device) | {'transformers': transformers and transformers.__version__}
     content = {'schema': 1, 'task': task, 'started': started, 'finished': now(), 'config': config, 'environment': env,
                'notes': notes, 'figure': figure, **content}
-    aside.write_text(json.dumps(content, indent=1, allow_nan=False) + '\n', encoding='utf-8')
-    os.replace(aside, path)
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1, allow_nan=False) + '\n').encode()))
     giga = lambda r: show({k: v / 1e9 for k, v in r.items()}, ',.1f')
     print(f'{text}\n\n{env["device_name"]}, {env["threads"]} threads, torch {env["torch"]}, {dtype}'
           f'{", compiled" if compile else ""}, {rounds} rounds; its own {matrix_size}^3 matrix product '

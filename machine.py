@@ -26,9 +26,11 @@ def choose_device(name, kinds=('cuda', 'mps', 'cpu'), index=None):
         device = torch.device(next(kind for kind in kinds if there[kind]) if name == 'auto' else name)
     except RuntimeError:
         fail(f'--device={name} is no device; try auto, {", ".join(reversed(kinds))} or cuda:1')
+    if device.type in there and device.type not in kinds:
+        fail(f'--device={name}: this program runs on {" and ".join(reversed(kinds))} only; try --device=auto')
     if device.type == 'cuda' and index is not None:
         device = torch.device('cuda', index)
-    count = there.get(device.type, 0) if device.type in kinds else 0
+    count = there.get(device.type, 0)
     if (device.index or 0) >= count:
         fail(f'--device={name}: there is no {device}, this torch ({torch.__version__}) sees {count} of that kind; '
              'try --device=auto')

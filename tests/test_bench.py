@@ -6,6 +6,7 @@ import runpy
 import statistics
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -27,11 +28,18 @@ def bench(*arguments, path=None):
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
 
+def program(monkeypatch, *arguments):
+    """The names in a quick bench.py on the CPU that has measured nothing yet."""
+    monkeypatch.setattr(sys, 'argv', ['bench.py', '--quick=True', '--device=cpu', *arguments])
+    return SimpleNamespace(**runpy.run_path(str(REPOSITORY / 'bench.py')))
+
+
 def measure(folder, task, *arguments):
     """A quick run on the CPU -> its JSON, with what it printed under `out`."""
     path = folder / 'deeper' / f'{task}.json'
     run = bench(f'--task={task}', '--quick=True', '--device=cpu', f'--out={path}', *arguments)
     assert run.code == 0, run.err
+    assert 'profiler' not in run.err                                # torch's own lines about itself
 
     def refuse(constant):
         raise AssertionError(f'{constant} is no JSON')
@@ -48,7 +56,7 @@ def train(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def parts(tmp_path_factory):
-    return measure(tmp_path_factory.mktemp('parts'), 'parts')
+    return measure(tmp_path_factory.mktemp('parts'), 'parts', '--rounds=8')
 
 
 @pytest.fixture(scope='module')
@@ -66,7 +74,7 @@ def with_peer(tmp_path_factory):
     pytest.importorskip('transformers', reason='transformers, the peer of these runs, is not installed')
     folder, knobs = tmp_path_factory.mktemp('peer'), ['--peer=transformers', '--variants=gqa,enhanced', '--warmup=0']
     return {'train': measure(folder, 'train', *knobs, '--memory_steps=0'),
-            'decode': measure(folder, 'decode', *knobs, '--prompts=8', '--batch_sizes=2', '--generate=True')}
+            'decode': measure(folder, 'decode', *knobs, '--prompts=8', '--batch_sizes=2')}
 
 
 def approximately(x):
@@ -92,6 +100,26 @@ def same_ratio(figure, ours, theirs):
     assert (figure['min'], figure['max']) == approximately((min(quotients), max(quotients)))
 
 
+def test_a_ratio_is_how_many_times_as_fast_and_its_range_that_within_the_rounds(monkeypatch):
+    b = program(monkeypatch)
+    # rounds of 1, 2, 4 s against 3, 2, 20 s: 3, 1 and 5 times as fast, medians 2 s and 3 s
+    assert b.ratio([1.0, 2.0, 4.0], [3.0, 2.0, 20.0]) == {'of_medians': 1.5, 'min': 1.0, 'max': 5.0}
+    assert b.ratio([1.0], None) is None
+    assert b.rate(12, [4.0, 2.0, 3.0]) == {'median': 4.0, 'min': 3.0, 'max': 6.0}
+    assert b.summary([0.004, 0.002, 0.003], 1e3) == pytest.approx({'median': 3.0, 'min': 2.0, 'max': 4.0})
+
+
+def test_a_measure_is_how_long_its_work_takes_each_round_in_turn(monkeypatch):
+    b, order = program(monkeypatch), []
+    sides = {name: lambda name=name, s=s: order.append(name) or {'work': b.timed(lambda: time.sleep(s))}
+             for name, s in (('short', 0.01), ('long', 0.04))}
+    timings = b.interleave(sides, {})
+    assert order == ['long', 'short', 'short', 'long'] * 2          # one round of warm-up, three that count
+    for name, least in (('short', 0.01), ('long', 0.04)):
+        assert len(timings[name]['work']) == 3 and all(least <= s < least + 1 for s in timings[name]['work'])
+    assert b.ratio(timings['short']['work'], timings['long']['work'])['max'] > 1
+
+
 def live(attn, **sizes):
     return LanguageModel(ModelConfig(attn=attn, **{**SIZES, 'block_size': 32, **sizes}))
 
@@ -105,7 +133,7 @@ def test_every_median_lies_between_its_minimum_and_maximum_and_every_round_is_in
         middle = s.get('median', s.get('of_medians'))
         assert 0 <= s['min'] <= middle * (1 + 1e-9) and middle <= s['max'] * (1 + 1e-9), s
     rounds = result['config']['rounds']
-    assert rounds == (4 if task == 'train' else 3), 'a knob given by hand counts, also under --quick'
+    assert rounds == {'train': 4, 'parts': 8}.get(task, 3), 'a knob given by hand counts, also under --quick'
     for side, measures in result['timings'].items():
         for what, seconds in measures.items():
             again = side == 'machine'                               # it runs along with every set of sides
@@ -176,6 +204,9 @@ def test_the_parts_and_the_remainder_are_the_whole(parts):
         assert all(value > 0 for value in ms.values())
         assert sum(ms.values()) == approximately(row['parts_ms'])
         assert row['parts_ms'] + row['remainder_ms'] == approximately(row['whole_ms']['median'])
+        # the parts are those of an update; by minima, as a busy machine moves a median of milliseconds
+        whole, least = row['whole_ms']['min'], sum(p['ms']['min'] for p in row['parts'])
+        assert abs(whole - least) < whole / 2
         assert row['routing_share'] == approximately((ms['router'] + ms['dispatch']) / row['whole_ms']['median'])
         assert row['flops_per_token'] == live(row['variant']).flops_per_token()
         assert sum(p['flops_per_token'] for p in row['parts']) == row['flops_per_token']
@@ -184,8 +215,7 @@ def test_the_parts_and_the_remainder_are_the_whole(parts):
 
 
 def test_marks_change_neither_loss_nor_gradients_and_meet_every_part_forward_and_backward(monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['bench.py', '--task=parts', '--quick=True', '--device=cpu', '--variants=lora'])
-    b = SimpleNamespace(**runpy.run_path(str(REPOSITORY / 'bench.py')))
+    b = program(monkeypatch, '--task=parts', '--variants=lora')
     model, x = live('lora').train(), b.tokens_of(2, 32)
 
     def gradients():
@@ -287,7 +317,7 @@ def test_the_peer_decodes_with_a_cache_of_the_same_size(with_peer):
     for row in ours:
         peer, timings = theirs[row['variant']], result['timings']
         assert peer['cache_bytes'] == row['cache_bytes']
-        for figure in ('prefill', 'decode', 'generate'):
+        for figure in ('prefill', 'decode'):
             mine = timings[row['side']][row['mode'] if figure == 'decode' else figure]
             same_ratio(row[f'{figure}_speed_to_peer'], mine, timings[peer['side']][figure])
 
@@ -298,6 +328,8 @@ def test_the_peer_decodes_with_a_cache_of_the_same_size(with_peer):
     ('--prompts=', ['whole numbers']), ('--batch_sizes=0', ['--batch_sizes=0']),
     ('--rounds=0', ['rounds', 'at least 1']), ('--warmup=-1', ['warmup', 'at least 0']),
     ('--n_embd=100', ['n_embd', 'n_head']), ('--device=tpu', ['tpu', 'cpu']),
+    ('--device=mps', ['mps', 'cpu and cuda only']),
+    ('--device=cuda:99', ['no cuda:99']), ('--generate=True', ['unknown knob']),
     ('--task=trian', ['trian', 'did you mean train']), ('--round=3', ['did you mean', 'rounds'])])
 def test_what_cannot_be_done_is_said_in_one_line(argument, words, tmp_path):
     one_line(bench(argument, f'--out={tmp_path}/x.json'), *words)

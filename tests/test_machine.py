@@ -1,6 +1,5 @@
 """machine.py: the device that was asked for or one line, files that are whole or refused."""
 import errno
-import itertools
 import mmap
 import os
 import platform
@@ -56,6 +55,13 @@ def test_a_device_that_is_none_or_not_here_is_one_line(gpus, capsys, name, index
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.count('\n') == 1 and all(word in err for word in words), err
     assert not chosen
+
+
+def test_a_device_that_the_program_cannot_use_is_one_line_though_it_is_here(gpus, capsys):
+    gpus(mps=True)
+    with pytest.raises(SystemExit):
+        machine.choose_device('mps', ('cuda', 'cpu'))
+    assert 'runs on cpu and cuda only' in capsys.readouterr().err
 
 
 def test_auto_is_bfloat16_only_where_a_gpu_computes_in_it(monkeypatch):
@@ -126,7 +132,8 @@ def test_any_flipped_byte_of_a_saved_file_is_noticed_or_changes_nothing(tmp_path
     torch.save(content, path)
     whole, loaded = path.read_bytes(), 0
     record = whole.index(torch.arange(40.0).numpy().tobytes())
-    for i, flip in itertools.product(range(len(whole)), (255, 16)):
+    directory = whole.index(b'PK\1\2')                                              # where one bit may say a lot
+    for i, flip in [(i, 255) for i in range(len(whole))] + [(i, 16) for i in range(directory, len(whole))]:
         path.write_bytes(whole[:i] + bytes([whole[i] ^ flip]) + whole[i + 1:])
         try:
             there = machine.load_whole(path)

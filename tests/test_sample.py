@@ -357,11 +357,17 @@ def test_help_and_typos_are_answered_without_importing_torch(tmp_path, flag, cod
     assert code == 0 or run.err.count('\n') == 1
 
 
+def flipped(whole):
+    """One bit is another in the middle, which is in the middle of some weights."""
+    middle = len(whole) // 2
+    return whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]
+
+
 def damaged(trained, folder, kind):
     """-> path of a checkpoint that is damaged in this way."""
     path, whole = folder / 'bad.pt', (trained / 'checkpoint.pt').read_bytes()
     contents = {'truncated': whole[:len(whole) // 2], 'empty': b'', 'text': b'no checkpoint\n' * 99,
-                'overwritten': whole[:-300] + bytes(300)}
+                'overwritten': whole[:-300] + bytes(300), 'flipped': flipped(whole)}
     objects = {'list': [1, 2], 'weights': {'w': torch.zeros(2)},
                'code': {'schema': 1, 'model': Touch(folder / 'touched')}}
     entries = {'schema': {'schema': 2}, 'no tokenizer': {'tokenizer': None},
@@ -388,7 +394,8 @@ class Touch:
 
 @pytest.mark.parametrize('kind, words', [
     ('truncated', 'cannot be read'), ('empty', 'cannot be read'), ('text', 'cannot be read'),
-    ('overwritten', 'cannot be read'), ('code', 'cannot be read'), ('list', 'no checkpoint of train.py'),
+    ('overwritten', 'cannot be read'), ('flipped', 'cannot be read'), ('code', 'cannot be read'),
+    ('list', 'no checkpoint of train.py'),
     ('weights', 'no checkpoint of train.py'), ('schema', 'has schema 2, this program reads 1'),
     ('no tokenizer', 'no tokenizer'), ('odd tokenizer', 'no sound checkpoint'),
     ('small tokenizer', '10 tokens in the tokenizer, 300 in the model'), ('config', 'width'), ('sizes', 'n_embd'),

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import data
+import machine
 from conftest import REPOSITORY, TINY, flags, one_line
 from model import LanguageModel, ModelConfig
 
@@ -131,6 +132,47 @@ def test_the_validation_loss_is_that_of_every_target_once_and_of_cross_entropy_a
     assert result['final']['val_bits_per_byte'] == pytest.approx(nll / math.log(2) / result['data']['val_bytes'], rel=1e-6)
 
 
+def test_evaluation_reads_the_experts_load_in_an_order_that_a_mac_allows(train, monkeypatch):
+    class OnAMac:                                           # MPS has no float64
+        def __init__(self, tensor):
+            self.cpu = lambda: tensor
+
+        def double(self):
+            raise TypeError('Cannot convert a MPS Tensor to float64 dtype')
+    forward = LanguageModel.forward
+
+    def evaluated(self, *arguments):
+        o = forward(self, *arguments)
+        return o if self.training else o._replace(load=OnAMac(o.load))
+    plain = result_of(train('plain'))
+    monkeypatch.setattr(LanguageModel, 'forward', evaluated)
+    assert result_of(train('mac'))['final']['expert_load'] == plain['final']['expert_load']
+
+
+@pytest.mark.parametrize('gpu, dtype, peak', [
+    ('NVIDIA L4', 'bfloat16', 121e12), ('NVIDIA L4', 'float32', None), ('NVIDIA L40', 'bfloat16', None),
+    ('NVIDIA H100 80GB HBM3', 'bfloat16', 989e12), ('NVIDIA H100 PCIe', 'bfloat16', None),
+    ('NVIDIA H100 NVL', 'bfloat16', None), ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', 'bfloat16', None)])
+def test_mfu_is_by_the_rate_of_exactly_this_gpu_in_this_dtype_or_null(train, monkeypatch, gpu, dtype, peak):
+    monkeypatch.setattr(machine, 'device_name', lambda device: gpu)
+    result = result_of(train(dtype=dtype, max_steps=1))
+    mfu = peak and result['final']['tokens_per_second'] * result['model']['flops_per_token'] / peak
+    assert result['environment']['device_name'] == gpu and result['final']['mfu'] == (mfu and pytest.approx(mfu))
+
+
+def test_the_environment_in_the_result_keeps_its_fields_in_their_order(train):
+    assert list(result_of(train(max_steps=1))['environment']) == [
+        'device_name', 'world_size', 'threads', 'torch', 'python', 'platform', 'git_commit', 'git_dirty', 'source_sha256']
+
+
+def test_the_log_says_what_its_numbers_are(train):
+    run = train(max_train_tokens=1152)
+    result = result_of(run)
+    assert f'cache {result["model"]["kv_cache_bytes_per_token"]:,} bytes a token in float32\n' in run.out
+    assert '1,152 for training, seen 1.00 times; ' in run.out           # 6 updates of 6 x 32
+    assert f'busiest expert {1 + result["final"]["max_violation"]:.2f} x even, ' in run.out
+
+
 def test_a_longer_run_learns_more_than_unigram_frequencies_know(train):
     result = result_of(train(attn='enhanced', max_steps=60, eval_interval=60))
     assert result['final']['val_loss'] < 0.6 * result['data']['unigram_loss'] < result['data']['uniform_loss']
@@ -195,6 +237,24 @@ def test_interrupted_and_resumed_ends_in_the_bits_of_a_run_left_alone(train, mon
     assert_same_bits(alone, resumed)
 
 
+@pytest.mark.parametrize('how', ['resume', 'overwrite', 'overwrite in a file'])
+def test_the_command_that_an_interrupted_run_prints_can_be_pasted_into_a_shell(train, tmp_path, monkeypatch, how):
+    (tmp_path / 'mine.py').write_text('overwrite = True\n')
+    files = [tmp_path / 'mine.py'] * (how == 'overwrite in a file')
+    knobs = {how: True} if not files else {}
+    alone = train('alone', attn='mla')
+    with monkeypatch.context() as m:
+        call_at_step(m, 2, lambda: signal.raise_signal(signal.SIGINT))
+        stopped = train('a run', *files, attn='mla', experiment="it's mine", **knobs)     # both need quotes
+    command = re.search('to go on: (.*)', stopped.out)[1]
+    assert '--overwrite=True' not in command and command.count('--resume=') == 1
+    done = subprocess.run(command, shell=True, cwd=REPOSITORY, capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0 and 'going on after step 3' in done.stdout, (command, done.stderr)
+    assert losses_of(alone) == [(r['train_loss'], r['val_loss'], r['grad_norm']) for r in
+                                json.loads((stopped.folder / 'result.json').read_text())['history']]
+
+
 def test_the_selection_bias_moves_once_per_update_over_the_whole_batch(train):
     bias = weights_of(train(router='sigmoid', bias_update_rate=0.25, micro_batch_size=1))['layers.0.moe.e_score_correction_bias']
     assert bias.abs().max() > 0 and bias.abs().max() <= 6 * 0.25
@@ -246,6 +306,28 @@ def test_what_shards_wrote_a_single_process_reads(train, tmp_path, monkeypatch, 
     weights = torch.load(tmp_path / 'shards/checkpoint.pt', weights_only=True)['model']
     for name, tensor in weights_of(alone).items():
         assert torch.allclose(weights[name], tensor, atol=1e-4), name
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='signals')
+def test_one_interrupted_process_of_two_stops_both_and_the_command_to_go_on_is_torchruns(tmp_path, corpus, data_root):
+    knobs = {**TINY, 'dataset': corpus, 'data_root': data_root, 'max_steps': 5000, 'eval_interval': 5000}
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d',
+               '--rdzv_endpoint=localhost:0', str(REPOSITORY / 'train.py'), *flags(**knobs, out_dir=tmp_path / 'run')]
+    with open(tmp_path / 'log', 'w') as log:
+        whole = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True,
+                                 env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    try:
+        wait_for(lambda: 'step ' in (tmp_path / 'log').read_text(), 60)
+        workers = subprocess.run(['pgrep', '-P', str(whole.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(workers[-1]), signal.SIGINT)
+        assert whole.wait(60) != 0
+    finally:
+        if whole.poll() is None:
+            os.killpg(whole.pid, signal.SIGKILL)
+    said = re.search('to go on: (.*)', (tmp_path / 'log').read_text())[1]
+    assert said.startswith('torchrun --nproc_per_node=2 ') and said.endswith(' --resume=True')
+    assert torch.load(tmp_path / 'run/checkpoint.pt', weights_only=True)['step'] < 5000
+    assert json.loads((tmp_path / 'run/result.json').read_text())['status'] == 'interrupted'
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='signals')
@@ -361,6 +443,21 @@ def test_a_finished_folder_is_not_overwritten_without_being_told_to(train):
     assert train(seed=5, overwrite=True).code == 0
 
 
+def test_overwriting_throws_the_old_checkpoint_away_before_anything_else(train, monkeypatch):
+    folder, there = train().folder, []
+    call_at_step(monkeypatch, 0, lambda: there.append((folder / 'checkpoint.pt').exists()))
+    assert train(overwrite=True).code == 0 and there == [False]         # or, killed now, it would be gone on with
+
+
+@pytest.mark.parametrize('status', [..., None, 'finished', ['complete']])
+def test_a_result_of_this_config_with_no_status_that_is_known_is_one_line(train, status):
+    path = train().folder / 'result.json'
+    content = json.loads(path.read_text()) | {'status': status}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
+    for resume in (False, True):
+        one_line(train(resume=resume), 'result.json', 'no result of this program', '--overwrite=True')
+
+
 def test_an_unfinished_folder_is_gone_on_with_only_when_asked(train, monkeypatch):
     with monkeypatch.context() as m:
         call_at_step(m, 1, lambda: signal.raise_signal(signal.SIGINT))
@@ -379,7 +476,7 @@ def test_a_second_process_in_the_same_folder_is_refused(train, tmp_path):
     assert train().code == 0
 
 
-@pytest.mark.parametrize('damage', ['emptied', 'cut', 'flipped', 'text', 'pickle', 'folder'])
+@pytest.mark.parametrize('damage', ['emptied', 'cut', 'text', 'pickle', 'folder'])
 def test_a_damaged_checkpoint_ends_in_one_line_and_never_runs_code(train, monkeypatch, tmp_path, damage):
     with monkeypatch.context() as m:
         call_at_step(m, 1, lambda: signal.raise_signal(signal.SIGINT))
@@ -388,21 +485,35 @@ def test_a_damaged_checkpoint_ends_in_one_line_and_never_runs_code(train, monkey
     whole = path.read_bytes()
     evil = b"cos\nsystem\n(S'touch " + str(tmp_path / 'ran').encode() + b"'\ntR."
     cases = {'emptied': [b''], 'text': [b'hello\n' * 100], 'pickle': [evil, __import__('pickle').dumps([1, 2])], 'folder': [None],
-             'cut': [whole[:int(len(whole) * f)] for f in np.linspace(0.01, 0.99, 12)],
-             'flipped': [whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1:] for i in np.linspace(0, len(whole) // 60, 25).astype(int)]}[damage]
+             'cut': [whole[:int(len(whole) * f)] for f in np.linspace(0.01, 0.99, 12)]}[damage]
     for content in cases:
         if content is None:
             path.unlink()
             path.mkdir()
         else:
             path.write_bytes(content)
-        run = train(resume=True)
-        if damage == 'flipped' and run.code == 0:                                   # in padding between records: nothing was lost
-            path.write_bytes(whole)
-            (folder / 'result.json').unlink()
-            continue
-        one_line(run, 'checkpoint.pt')
+        one_line(train(resume=True), 'checkpoint.pt')
     assert not (tmp_path / 'ran').exists()
+
+
+def test_a_flipped_byte_anywhere_in_a_checkpoint_is_noticed_or_changes_no_bit(train, monkeypatch):
+    alone = train('alone')
+    with monkeypatch.context() as m:
+        call_at_step(m, 1, lambda: signal.raise_signal(signal.SIGINT))
+        folder = train().folder
+    before = {path: path.read_bytes() for path in (folder / 'checkpoint.pt', folder / 'result.json')}
+    whole, refused = before[folder / 'checkpoint.pt'], 0
+    for i in np.linspace(0, len(whole) - 1, 25).astype(int):
+        for path, content in before.items():
+            path.write_bytes(content)
+        (folder / 'checkpoint.pt').write_bytes(whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1:])
+        run = train(resume=True)
+        if run.code == 0:                                                           # in padding, a time, ...
+            assert_same_bits(alone, run)
+        else:
+            one_line(run, 'checkpoint.pt', 'cannot be read')
+            refused += 1
+    assert refused > 15                                                             # most of a file is weights
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole_and_says_so(train, monkeypatch):
@@ -455,7 +566,9 @@ def test_a_learning_rate_beyond_reason_is_recorded_as_diverged(train):
     (dict(attn='lora', v_head_dim=0), ['v_head_dim']), (dict(top_k=5), ['top_k (5)', 'n_expert (4)']), (dict(top_k=0), ['top_k (0)']),
     (dict(attn='gqa', n_kv_head=3), ['n_kv_head (3)', 'n_head (2)']), (dict(attn='baseline', kv_lora_rank=8), ['kv_lora_rank', 'baseline']),
     (dict(rope_factor=0.5), ['rope_factor (0.5)']), (dict(rope_scaling='yarm'), ['yarm', 'yarn']), (dict(block_size=100_000), ['block_size']),
-    (dict(max_steps=0), ['max_steps']), (dict(micro_batch_size=0), ['micro_batch_size']), (dict(learning_rate=-1), ['learning_rate']),
+    (dict(beta1=1), ['beta1', 'below 1', '1.0']), (dict(beta2=-0.1), ['beta2', '-0.1']), (dict(beta2=1.5), ['beta2']),
+    (dict(resume=True, overwrite=True), ['--resume=True', '--overwrite=True', 'keep one']),
+    (dict(device='meta'), ['no meta', 'sees 0']), (dict(max_steps=0), ['max_steps']), (dict(micro_batch_size=0), ['micro_batch_size']), (dict(learning_rate=-1), ['learning_rate']),
     (dict(dataset='no/such/place'), ['no/such/place']), (dict(device='cuda:99'), ['cuda']), (dict(device='abacus'), ['abacus']),
     (dict(n_embd='big'), ['n_embd', 'big']), (dict(routr='sigmoid'), ['routr', 'router']), (dict(lr=1), ['lr', 'learning_rate'])], ids=str)
 def test_bad_input_ends_in_one_line_and_writes_nothing(train, tmp_path, knobs, words):
