@@ -272,7 +272,7 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(H * dv, C, bias=bias)
         # of the width that the scores are made of, nope + rope: also when absorbed queries are r + dr wide
         self.scale = attention_scale(config, dn + dr)
-        self.decode = 'auto'                                            # auto | expand | absorb, for tests and bench.py
+        self.decode_mode = 'auto'                                       # auto | expand | absorb, for tests and bench.py
 
     def head_dims(self):
         return {'q_lora_rank': self.q_lora_rank, 'kv_lora_rank': self.kv_lora_rank,
@@ -293,8 +293,8 @@ class LatentAttention(nn.Module):
         absorb and many expand: for S >> T up to T = r (dn + dv) / (2r - dn - dv), 64 for `lora` and 192 for `enhanced` at
         C = 384, 171 at DeepSeek-V3's sizes. If it is not, as in `mla` here with its small rank, absorbing always wins.
         """
-        if self.decode != 'auto':
-            return self.decode == 'absorb'
+        if self.decode_mode != 'auto':
+            return self.decode_mode == 'absorb'
         r, dn, dr, dv = self.kv_lora_rank, self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
         expand = S * r * (dn + dv) + T * S * (dn + dr + dv)
         absorb = T * r * (dn + dv) + T * S * (2 * r + dr)

@@ -218,15 +218,6 @@ def build(attn, **changes):
     return LanguageModel(ModelConfig(attn=attn, **{**sizes, **changes})).to(device)
 
 
-def narrowed(model):
-    """For decoding, as sample.py has it: in the dtype of the products, gains and router in float32."""
-    model = model.to(getattr(torch, dtype)).eval()
-    for name, module in model.named_modules():
-        if name.endswith(('norm', 'router')):
-            module.float()
-    return model
-
-
 def build_peer(c):
     """ModelConfig -> transformers' Mixtral (multi-head) or DeepseekV3 (latent; its shared experts get width 0)."""
     rope = {'rope_type': c.rope_scaling, 'rope_theta': c.rope_theta}
@@ -635,7 +626,7 @@ def our_decoding(model, trunk, tokens, prompt):
 
     def choose(way):
         for layer in model.layers:
-            layer.attn.decode = way                             # means nothing to multi-head attention
+            layer.attn.decode_mode = way                             # means nothing to multi-head attention
 
     def side():
         cache = model.new_cache(len(tokens), prompt + new_tokens)
@@ -689,7 +680,7 @@ def peer_decoding(model, tokens, prompt):
 
 def task_decode():
     size = prompts[-1] + new_tokens
-    ours = {attn: narrowed(build(attn, block_size=size)) for attn in variants}
+    ours = {attn: build(attn, block_size=size).narrow(getattr(torch, dtype)).eval() for attn in variants}
     theirs = {attn: build_peer(ours[attn].config).to(getattr(torch, dtype)).eval() for attn in variants if transformers}
     trunks = {attn: torch.compile(model.trunk) if compile else None for attn, model in ours.items()}
     machine, timings, rows = yardstick(), {}, []

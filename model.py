@@ -209,6 +209,14 @@ class LanguageModel(nn.Module):
         balance_loss, z_loss, load, entropy = (torch.stack(s) for s in zip(*routing))
         return Output(nll, correct, balance_loss.mean(), z_loss.mean(), load, entropy)
 
+    def narrow(self, dtype):
+        """For decoding: everything in `dtype` but gains and router, which are float32 in training too. -> self"""
+        self.to(dtype)
+        for name, module in self.named_modules():
+            if name.endswith(('norm', 'router')):
+                module.float()
+        return self
+
     def wide(self):
         """float32, or float64 in a float64 model: the dtype of angles and logits."""
         return torch.promote_types(self.embed.weight.dtype, torch.float32)

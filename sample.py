@@ -100,10 +100,7 @@ try:
     if checkpoint['tokenizer'] is None:
         fail(f'{path} has no tokenizer (its run was given tokens of an unknown vocabulary), so there is no text')
     tokenizer = Tokenizer.from_state(checkpoint['tokenizer'])
-    model = LanguageModel(ModelConfig(**checkpoint['model_config'])).eval().to(device, getattr(torch, dtype))
-    for name, module in model.named_modules():
-        if name.endswith(('norm', 'router')):
-            module.float()                                  # as in training: gains and choice of experts are float32
+    model = LanguageModel(ModelConfig(**checkpoint['model_config'])).eval().to(device).narrow(getattr(torch, dtype))
     model.load_state_dict(checkpoint['model'])
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(f'{tokenizer.vocab_size} tokens in the tokenizer, {model.config.vocab_size} in the model')
@@ -114,7 +111,7 @@ del checkpoint
 
 for layer in model.layers:
     if isinstance(layer.attn, LatentAttention):
-        layer.attn.decode = mla_decode
+        layer.attn.decode_mode = mla_decode
     elif mla_decode != 'auto':
         fail(f'--mla_decode={mla_decode} means nothing to {run}, whose attention is {type(layer.attn).__name__}')
 

@@ -243,7 +243,7 @@ def decode_in(model, tokens, splits, capacity=None, starts=None, static=False):
 
 def set_mode(model, mode):
     for layer in model.layers:
-        layer.attn.decode = mode
+        layer.attn.decode_mode = mode
 
 
 SPLITS = ([1] * 14, [14], [5, 1, 7, 1], [1, 12, 1])
@@ -296,7 +296,7 @@ def test_absorbed_attention_equals_expanded_attention(row, scaling, dtype, toler
     up_projected = []
     layer.kv_b_proj.register_forward_hook(lambda *_: up_projected.append(1))
     for mode in ('expand', 'absorb'):
-        layer.decode, cache, filled = mode, layer.new_cache(3, 11, dtype), 0
+        layer.decode_mode, cache, filled = mode, layer.new_cache(3, 11, dtype), 0
         up_projected.clear()
         for T in (4, 1, 6):
             slots = torch.arange(filled, filled + T)
@@ -320,9 +320,9 @@ def test_decoding_absorbs_exactly_when_that_takes_fewer_multiplications():
     for T, S in itertools.product((1, 2, 5, 64, 130, 170, 300), (1, 2, 10, 64, 300, 1000, 10000)):
         if T <= S:
             assert layer.absorbs(T, S) == (1 / T - 1 / S > (2 * 512 - 256) / (512 * 256)), (T, S)
-    layer.decode = 'absorb'
+    layer.decode_mode = 'absorb'
     assert layer.absorbs(300, 300)
-    layer.decode = 'expand'
+    layer.decode_mode = 'expand'
     assert not layer.absorbs(1, 4096)
 
 
@@ -785,7 +785,7 @@ def check_on_device(device, row, scaling, dtype, tolerance):
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
     close(out.detach().cpu(), full, tolerance)
     for mode in ('expand', 'absorb'):
-        layer.decode, cache, outs = mode, layer.new_cache(2, 14, dtype, device), []
+        layer.decode_mode, cache, outs = mode, layer.new_cache(2, 14, dtype, device), []
         for first, last in ((0, 5), (5, 6), (6, 14)):
             slots = torch.arange(first, last, device=device)
             mask = (torch.arange(last, device=device) <= slots.unsqueeze(1)).view(1, 1, last - first, last)

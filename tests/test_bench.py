@@ -204,9 +204,6 @@ def test_the_parts_and_the_remainder_are_the_whole(parts):
         assert all(value > 0 for value in ms.values())
         assert sum(ms.values()) == approximately(row['parts_ms'])
         assert row['parts_ms'] + row['remainder_ms'] == approximately(row['whole_ms']['median'])
-        # the parts are those of an update; by minima, as a busy machine moves a median of milliseconds
-        whole, least = row['whole_ms']['min'], sum(p['ms']['min'] for p in row['parts'])
-        assert abs(whole - least) < whole / 2
         assert row['routing_share'] == approximately((ms['router'] + ms['dispatch']) / row['whole_ms']['median'])
         assert row['flops_per_token'] == live(row['variant']).flops_per_token()
         assert sum(p['flops_per_token'] for p in row['parts']) == row['flops_per_token']
