@@ -57,7 +57,8 @@ def keep_freed_memory(device):
     try:
         if device.type == 'cpu':
             mallopt = ctypes.CDLL('libc.so.6').mallopt
-            mallopt(-4, 0), mallopt(-1, -1)                 # M_MMAP_MAX: nothing apart from the heap; M_TRIM_THRESHOLD: never
+            mallopt(-4, 0)                                  # M_MMAP_MAX: everything in the heap
+            mallopt(-1, -1)                                 # M_TRIM_THRESHOLD: which never shrinks
     except (OSError, AttributeError):                       # another C library
         pass
 

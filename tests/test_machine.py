@@ -99,18 +99,19 @@ FAULTS = '''
 import resource, sys, torch, machine
 if sys.argv[1] == 'keep':
     machine.keep_freed_memory(torch.device('cpu'))
-for _ in range(6):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(10_000_000)                                  # 40 MB
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for i in range(30):
+    before = faults() if i == 10 else before if i else 0
+    torch.ones(10_000_000)                                  # 40 MB, 9,766 pages
+print(faults() - before)
 '''
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/status') or 'glibc' not in platform.libc_ver(), reason='glibc is told')
+@pytest.mark.skipif(sys.platform != 'linux' or 'glibc' not in platform.libc_ver(), reason='it is glibc that is told')
 def test_freed_memory_is_kept_for_the_next_update():
-    faults = {way: int(subprocess.run([sys.executable, '-c', FAULTS, way], cwd=REPOSITORY, capture_output=True, text=True,
-                                      check=True).stdout) for way in ('keep', 'leave')}
-    assert faults['keep'] < 100 and faults['leave'] > 1000
+    faults = {way: int(subprocess.run([sys.executable, '-c', FAULTS, way], cwd=REPOSITORY, capture_output=True,
+                                      text=True, check=True).stdout) for way in ('keep', 'leave')}
+    assert faults['leave'] > 20 * 9_000 and faults['keep'] < faults['leave'] / 4    # the heap may still grow now and then
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, capsys):
