@@ -319,9 +319,12 @@ def verdict(name, c, r):
         target = needed_n(c['d_z'], ALPHA / max(1, len(r['family']) if name in r['family'] else 1))
         what = f'one as small as observed, {size} {unit},'
     about = f'about n = {target}' if target else f'more than n = {MOST_SEEDS}'
-    return 'undecided', (f'{name}: undecided against {base}: neither zero nor a difference of {margin:g} '
-                         f'{unit} is ruled out ({interval}); {about} would be needed to find {what} with '
-                         f'{POWER:.0%} power.')
+    ruled_out = f'neither zero nor a difference of {margin:g} {unit} is ruled out ({interval})'
+    if c['p'] < ALPHA:
+        ruled_out = (f'its interval by itself excludes zero ({interval}; p {p_text(c["p"])}), but not after '
+                     f'correction over {len(r["family"])} variants (Holm p {p_text(c["p_holm"])})')
+    return 'undecided', (f'{name}: undecided against {base}: {ruled_out}; {about} would be needed to find '
+                         f'{what} with {POWER:.0%} power.')
 
 
 # ---- report: fixed formats, a fixed order, nothing of the clock or of where the files lie

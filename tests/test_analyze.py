@@ -157,6 +157,18 @@ def test_equivalence_too_is_corrected_for_the_number_of_variants(tmp_path):
     assert [c['verdict'] for c in r['comparisons'].values()] == ['undecided', 'undecided']
 
 
+def test_undecided_tells_an_interval_that_excludes_zero_until_corrected_from_one_that_does_not(tmp_path):
+    d = [0.035, 0.005, 0.030, 0.002, 0.028]
+    assert verdict_of(tmp_path / 'one', d)['verdict'] == 'worse'
+    runs = [result(name, seed, 4 + seed / 100 + (name != 'baseline') * x)
+            for seed, x in enumerate(d) for name in ('baseline', 'lora', 'enhanced')]
+    _, r = analysed(save(tmp_path / 'two', *runs))
+    for c in r['comparisons'].values():
+        assert c['verdict'] == 'undecided' and c['low'] > 0 and c['p'] < 0.05 < c['p_holm']
+        assert 'by itself excludes zero' in c['sentence'] and 'neither zero' not in c['sentence']
+    assert 'neither zero' in verdict_of(tmp_path / 'three', [0.03, -0.02, 0.01, -0.04, 0.02])['sentence']
+
+
 def test_a_small_difference_that_is_measurable_is_equivalent_and_says_so(tmp_path):
     assert 'though measurably higher' in verdict_of(
         tmp_path, [0.0030, 0.0031, 0.0028, 0.0033, 0.0029])['sentence']
