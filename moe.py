@@ -260,7 +260,8 @@ def weights_first():
     """Whether products of few rows have the weights on the left: on AMD. There MKL reads w at 7 to 10 GB/s for x w^T with
     one or two rows x, and at 30 for w x^T; on Intel it is the other way round, 27 and 12 (results/notes.md)."""
     try:
-        return 'AuthenticAMD' in open('/proc/cpuinfo').read()
+        with open('/proc/cpuinfo') as file:
+            return 'AuthenticAMD' in file.read()
     except OSError:
         return False                                            # not Linux
 

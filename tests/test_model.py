@@ -610,6 +610,21 @@ def test_autocast_to_bfloat16_is_close_to_float32(attn):
     assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_moments_made_ahead_give_the_bits_of_moments_made_in_the_first_step():
+    ahead, lazy = (LanguageModel(ModelConfig(**TINY, attn='enhanced')) for _ in range(2))
+    optimizer, = ahead.configure_optimizers(1e-2)
+    names = {id(p): n for n, p in ahead.named_parameters()}
+    by_name = dict(lazy.named_parameters())
+    groups = [{**g, 'params': [by_name[names[id(p)]] for p in g['params']]} for g in optimizer.param_groups]
+    for model, opt in ((ahead, optimizer), (lazy, torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True))):
+        for seed in range(3):
+            model(token_ids(4, 16, seed=seed), token_ids(4, 16, seed=seed + 9)).nll.backward()
+            opt.step()
+            opt.zero_grad()
+    assert all(torch.equal(p, by_name[n]) for n, p in ahead.named_parameters())
+    assert {p.ndim for g in optimizer.param_groups if g['weight_decay'] == 0 for p in g['params']} == {1}
+
+
 def test_the_same_input_gives_the_same_bits():
     model, tokens, targets = LanguageModel(ModelConfig(**TINY)), token_ids(4, 16), token_ids(4, 16, seed=2)
     one, other = (losses_and_gradients(model, model, tokens, targets) for _ in range(2))
