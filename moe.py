@@ -8,7 +8,7 @@ Shapes: B sequences of T tokens, N = B T, C = n_embd, F = d_ff, E = n_expert, k 
 
     x (N, C) -> router -> chosen (N, k), weights (N, k)
     k copies of each token, sorted by expert (M, C):   [ expert 0's rows | expert 1's rows | ... | expert E-1's rows ]
-    one matrix product per expert over its contiguous rows, weighted -> (M, C) -> by token again, summed over k -> (N, C)
+    one network per expert over its contiguous rows, weighted -> (M, C) -> by token again, summed over k -> (N, C)
 
 No token is dropped, there is no capacity, and nothing is added atomically: a token's result depends on that token
 alone, and the same input gives the same bits. Read MixtureOfExperts first; below it stand the dispatch and the
@@ -108,16 +108,12 @@ class MixtureOfExperts(nn.Module):
             return self.add_shared(x, y.view(B, T, C)), routing
         load = routing.load if log else (chosen.flatten().unsqueeze(-1) == torch.arange(E, device=x.device)).sum(0)
         order = chosen.flatten().argsort(stable=True)           # (M,) which copy stands at each sorted row
-        inverse = order.argsort()                               # (M,) at which sorted row each copy stands
         # under autocast the products run in its dtype; functions written by hand are not cast by it, so cast here
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        gate, up, down = self.gate_proj.to(dtype), self.up_proj.to(dtype), self.down_proj.to(dtype)
-        rows = ToExperts.apply(x.view(N, C).to(dtype), order, inverse)                          # (M, C)
-        weights = ToExperts.apply(weights.flatten(), order, inverse)                            # (M,)
+        networks = [p.to(dtype) for p in (self.gate_proj, self.up_proj, self.down_proj)]
         with without_autocast(x):
-            y = swiglu_experts(rows, weights, gate, up, down, load)
-        y = FromExperts.apply(y, order, inverse, k, x.dtype).view(B, T, C)
-        return self.add_shared(x, y), routing
+            y = swiglu_experts(x.view(N, C).to(dtype), weights.flatten(), *networks, order, load)
+        return self.add_shared(x, y.to(x.dtype).view(B, T, C)), routing
 
     def add_shared(self, x, y):
         if hasattr(self, 'shared_gate_proj'):
@@ -133,118 +129,139 @@ class MixtureOfExperts(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The dispatch: tokens to their experts and back
+# The experts' networks
+
+def swiglu_experts(x, weights, gate, up, down, order, load):
+    """Every token's weighted sum over its experts, sum over e of w_e down_e(silu(gate_e x) * up_e x) -> (N, C).
+
+    x (N, C); weights (M,), copy m being one of token m // k; gate, up (E, F, C); down (E, C, F); order (M,): which copy
+    stands at each row when they are sorted by expert; load (E,): how many rows each expert has. Summed in the weights'
+    dtype, which is float32 at least.
+    """
+    if not grouped_serves(x, gate):
+        return SegmentedSwiGLU.apply(x, weights, gate, up, down, order, load.tolist(), torch.is_grad_enabled())
+    inverse = order.argsort()                                   # (M,) at which sorted row each copy stands
+    rows, weights = ToExperts.apply(x, order, inverse), ToExperts.apply(weights, order, inverse)    # (M, C), (M,)
+    return FromExperts.apply(grouped_swiglu(rows, weights, gate, up, down, load), order, inverse, len(order) // len(x))
+
+
+def grouped_serves(x, gate):
+    """Whether F.grouped_mm is the way to go: on a GPU, and inside torch.compile. On a CPU the loop is faster.
+
+    It takes no float64 and only strides that are multiples of 16 bytes; and torch.compile knows it in bfloat16 alone
+    (the shape rule, torch._meta_registrations of 2.13, refuses float32, which the kernel itself takes). Where it does
+    not serve there, load.tolist() above breaks the graph, and the experts run eagerly.
+    """
+    compiling = torch.compiler.is_compiling()
+    fits = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not compiling)
+    return fits and (x.is_cuda or compiling) and all(n * x.element_size() % 16 == 0 for n in gate.shape[1:])
+
+
+def grouped_swiglu(rows, weights, gate, up, down, load):
+    """The GPU's path, over rows (M, C) sorted by expert -> (M, C): all experts in one launch, with row counts read on the
+    device, no host synchronisation."""
+    ends = load.cumsum(0).to(torch.int32)                       # (E,) where each expert's rows end
+    g = F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)
+    u = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
+    return F.grouped_mm(F.silu(g) * u, down.transpose(1, 2), offs=ends) * weights.unsqueeze(1)
+
 
 class ToExperts(torch.autograd.Function):
     """x (N, ...) -> (M, ...): the k = M / N copies of every token, sorted by expert.
 
-    order (M,): which copy stands at each sorted row, copy m being one of token m // k; inverse (M,): at which sorted
-    row each copy stands. Plain indexing would scatter-add in its backward, atomically on a GPU. But the gradient of
-    handing out copies is adding them up again, FromExperts, and the other way round: both gather.
+    Plain indexing would scatter-add in its backward, atomically on a GPU. But the gradient of handing out copies is
+    adding them up again, FromExperts, and the other way round: both gather.
     """
 
     @staticmethod
     def forward(ctx, x, order, inverse):
         ctx.save_for_backward(order, inverse)
-        ctx.k, ctx.dtype = len(order) // len(x), x.dtype
+        ctx.k = len(order) // len(x)
         return x[order // ctx.k]
 
     @staticmethod
     def backward(ctx, grad):
-        return FromExperts.apply(grad, *ctx.saved_tensors, ctx.k, ctx.dtype), None, None
+        return FromExperts.apply(grad, *ctx.saved_tensors, ctx.k), None, None
 
 
 class FromExperts(torch.autograd.Function):
-    """rows (M, ...), sorted by expert -> (N, ...): the sum over each token's k copies, added up in `dtype`."""
+    """rows (M, ...), sorted by expert -> (N, ...): the sum over each token's k copies."""
 
     @staticmethod
-    def forward(ctx, rows, order, inverse, k, dtype):
+    def forward(ctx, rows, order, inverse, k):
         ctx.save_for_backward(order, inverse)
-        ctx.dtype = rows.dtype
-        return rows[inverse].unflatten(0, (-1, k)).sum(1, dtype=dtype)
+        return rows[inverse].unflatten(0, (-1, k)).sum(1)
 
     @staticmethod
     def backward(ctx, grad):
-        return ToExperts.apply(grad.to(ctx.dtype), *ctx.saved_tensors), None, None, None, None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The experts' networks
-
-def swiglu_experts(rows, weights, gate, up, down, load):
-    """The experts' networks over rows (M, C) sorted by expert; load (E,) rows each. See SegmentedSwiGLU for the rest.
-
-    F.grouped_mm does all experts in one launch, with row counts read on the device, no host synchronisation.
-    """
-    if grouped_serves(rows, gate):
-        ends = load.cumsum(0).to(torch.int32)                   # (E,) where each expert's rows end
-        g = F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)
-        u = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
-        return F.grouped_mm(F.silu(g) * u, down.transpose(1, 2), offs=ends) * weights.unsqueeze(1)
-    return SegmentedSwiGLU.apply(rows, weights, gate, up, down, load.tolist(), torch.is_grad_enabled())
-
-
-def grouped_serves(rows, gate):
-    """Whether F.grouped_mm is the way to go: on a GPU, and inside torch.compile. On a CPU the loop is faster.
-
-    It takes no float64 and only strides that are multiples of 16 bytes; and torch.compile knows it in bfloat16 alone
-    (the shape rule, torch._meta_registrations of 2.13, refuses float32, which the kernel itself takes). Where it does
-    not serve there, load.tolist() below breaks the graph, and the experts run eagerly.
-    """
-    compiling = torch.compiler.is_compiling()
-    fits = rows.dtype == torch.bfloat16 or (rows.dtype == torch.float32 and not compiling)
-    return fits and (rows.is_cuda or compiling) and all(n * rows.element_size() % 16 == 0 for n in gate.shape[1:])
+        return ToExperts.apply(grad, *ctx.saved_tensors), None, None, None
 
 
 class SegmentedSwiGLU(torch.autograd.Function):
-    """w down_e(silu(gate_e x) * up_e x) for rows x sorted by expert, one expert after the other: the CPU's path.
+    """swiglu_experts, one expert after the other, the readable reference and the CPU's path. sizes: load as a list.
 
-    rows (M, C); weights (M,); gate, up (E, F, C); down (E, C, F); sizes: E row counts, a list -> (M, C).
-    Written out by hand, forward and backward, so that every product writes straight into its slice of one output, the
-    F-wide intermediates of one expert are used while they are still in the cache, and only g = gate x and u = up x are
-    kept for the backward; with h = silu(g) u,
-        dh = w down^T dy      du = dh silu(g)      dg = dh u silu'(g)      dw = dy . (down h) = dh . h / w
-    The last saves keeping the output. Where w underflowed to 0, so did its derivative by the router's logit.
+    Written out by hand, forward and backward, so that an expert's rows are gathered, used and added up while they are
+    in the cache. For the backward only g = gate x and u = up x are kept. With h = silu(g) u, y = w down h:
+        dh = w down^T dy      du = dh silu(g)      dg = dh u silu'(g)      dx = up^T du + gate^T dg
+        dw = dy . (down h) = dh . h / w = du . u / w = x . (up^T du) / w
+    The last saves keeping the output, and is C wide, not F. Where w underflowed to 0, so did its derivative by the
+    router's logit.
     """
 
     @staticmethod
-    def forward(ctx, rows, weights, gate, up, down, sizes, with_grad):
-        y = torch.empty_like(rows, dtype=weights.dtype)         # as wide as the weights, which stay float32 in bfloat16
-        kept = len(rows) if with_grad else max(sizes)           # without a backward: one expert at a time
-        g, u = rows.new_empty(kept, gate.size(1)), rows.new_empty(kept, gate.size(1))
-        start = 0
-        for e, n in enumerate(sizes):
-            if n == 0:                                          # most experts, when few tokens are decoded
-                continue
-            s, start = slice(start, start + n), start + n
-            k = s if with_grad else slice(n)
-            product(rows[s], gate[e], out=g[k])
-            product(rows[s], up[e], out=u[k])
-            torch.mul(product(F.silu(g[k]).mul_(u[k]), down[e]), weights[s, None], out=y[s])
-        ctx.save_for_backward(rows, weights, gate, up, down, g, u)
+    def forward(ctx, x, weights, gate, up, down, order, sizes, with_grad):
+        y, w = torch.zeros_like(x, dtype=weights.dtype), weights[order].unsqueeze(1)            # (N, C), (M, 1)
+        tokens = order // (len(order) // len(x))                # (M,) whose copy stands at each row
+        kept = len(order) if with_grad else max(sizes)          # without a backward: one expert at a time
+        g, u = x.new_empty(kept, gate.size(1)), x.new_empty(kept, gate.size(1))
+        for e, s in segments(sizes):
+            t, k = tokens[s], s if with_grad else slice(sizes[e])
+            rows = gather(x, t)                                 # (n, C)
+            product(rows, gate[e], out=g[k])
+            product(rows, up[e], out=u[k])
+            scatter_add(y, t, product(F.silu(g[k]).mul_(u[k]), down[e]) * w[s])
+        ctx.save_for_backward(x, gate, up, down, g, u, w, order, tokens)
         ctx.sizes = sizes
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        rows, weights, gate, up, down, g, u = ctx.saved_tensors
-        d_rows, d_weights, d_gate, d_up, d_down = (torch.empty_like(t) for t in (rows, weights, gate, up, down))
-        start = 0
-        for e, n in enumerate(ctx.sizes):
-            s, start = slice(start, start + n), start + n       # without rows: products over 0 rows are zeros
-            silu, w = F.silu(g[s]), weights[s, None]
-            h, dy_e = silu * u[s], (dy[s] * w).to(rows.dtype)
+        x, gate, up, down, g, u, w, order, tokens = ctx.saved_tensors
+        dx, dw = torch.zeros_like(x), torch.empty_like(w)
+        # an expert without rows has no gradient
+        d_gate, d_up, d_down = (torch.empty_like(p) if all(ctx.sizes) else torch.zeros_like(p) for p in (gate, up, down))
+        for e, s in segments(ctx.sizes):
+            t, silu = tokens[s], F.silu(g[s])
+            rows, dy_e = gather(x, t), (gather(dy, t) * w[s]).to(x.dtype)
             dh = dy_e @ down[e]                                 # (n, F)
-            d_weights[s] = torch.where(w != 0, (dh * h).sum(1, keepdim=True) / w, 0).squeeze(1)
-            torch.mm(dy_e.T, h, out=d_down[e])
+            torch.mm(dy_e.T, silu * u[s], out=d_down[e])
             d_u = silu.mul_(dh)
             d_g = torch.ops.aten.silu_backward(dh.mul_(u[s]), g[s])
-            torch.mm(d_g.T, rows[s], out=d_gate[e])
-            torch.mm(d_u.T, rows[s], out=d_up[e])
-            torch.mm(d_g, gate[e], out=d_rows[s])
-            d_rows[s].addmm_(d_u, up[e])
-        return d_rows, d_weights, d_gate, d_up, d_down, None, None
+            torch.mm(d_u.T, rows, out=d_up[e])
+            torch.mm(d_g.T, rows, out=d_gate[e])
+            d_rows = d_u @ up[e]                                # (n, C), half of it
+            dw[s] = torch.where(w[s] != 0, (d_rows * rows).sum(1, keepdim=True) / w[s], 0)
+            scatter_add(dx, t, d_rows.addmm_(d_g, gate[e]))
+        d_weights = torch.empty_like(dw[:, 0]).index_copy_(0, order, dw[:, 0])
+        return dx, d_weights, d_gate, d_up, d_down, None, None, None
+
+
+def segments(sizes):
+    """Yield (expert, slice of the sorted rows that are its own) for every expert that has any: few, when few tokens come."""
+    start = 0
+    for e, n in enumerate(sizes):
+        if n:
+            yield e, slice(start, start + n)
+        start += n
+
+
+def gather(x, tokens):
+    return x.index_select(0, tokens)                            # a third of the time of x[tokens]
+
+
+def scatter_add(y, tokens, rows):
+    y.index_add_(0, tokens, rows)                               # a token visits an expert once: no two rows meet in y
 
 
 def one_token_swiglu(x, chosen, weights, gate, up, down):

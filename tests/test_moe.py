@@ -163,15 +163,16 @@ def test_experts_with_no_row_one_row_or_all_rows_give_the_loop(load, dtype, tole
     tensors = [numbers(sum(load), 8), numbers(sum(load), seed=6), numbers(5, 12, 8, seed=2), numbers(5, 12, 8, seed=3),
                numbers(5, 8, 12, seed=4)]
     wide = [t.clone().requires_grad_() for t in tensors]
-    owner = [e for e, n in enumerate(load) for _ in range(n)]
+    owner = torch.tensor([e for e, n in enumerate(load) for _ in range(n)])
+    owner = owner[torch.randperm(len(owner), generator=torch.Generator().manual_seed(8))]       # tokens come in no order
     expected = torch.stack([weight * network(row, *(w[e] for w in wide[2:])) for row, weight, e in zip(*wide[:2], owner)])
     upstream = numbers(*expected.shape, seed=5)
     theirs = torch.autograd.grad(expected, wide, upstream)
     narrow = [t.to(dtype).requires_grad_() for t in tensors]
-    out = swiglu_experts(*narrow, torch.tensor(load))
+    out = swiglu_experts(*narrow, owner.argsort(stable=True), torch.tensor(load))
     close(out, expected, tolerance)
     with torch.no_grad():                                   # nothing is kept then
-        assert torch.equal(swiglu_experts(*narrow, torch.tensor(load)), out)
+        assert torch.equal(swiglu_experts(*narrow, owner.argsort(stable=True), torch.tensor(load)), out)
     ours = torch.autograd.grad(out, narrow, upstream.to(dtype))
     for one, other in zip(ours, theirs):
         close(one, other, 2 * tolerance)
@@ -198,8 +199,8 @@ def test_grouped_products_are_asked_only_for_what_they_take(monkeypatch):
 def test_hand_written_experts_pass_gradcheck(sizes):
     tensors = [numbers(sum(sizes), 3), numbers(sum(sizes), seed=5), numbers(3, 4, 3, seed=2), numbers(3, 4, 3, seed=3),
                numbers(3, 3, 4, seed=4)]
-    tensors = [t.requires_grad_() for t in tensors]
-    assert torch.autograd.gradcheck(lambda *t: SegmentedSwiGLU.apply(*t, sizes, True), tensors, atol=1e-9)
+    tensors, order = [t.requires_grad_() for t in tensors], torch.arange(sum(sizes)).flip(0)
+    assert torch.autograd.gradcheck(lambda *t: SegmentedSwiGLU.apply(*t, order, sizes, True), tensors, atol=1e-9)
 
 
 @pytest.mark.parametrize('k', [1, 2])
@@ -208,9 +209,9 @@ def test_handing_out_copies_and_adding_them_up_are_indexing_and_pass_gradcheck_t
     inverse, x, rows = order.argsort(), numbers(6 // k, 3).requires_grad_(), numbers(6, 3, seed=2).requires_grad_()
     assert torch.equal(ToExperts.apply(x, order, inverse), torch.stack([x[m // k] for m in order.tolist()]))
     summed = torch.zeros(6 // k, 3, dtype=F64).index_add(0, order // k, rows)
-    close(FromExperts.apply(rows, order, inverse, k, F64), summed, 1e-15)
+    close(FromExperts.apply(rows, order, inverse, k), summed, 1e-15)
     for function, t in ((lambda t: ToExperts.apply(t, order, inverse) ** 2, x),
-                        (lambda t: FromExperts.apply(t, order, inverse, k, F64) ** 2, rows)):
+                        (lambda t: FromExperts.apply(t, order, inverse, k) ** 2, rows)):
         assert torch.autograd.gradcheck(function, (t,)) and torch.autograd.gradgradcheck(function, (t,))
 
 
