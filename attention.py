@@ -37,7 +37,8 @@ def rope_dim(config):
     return config.qk_rope_head_dim or config.n_embd // config.n_head
 
 
-def rope_frequencies(dim, theta=10000.0, scaling='default', factor=1.0, original=512, beta_fast=32.0, beta_slow=1.0, length=0):
+def rope_frequencies(dim, theta=10000.0, scaling='default', factor=1.0, original=512, beta_fast=32.0, beta_slow=1.0,
+                     length=0):
     """Radians per position of each of the dim/2 rotated pairs -> list of floats, fastest first.
 
     default   theta^(-2i/dim)                                                              (RoFormer, section 3.2.2)
@@ -105,9 +106,9 @@ def apply_rope(x, rope):
 
 
 def attention_scale(config, width):
-    """What scores are multiplied by: 1/sqrt(width of a query), under YaRN times a(mscale_all_dim)^2, DeepSeek's temperature."""
-    scale = width ** -0.5
-    return scale * yarn_mscale(config.rope_factor, config.rope_mscale_all_dim) ** 2 if config.rope_scaling == 'yarn' else scale
+    """What scores are multiplied by: 1/sqrt(width of a query), under YaRN times a(mscale_all_dim)^2, its temperature."""
+    temperature = yarn_mscale(config.rope_factor, config.rope_mscale_all_dim) if config.rope_scaling == 'yarn' else 1.0
+    return width ** -0.5 * temperature ** 2
 
 
 def attend(q, k, v, scale, mask=None, causal=False):
@@ -171,7 +172,7 @@ class RMSNorm(nn.Module):
 # Multi-head attention, and with fewer key/value heads grouped-query and multi-query attention
 
 class MultiHeadAttention(nn.Module):
-    """q, k, v of d = C/H dims a head, rotary positions on all of them. Query head h reads key/value head h // (H / n_kv_head).
+    """q, k, v of d = C/H dims a head, rotary positions on all of them. Query head h reads key head h // (H / n_kv_head).
 
     Cached per token: k and v of the n_kv_head heads, 2 n_kv_head d numbers.
     """
@@ -192,7 +193,7 @@ class MultiHeadAttention(nn.Module):
                 'qk_rope_head_dim': self.head_dim}
 
     def score_and_value_width(self):
-        """Multiply-adds for one query-key pair, over all heads: the score's and the value's width (model.flops_per_token)."""
+        """Multiply-adds for one query-key pair, over all heads: those of the score, those of the value."""
         return self.n_head * self.head_dim, self.n_head * self.head_dim
 
     def new_cache(self, batch, capacity, dtype=None, device=None):
@@ -327,7 +328,7 @@ class LatentAttention(nn.Module):
         return self.o_proj(o.reshape(B, T, -1))                                     # eq. 19
 
     def expanded(self, q_nope, q_pe, c, k_pe, mask, causal):
-        """Attention as it is trained: keys and values of every head made from c (B, S, r), k_pe (B, S, dr) -> (B, T, H, dv)"""
+        """Attention as it is trained: keys and values of every head from c (B, S, r), k_pe (B, S, dr) -> (B, T, H, dv)"""
         B, S, H, dn, dv = *c.shape[:2], self.n_head, self.qk_nope_head_dim, self.v_head_dim
         k_nope, v = self.kv_b_proj(c).view(B, S, H, dn + dv).split([dn, dv], dim=-1)            # eq. 10-11
         k_pe = k_pe.unsqueeze(2).expand(-1, -1, H, -1)                              # (B, S, H, dr)
@@ -368,9 +369,11 @@ def variants(n_embd, n_head):
         'mqa': {'class': MultiHeadAttention, 'n_kv_head': 1},
         # DeepSeek's attention inside the baseline's head sizes: nope + rope = v = d
         'lora': lora,
-        # ... and the three things the report added: content width that no longer pays for the rotary part, RoPE scaling, bias
-        'enhanced': {**lora, 'qk_nope_head_dim': d, 'rope_scaling': 'linear', 'rope_factor': 2.0, 'attention_bias': True},
-        # DeepSeek-V2's own proportions: q rank 0.3 C, kv rank 0.1 C, nope = v = d, rope = d/2 (1536, 512, 128, 64 at C = 5120)
+        # ... and what the report added: content width that does not pay for the rotary part, RoPE scaling, bias
+        'enhanced': {**lora, 'qk_nope_head_dim': d, 'rope_scaling': 'linear', 'rope_factor': 2.0,
+                     'attention_bias': True},
+        # DeepSeek-V2's own proportions: q rank 0.3 C, kv rank 0.1 C, nope = v = d, rope = d/2; at its C = 5120 these
+        # are 1536, 512, 128, 64
         'mla': {'class': LatentAttention, 'q_lora_rank': nearest_8(0.3 * C), 'kv_lora_rank': nearest_8(0.1 * C),
                 'qk_nope_head_dim': d, 'qk_rope_head_dim': 2 * round(d / 4), 'v_head_dim': d},
     }
@@ -390,7 +393,7 @@ def attention_settings(attn, n_embd, n_head, **given):
     that make no attention (odd rotary width, no width at all, key/value heads that do not divide the heads, ...).
     """
     if n_embd < 1 or n_head < 1 or n_embd % n_head:
-        raise ValueError(f'n_embd ({n_embd}) must be a multiple of n_head ({n_head}): every head gets n_embd / n_head dims')
+        raise ValueError(f'n_embd ({n_embd}) must be a multiple of n_head ({n_head}): a head gets n_embd / n_head dims')
     rows = variants(n_embd, n_head)
     if attn not in rows:
         import difflib                                                  # only on the way out

@@ -100,7 +100,6 @@ try:                                                            # told now, not 
 except OSError as error:
     fail(f'{path} cannot be written to ({error.strerror}); go elsewhere with --out=...')
 
-import contextlib
 import gc
 import json
 import re
@@ -108,18 +107,17 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import replace
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')                 # else torch's profiler writes lines of its own
 import torch
 
 import attention
-import moe
 from figures import canvas
 from machine import (choose_device, choose_dtype, environment, keep_freed_memory, now, resident_gb,
                      write_atomically)
 from model import LanguageModel, ModelConfig
+from stopwatch import PARTS, Stopwatch
 
 if variants == ['all']:
     every = list(attention.variants(384, 8))
@@ -134,7 +132,8 @@ transformers = None
 if peer == 'transformers' and task in ('train', 'decode', 'memory'):
     try:
         import transformers
-        transformers.logging.set_verbosity_error()
+
+        from peers import build_peer, fastest_experts
     except ImportError as error:
         fail(f'--peer=transformers: the package cannot be imported ({error}); pip install transformers')
 
@@ -180,16 +179,20 @@ def interleave(sides, timings):
 
 
 def yardstick():
-    """The machine, a side like any other: one matrix product in the model's dtype, one copy."""
-    a, b, c = (torch.randn(matrix_size, matrix_size, device=device, dtype=getattr(torch, dtype)) for _ in range(3))
+    """The machine, a side like any other: in the model's dtype one matrix product and one that is all reading; one copy."""
+    kind = {'device': device, 'dtype': getattr(torch, dtype)}
+    a, b, c = (torch.randn(matrix_size, matrix_size, **kind) for _ in range(3))
+    wide, vector = torch.ones(copy_mib * 2 ** 20 // 1024 // kind['dtype'].itemsize, 1024, **kind), torch.ones(1024, **kind)
     source, target = torch.ones(2, copy_mib * 2 ** 18, device=device)
     times = 10 if cuda else 1                                   # one of a GPU's is too short for the clock
     return lambda: {'matmul': timed(lambda: [torch.mm(a, b, out=c) for _ in range(times)]) / times,
+                    'read': timed(lambda: [torch.mv(wide, vector) for _ in range(times)]) / times,
                     'copy': timed(lambda: [target.copy_(source) for _ in range(times)]) / times}
 
 
 def machine_rates(seconds):
     return {'matmul_size': matrix_size, 'matmul_flops': rate(2 * matrix_size ** 3, seconds['matmul']),
+            'bytes_read': rate(copy_mib * 2 ** 20, seconds['read']),
             'copy_bytes_read_and_written': rate(copy_mib * 2 ** 21, seconds['copy'])}
 
 
@@ -218,47 +221,15 @@ def build(attn, **changes):
     return LanguageModel(ModelConfig(attn=attn, **{**sizes, **changes})).to(device)
 
 
-def build_peer(c):
-    """ModelConfig -> transformers' Mixtral (multi-head) or DeepseekV3 (latent; its shared experts get width 0)."""
-    rope = {'rope_type': c.rope_scaling, 'rope_theta': c.rope_theta}
-    rope |= {'factor': c.rope_factor} if c.rope_scaling != 'default' else {}
-    knobs = dict(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
-                 num_attention_heads=c.n_head, num_experts_per_tok=c.top_k, max_position_embeddings=c.block_size,
-                 rms_norm_eps=1e-6, tie_word_embeddings=True, rope_parameters=rope, attn_implementation='sdpa',
-                 bos_token_id=None, eos_token_id=None)
-    if c.kv_lora_rank is None:
-        knobs |= dict(num_key_value_heads=c.n_kv_head, num_local_experts=c.n_expert, sliding_window=None)
-        kind, kind_config = transformers.MixtralForCausalLM, transformers.MixtralConfig
-    else:
-        knobs |= dict(num_key_value_heads=c.n_head, moe_intermediate_size=c.d_ff, n_routed_experts=c.n_expert,
-                      n_shared_experts=0, n_group=1, topk_group=1, first_k_dense_replace=0, norm_topk_prob=True,
-                      routed_scaling_factor=1.0, q_lora_rank=c.q_lora_rank or None, kv_lora_rank=c.kv_lora_rank,
-                      qk_nope_head_dim=c.qk_nope_head_dim, qk_rope_head_dim=c.qk_rope_head_dim,
-                      v_head_dim=c.v_head_dim, attention_bias=c.attention_bias)
-        kind, kind_config = transformers.DeepseekV3ForCausalLM, transformers.DeepseekV3Config
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                         # "initializing zero-element tensors is a no-op": yes
-        return kind(kind_config(**knobs)).to(device)
-
-
-def fastest_experts(model, work, tokens):
-    """Sets the experts implementation of a peer that runs work() fastest -> its name, {name: seconds or None}."""
+def fastest(model, work, tokens):
+    """Sets the experts implementation of a peer that does work(), over so many tokens, fastest -> name, trials."""
     # batched_mm gathers the matrices of every token copy: beyond a GiB of them it is out of the question
     batched = tokens * top_k * 2 * d_ff * n_embd * 4 < 2 ** 30
     names = ('eager', 'grouped_mm') + ('batched_mm',) * batched if peer_experts == 'auto' else (peer_experts,)
-    trials = {}
-    for name in names:
-        try:
-            model.set_experts_implementation(name)
-            work()
-            trials[name] = min(timed(work) for _ in range(2))
-        except Exception as error:                              # whatever an implementation lacks on this machine
-            trials[name], reason = None, f'{name}: {type(error).__name__}: {str(error)[:200]}'
-    if not any(trials.values()):
-        fail(f'no experts implementation of transformers runs here ({reason})')
-    best = min((name for name in trials if trials[name]), key=trials.get)
-    model.set_experts_implementation(best)
-    return best, trials
+    try:
+        return fastest_experts(model, lambda: timed(work), names)
+    except RuntimeError as error:
+        fail(error)
 
 
 def tokens_of(rows, length):
@@ -324,7 +295,7 @@ def task_memory():
     """The process behind peak_memory(): one side alone, a few updates, one line of JSON."""
     before, model = resident_gb('VmRSS'), build(variants[0])
     if transformers:
-        model = build_peer(model.config)
+        model = build_peer(model.config).to(device)
         model.set_experts_implementation(peer_experts)
     update = update_of(model.train(), (peer_loss if transformers else our_loss)(compiled(model)))
     for _ in range(memory_steps):
@@ -361,9 +332,9 @@ def task_train():
                 row |= facts | {'experts_implementation': None}
                 update = update_of(model, our_loss(compiled(model)))
             else:
-                model = build_peer(sizes_of_ours).train()
+                model = build_peer(sizes_of_ours).to(device).train()
                 update = update_of(model, peer_loss(compiled(model)))
-                best, trials = fastest_experts(model, update, micro_batch_size * block_size)
+                best, trials = fastest(model, update, micro_batch_size * block_size)
                 row |= facts | {'experts_implementation': best, 'trials': trials}
             row['params_total'] = sum(p.numel() for p in model.parameters())
             if cuda and memory_steps:                           # what this side adds to what the others keep there
@@ -413,93 +384,7 @@ PEER_NOTE = ('transformers: the experts implementation that was fastest in a tri
              'has shared experts of width 0; neither it nor Mixtral computes auxiliary losses here.')
 
 # ---------------------------------------------------------------------------------------------------------------------
-# --task=parts: a stopwatch that is pressed where one part ends and the next begins, in the forward and in the backward
-
-PARTS = ('attention', 'router', 'dispatch', 'experts', 'head', 'optimizer', 'rest')
-laps = []                                                       # (part that ended, when)
-
-
-def lap(part):
-    if cuda:                                                    # events: nothing waits for the device
-        stamp = torch.cuda.Event(enable_timing=True)
-        stamp.record()
-    laps.append((part, stamp if cuda else time.perf_counter()))
-
-
-class Mark(torch.autograd.Function):
-    """The identity, on the border of two parts: ends the one before in the forward, the one after in the backward.
-
-    Autograd runs backward what was recorded in the forward, latest first, so that every moment between two marks
-    belongs to one part. A border that several tensors cross is one Mark of them all; it waits for all their gradients.
-    """
-
-    @staticmethod
-    def forward(ctx, before, after, *tensors):
-        ctx.after = after
-        lap(before)
-        return tensors
-
-    @staticmethod
-    def backward(ctx, *grads):
-        lap(ctx.after)
-        return None, None, *grads
-
-
-@contextlib.contextmanager
-def marked(model):
-    """Marks around the parts of a model, as long as the with block lasts."""
-    def around(part, outside, work, tensors=1):                 # its first so many arguments carry gradients over
-        def wrapped(*rest, **named):
-            y = work(*Mark.apply(outside, part, *rest[:tensors]), *rest[tensors:], **named)
-            if torch.is_tensor(y):
-                return Mark.apply(part, outside, y)[0]
-            if part == 'router':                                # chosen, weights, Routing
-                weights, balance, z = Mark.apply(part, outside, y[1], y[2].balance_loss, y[2].z_loss)
-                return y[0], weights, y[2]._replace(balance_loss=balance, z_loss=z)
-            first = Mark.apply(part, outside, y[0])[0]          # of the head's Output, or of the layer's (y, Routing)
-            return y._replace(nll=first) if part == 'head' else (first, *y[1:])
-        return wrapped
-
-    def inside(part, outside, work):                            # within a function that has its backward by hand
-        def wrapped(*tensors):
-            lap(outside)
-            y = work(*tensors)
-            lap(part)
-            return y
-        return wrapped
-
-    plain = {name: getattr(moe, name) for name in ('grouped_swiglu', 'gather', 'scatter_add')}
-    moe.grouped_swiglu = around('experts', 'dispatch', moe.grouped_swiglu, 2)
-    moe.SegmentedSwiGLU.apply = around('experts', 'dispatch', moe.SegmentedSwiGLU.apply, 2)
-    moe.gather, moe.scatter_add = (inside('dispatch', 'experts', work) for work in (moe.gather, moe.scatter_add))
-    model.head_loss = around('head', 'rest', model.head_loss)
-    for layer in model.layers:
-        layer.attn.forward = around('attention', 'rest', layer.attn.forward)
-        layer.moe.forward = around('dispatch', 'rest', layer.moe.forward)
-        layer.moe.route = around('router', 'dispatch', layer.moe.route)
-    try:
-        yield
-    finally:
-        vars(moe).update(plain)
-        del moe.SegmentedSwiGLU.apply                           # the one inherited is back
-        del model.head_loss
-        for layer in model.layers:
-            del layer.attn.forward, layer.moe.forward, layer.moe.route
-
-
-def seconds_of_parts(update, model):
-    """One update with marks -> {part: seconds}."""
-    laps.clear()
-    synchronize()
-    lap('start')
-    with marked(model):
-        update()
-    synchronize()
-    seconds = dict.fromkeys(PARTS, 0.0)
-    for (_, start), (part, end) in zip(laps, laps[1:]):
-        seconds[part] += start.elapsed_time(end) / 1e3 if cuda else end - start
-    return seconds
-
+# --task=parts
 
 def flops_of_parts(model):
     """model.flops_per_token() part by part."""
@@ -512,11 +397,12 @@ def flops_of_parts(model):
 
 
 def task_parts():
-    sides, models = {'machine': yardstick()}, {attn: build(attn).train() for attn in variants}
+    watch, models = Stopwatch(cuda), {attn: build(attn).train() for attn in variants}
+    sides = {'machine': yardstick()}
     for attn, model in models.items():
-        update = update_of(model, our_loss(model), lap)
+        update = update_of(model, our_loss(model), watch.lap)
         sides[f'{attn} whole'] = lambda update=update: {'update': timed(update)}
-        sides[f'{attn} parts'] = lambda update=update, model=model: seconds_of_parts(update, model)
+        sides[f'{attn} parts'] = lambda update=update, model=model: watch.time(update, model)
     timings = interleave(sides, {})
 
     rows, lines, speed, tokens = [], [], machine_rates(timings['machine']), batch_size * block_size
@@ -655,6 +541,16 @@ def our_decoding(model, trunk, tokens, prompt):
     return side, facts
 
 
+def least_bytes(model, batch, cached):
+    """What one step of decoding must read: every weight that a token uses, once for the batch, and the cache.
+
+    Of the experts those that are visited, if all are equally likely: of E a share of 1 - (1 - k/E)^batch.
+    """
+    n, kind = model.parameter_counts(), getattr(torch, dtype)
+    weights = n['params_total'] - n['params_experts'] * (1 - top_k / n_expert) ** batch
+    return weights * kind.itemsize + batch * cached * model.cache_bytes_per_token(kind)
+
+
 def peer_decoding(model, tokens, prompt):
     """The same of a transformers model: its DynamicCache and one forward a token, no generate() around it."""
     state, facts = {}, {}
@@ -684,8 +580,8 @@ def peer_decoding(model, tokens, prompt):
 
     with torch.no_grad():
         at_once = len(tokens) * min(prompt, prefill_chunk)
-        facts['prefill_experts'], prefill_trials = fastest_experts(model, prefill, at_once)
-        facts['experts'], decode_trials = fastest_experts(model, lambda: decode(min(8, new_tokens)), len(tokens))
+        facts['prefill_experts'], prefill_trials = fastest(model, prefill, at_once)
+        facts['experts'], decode_trials = fastest(model, lambda: decode(min(8, new_tokens)), len(tokens))
     facts['trials'] = {'prefill': prefill_trials, 'decode': decode_trials}
     return side, facts
 
@@ -693,7 +589,8 @@ def peer_decoding(model, tokens, prompt):
 def task_decode():
     size = prompts[-1] + new_tokens
     ours = {attn: build(attn, block_size=size).narrow(getattr(torch, dtype)).eval() for attn in variants}
-    theirs = {attn: build_peer(ours[attn].config).to(getattr(torch, dtype)).eval() for attn in variants if transformers}
+    theirs = {attn: build_peer(model.config).to(device, getattr(torch, dtype)).eval()
+              for attn, model in ours.items() if transformers}
     trunks = {attn: torch.compile(model.trunk) if compile else None for attn, model in ours.items()}
     machine, timings, rows = yardstick(), {}, []
     for prompt, batch in ((p, b) for p in prompts for b in batch_sizes):
@@ -707,7 +604,7 @@ def task_decode():
         interleave(sides, timings)
         for side, fact in facts.items():
             attn, library, *_ = side.split()
-            seconds = timings[side]
+            seconds, least = timings[side], least_bytes(ours[attn], batch, prompt + new_tokens / 2)
             other = timings.get(side.replace('ours', 'transformers'), {}) if library == 'ours' else {}
             for mode in sorted(seconds.keys() - {'prefill'}):
                 rows.append({
@@ -716,24 +613,29 @@ def task_decode():
                     'prefill_experts_implementation': fact.get('prefill_experts'), 'trials': fact.get('trials'),
                     'prefill_tokens_per_second': rate(batch * prompt, seconds['prefill']),
                     'decode_tokens_per_second': rate(batch * new_tokens, seconds[mode]),
-                    'ms_per_token': summary(seconds[mode], 1e3 / new_tokens), 'cache_bytes': fact['bytes'],
+                    'ms_per_token': summary(seconds[mode], 1e3 / new_tokens),
+                    'least_bytes': least, 'cache_bytes': fact['bytes'],
                     'cache_bytes_per_token': fact['bytes'] / (batch * (prompt + new_tokens)),
                     'prefill_speed_to_peer': ratio(seconds['prefill'], other.get('prefill')),
                     'decode_speed_to_peer': ratio(seconds[mode], other.get('decode')),
                     'absorb_speed_to_expand': ratio(seconds[mode], seconds['expand'] if mode == 'absorb' else None)})
         print(f'prompt {prompt}, batch {batch}: done', file=sys.stderr, flush=True)
 
+    speed = machine_rates(timings['machine'])
     text = table(['prompt', 'batch', 'variant', 'library', 'mode', 'prefill tokens/s', 'to transformers',
-                  'decode tokens/s', 'ms/token', 'absorb to expand', 'to transformers', 'cache B/token', 'cache MB'],
+                  'decode tokens/s', 'ms/token', 'least ms', 'absorb to expand', 'to transformers', 'cache B/token', 'cache MB'],
                  [[r['prompt'], r['batch_size'], r['variant'], library_of(r), r['mode'],
                    show(r['prefill_tokens_per_second']), show(r['prefill_speed_to_peer'], '.2f'),
                    show(r['decode_tokens_per_second'], ',.1f'), show(r['ms_per_token'], '.2f'),
+                   f'{1e3 * r["least_bytes"] / speed["bytes_read"]["median"]:.2f}',
                    show(r['absorb_speed_to_expand'], '.2f'), show(r['decode_speed_to_peer'], '.2f'),
                    f'{r["cache_bytes_per_token"]:,.0f}', f'{r["cache_bytes"] / 1e6:.2f}'] for r in rows])
     notes = [f'Random tokens: a prompt, {prefill_chunk} at a time, then {new_tokens} one at a time. ms/token: one step '
              f'of the whole batch. Cache: what is allocated for prompt and new tokens, in {dtype}.',
              'Latent attention reads the prompt in the cheaper way (auto), then decodes the same tokens absorbed and '
-             'expanded.']
+             'expanded.',
+             'least ms: reading once what a step needs, weights (of the experts those that are visited, if all are '
+             'equally likely) and cache, at the rate at which the machine multiplies a large matrix by a vector.']
     notes += [PEER_NOTE + ' DynamicCache, one forward a token without generate().'] * bool(transformers)
     curves, batch = {}, batch_sizes[0]
     for r in rows:
@@ -744,8 +646,7 @@ def task_decode():
     caches = {name: [(r['prompt'], flat(r['cache_bytes'] / 1e6)) for r in rs]
               for name, rs in curves.items() if 'expand' not in name}
     figure = [('context', f'ms per token, batch {batch}', times), ('context', f'cache in MB, batch {batch}', caches)]
-    return ({'machine': machine_rates(timings['machine']), 'rows': rows, 'timings': timings}, text, notes,
-            figure if len(prompts) > 1 else None)
+    return {'machine': speed, 'rows': rows, 'timings': timings}, text, notes, figure if len(prompts) > 1 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -801,8 +702,8 @@ def main():
     giga = lambda r: show({k: v / 1e9 for k, v in r.items()}, ',.1f')
     print(f'{text}\n\n{env["device_name"]}, {env["threads"]} threads, torch {env["torch"]}, {dtype}'
           f'{", compiled" if compile else ""}, {rounds} rounds; its own {matrix_size}^3 matrix product '
-          f'{giga(speed["matmul_flops"])} GFLOP/s, its copy {giga(speed["copy_bytes_read_and_written"])} GB/s read and '
-          'written\n')
+          f'{giga(speed["matmul_flops"])} GFLOP/s, it reads {giga(speed["bytes_read"])} GB/s and copies '
+          f'{giga(speed["copy_bytes_read_and_written"])} GB/s (read and written)\n')
     print('\n'.join(f'- {note}' for note in notes))
     print(f'\n{path}' + (f', {path.with_suffix(".png")}' if figure else ''))
 

@@ -36,7 +36,7 @@ Knob = namedtuple('Knob', 'name default types choices section comment')
 
 # what a type accepts, in words; the pickiest type is tried first
 NEEDS = {'None': 'none', 'bool': 'True or False', 'int': 'a whole number of at most 64 bits',
-         'float': 'a finite number', 'str': 'text', 'list': 'texts', 'tuple': 'texts'}
+         'float': 'a finite number', 'str': 'text', 'list': 'texts'}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -46,7 +46,8 @@ def fail(message):
     raise SystemExit(2)
 
 
-# ---- values and names --------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# Values and names
 
 def literal(node):
     """The value of a literal's syntax tree; ValueError for what would have to be executed."""
@@ -87,9 +88,8 @@ def from_text(knob, text):
             continue
         if kind == 'str':
             return text
-        if kind in ('list', 'tuple'):
-            items = [item for item in text.split(',') if item]
-            return items if kind == 'list' else tuple(items)
+        if kind == 'list':
+            return [item for item in text.split(',') if item]
     words = [as_text(choice) for choice in knob.choices]
     needed = ['one of ' + ', '.join(words)] * bool(words) + [NEEDS[kind] for kind in knob.types]
     raise ValueError('must be ' + ' or '.join(needed) + did_you_mean(text, words))
@@ -110,7 +110,8 @@ def unknown(name, knobs, form):
     return did_you_mean(name, knobs, form) + f' (python {os.path.basename(sys.argv[0])} --help lists them)'
 
 
-# ---- the block of the program ------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# The block of the program
 
 def read_block(path):
     """The knobs between a program's first two consecutive rulers that enclose only literal assignments.
@@ -174,7 +175,8 @@ def read_annotation(node):
     return [(node.value if isinstance(node, ast.Subscript) else node).id], []
 
 
-# ---- config files, help, flags -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# Config files, help, flags
 
 def read_config(path, knobs):
     """A config file -> {name: value}. Fails with file:line at anything but literals that fit the knobs."""
@@ -243,7 +245,7 @@ def configure(namespace, positional=None, argv=None):
 
     namespace: globals() of the caller, whose source is namespace['__file__'].
     positional: None: arguments that end in .py are config files, a later one overriding an earlier one.
-    The name of a knob: such arguments are its value (several if its default is a list or tuple) instead.
+    The name of a knob: the one such argument is its value instead.
     argv: the arguments, default sys.argv[1:]. Returns {name: value} of every knob in the order of the block.
     Ends the program with one line on stderr and status 2 on bad input, with status 0 after --help.
     """
@@ -280,10 +282,9 @@ def configure(namespace, positional=None, argv=None):
                 fail(f'unexpected argument {path}; flags are --name=value, config files end in .py')
             values.update(read_config(path, knobs))
     elif extra:
-        many = isinstance(knobs[positional].default, (list, tuple))
-        if positional in flags or len(extra) > 1 and not many:
+        if positional in flags or len(extra) > 1:
             fail(f'{positional} is given more than once ({" ".join(extra)}); keep one of them')
-        flags[positional] = type(knobs[positional].default)(extra) if many else extra[0]
+        flags[positional] = extra[0]
     if '-h' in argv or '--help' in argv:
         before = '[config/file.py ...]' if positional is None else f'[{positional}]'
         usage = f'usage: python {os.path.basename(sys.argv[0])} {before} [--name=value ...]'

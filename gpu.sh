@@ -9,6 +9,7 @@
 #   STAGES="experiment" SEEDS="0 1" ./gpu.sh  only some of: tests experiment1 train parts decode experiment
 #   OUT=FOLDER ./gpu.sh                       results.tar.gz goes there after every stage (default out/gpu): result files,
 #                                             reports, benchmarks, logs; no checkpoints, of 1 GB each
+#   GIT_COMMIT=$(git rev-parse HEAD) ./gpu.sh where a copy without .git runs: it goes into the result files
 #   RESTORE=results.tar.gz ./gpu.sh           on a fresh machine of the same kind: goes on from what another one finished
 #   DATASET=FOLDER ./gpu.sh                   source text to learn; default: the packages that this Python has installed
 #   REHEARSE=1 ./gpu.sh                       every stage at a size of seconds, on the CPU, in out/rehearsal: 2 minutes

@@ -86,11 +86,12 @@ def git(*command):
 
 
 def environment(device):
-    """Where and with what something was run, for a result file."""
+    """Where and with what something was run, for a result file. GIT_COMMIT tells of a copy without .git what it is of."""
     changes = git('status', '--porcelain', '--untracked-files=no')
     return {'device_name': device_name(device), 'threads': torch.get_num_threads(), 'torch': torch.__version__,
             'python': platform.python_version(), 'platform': platform.platform(),
-            'git_commit': git('rev-parse', 'HEAD'), 'git_dirty': None if changes is None else bool(changes)}
+            'git_commit': git('rev-parse', 'HEAD') or os.environ.get('GIT_COMMIT'),
+            'git_dirty': None if changes is None else bool(changes)}
 
 
 def resident_gb(field='VmHWM'):

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from attention import DEFAULTS, RMSNorm, attention_settings, build_attention, rope_tables
 from moe import MixtureOfExperts, product
@@ -72,10 +71,12 @@ class ModelConfig:
         if self.rope_theta <= 1:
             raise ValueError(f'rope_theta must be above 1, not {self.rope_theta}')
         if not 0 < self.rope_beta_slow < self.rope_beta_fast:
-            raise ValueError(f'rope_beta_slow ({self.rope_beta_slow}) must be above 0 and below rope_beta_fast ({self.rope_beta_fast})')
+            raise ValueError(f'rope_beta_slow ({self.rope_beta_slow}) must be above 0 and below rope_beta_fast '
+                             f'({self.rope_beta_fast})')
         if self.rope_original_context is not None and self.rope_original_context < 1:
             raise ValueError(f'rope_original_context must be at least 1, not {self.rope_original_context}')
-        self.__dict__.update(attention_settings(self.attn, self.n_embd, self.n_head, **{k: getattr(self, k) for k in DEFAULTS}))
+        given = {knob: getattr(self, knob) for knob in DEFAULTS}
+        self.__dict__.update(attention_settings(self.attn, self.n_embd, self.n_head, **given))
 
 
 class Block(nn.Module):
@@ -86,7 +87,7 @@ class Block(nn.Module):
 
     def forward(self, x, rope, mask=None, cache=None, slots=None, span=None):
         x = x + self.attn(self.attn_norm(x), rope, mask, cache, slots, span)
-        y, routing = self.moe(self.moe_norm(x), log=cache is None)      # nobody reads decoding's balance
+        y, routing = self.moe(self.moe_norm(x), with_balance=cache is None)     # nobody reads decoding's
         return x + y, routing
 
 
@@ -240,7 +241,8 @@ class LanguageModel(nn.Module):
         # leave 0.1 GB of holes in a CPU's heap (results/notes.md)
         for p in matrices + vectors:
             if p.is_cpu:
-                adamw.state[p] = {'step': torch.zeros(()), 'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)}
+                adamw.state[p] = {'step': torch.zeros(()), 'exp_avg': torch.zeros_like(p),
+                                  'exp_avg_sq': torch.zeros_like(p)}
         if not muon:
             return [adamw]
         return [adamw, Muon([p for n, p in named if n in of_muon], lr=learning_rate, weight_decay=weight_decay)]
@@ -249,7 +251,7 @@ class LanguageModel(nn.Module):
     # What it costs
 
     def parameter_counts(self):
-        """-> dict: params_total, params_active (what one token uses), params_attention, params_experts, params_embedding, ...
+        """-> dict: params_total, params_active (what one token uses), params_attention, params_experts, ...
 
         Active leaves out the routed experts that a token does not visit. The tied embedding counts once, in both.
         """
@@ -296,7 +298,8 @@ class LanguageModel(nn.Module):
         """
         B, T = tokens.shape
         if cache.filled + T > cache.capacity:
-            raise ValueError(f'the cache has {cache.capacity} slots, {cache.filled} of them filled: no room for {T} more tokens')
+            raise ValueError(f'the cache has {cache.capacity} slots, {cache.filled} of them filled: '
+                             f'no room for {T} more tokens')
         slots, span, positions, mask = cache.advance(T)
         rope = rope_tables(self.config, positions, cache.capacity, self.wide())
         x, _ = (trunk or self.trunk)(self.embed(tokens), rope, mask, cache.layers, slots, span)

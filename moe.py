@@ -63,8 +63,8 @@ class MixtureOfExperts(nn.Module):
             self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
         return self
 
-    def route(self, x, log=True):
-        """x (B, T, C) -> chosen (B, T, k) expert ids, weights (B, T, k), Routing; None for it with log=False."""
+    def route(self, x, with_balance=True):
+        """x (B, T, C) -> chosen (B, T, k) expert ids, weights (B, T, k), Routing or None."""
         # float32 also under autocast: small differences between logits decide the routing
         with without_autocast(x):
             wide = torch.promote_types(x.dtype, torch.float32)
@@ -80,7 +80,7 @@ class MixtureOfExperts(nn.Module):
         if self.top_k > 1:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * self.scaling
-        return chosen, weights, self.balance(logits, probs, chosen) if log else None
+        return chosen, weights, self.balance(logits, probs, chosen) if with_balance else None
 
     def balance(self, logits, probs, chosen):
         """How evenly the experts are used -> Routing. logits, probs (B, T, E), chosen (B, T, k).
@@ -92,21 +92,21 @@ class MixtureOfExperts(nn.Module):
         and p = (.7, .1, .1, .1) it is 4 x 1 x .7 = 2.8; if k experts get everything with certainty, E/k.
         """
         (_, T, k), E = chosen.shape, logits.size(-1)
-        counts = (chosen.flatten(1).unsqueeze(-1) == torch.arange(E, device=chosen.device)).sum(1)      # (B, E)
+        counts = loads(chosen.flatten(1), E)                                                    # (B, E)
         balance_loss = E * (counts.to(probs.dtype) / (T * k) * probs.mean(1)).sum(-1).mean()
         z_loss = logits.logsumexp(-1).square().mean()                                           # ST-MoE eq. 5
         entropy = -(probs * probs.clamp_min(1e-20).log()).sum(-1).mean()
         return Routing(balance_loss, z_loss, counts.sum(0), entropy.detach())
 
-    def forward(self, x, log=True):
+    def forward(self, x, with_balance=True):
         B, T, C = x.shape
-        N, k, E = B * T, self.top_k, self.router.out_features
-        chosen, weights, routing = self.route(x, log)
+        N, E = B * T, self.router.out_features
+        chosen, weights, routing = self.route(x, with_balance)
         if N == 1 and x.is_cpu and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             y = one_token_swiglu(x.view(1, C), chosen.flatten().tolist(), weights.flatten().tolist(),
                                  self.gate_proj, self.up_proj, self.down_proj)
             return self.add_shared(x, y.view(B, T, C)), routing
-        load = routing.load if log else (chosen.flatten().unsqueeze(-1) == torch.arange(E, device=x.device)).sum(0)
+        load = routing.load if with_balance else loads(chosen.flatten(), E)
         order = chosen.flatten().argsort(stable=True)           # (M,) which copy stands at each sorted row
         # under autocast the products run in its dtype; functions written by hand are not cast by it, so cast here
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -126,6 +126,11 @@ class MixtureOfExperts(nn.Module):
         overloaded expert down and every underloaded one up by `rate`. load (E,): copies over the whole global batch."""
         load = load.to(self.e_score_correction_bias.dtype)
         self.e_score_correction_bias += rate * torch.sign(load.mean() - load)
+
+
+def loads(chosen, n_expert):
+    """chosen (..., M) expert ids -> (..., E): how often each expert is among them. No atomic counting, no waiting."""
+    return (chosen.unsqueeze(-1) == torch.arange(n_expert, device=chosen.device)).sum(-2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,7 +253,7 @@ class SegmentedSwiGLU(torch.autograd.Function):
 
 
 def segments(sizes):
-    """Yield (expert, slice of the sorted rows that are its own) for every expert that has any: few, when few tokens come."""
+    """Yield (expert, slice of the sorted rows that are its own) for every expert that has any."""
     start = 0
     for e, n in enumerate(sizes):
         if n:

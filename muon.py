@@ -35,7 +35,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure=None):                                       # torch's loader of optimizer states passes one, None
+    def step(self, closure=None):                           # torch's loader of optimizer states passes one, None
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             lr, momentum = group['lr'], group['momentum']

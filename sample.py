@@ -79,11 +79,10 @@ except ValueError as error:
 import torch
 
 from attention import LatentAttention
-from data import Tokenizer
 from machine import choose_device, choose_dtype, load_whole
 from model import LanguageModel, ModelConfig
-
-SCHEMA = 1                                                  # of the checkpoints that are understood here, see train.py
+from result import SCHEMA
+from tokenizer import Tokenizer
 
 device = choose_device(device)
 dtype = choose_dtype(dtype, device)

@@ -118,8 +118,8 @@ import data
 from machine import (choose_device, choose_dtype, environment, keep_freed_memory, load_whole, now, peak_memory_gb,
                      write_atomically)
 from model import LanguageModel, ModelConfig
+from result import CONTINUATION, SCHEMA, STATUSES, json_ready
 
-SCHEMA = 1
 # Dense bfloat16 matrix rate in FLOP/s (vendors' data sheets), for mfu, by the whole name that the driver gives: an H100
 # NVL or a MIG slice is no H100 SXM. Elsewhere, and in float32, mfu is null
 PEAK_FLOPS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100-SXM4-40GB': 312e12,
@@ -208,13 +208,10 @@ config |= {'device': device.type, 'out_dir': out.as_posix()}
 # ---------------------------------------------------------------------------------------------------------------------
 # The output folder: what is there already?
 
-BOOKKEEPING = ('resume', 'overwrite', 'out_dir', 'data_root')   # may differ between a run and its continuation
-
-
 def differences(before):
     """'learning_rate: 0.001 there, 0.002 here, ...' between the config of a run on disk and this one's."""
     return ', '.join(f'{k}: {before.get(k, "absent")} there, {config.get(k, "absent")} here'
-                     for k in sorted((config.keys() | before.keys()).difference(BOOKKEEPING))
+                     for k in sorted((config.keys() | before.keys()).difference(CONTINUATION))
                      if before.get(k) != config.get(k))
 
 
@@ -224,7 +221,7 @@ def read_result(path):
     except (OSError, ValueError) as error:
         fail(f'{path} cannot be read ({error}); --overwrite=True replaces it')
     if not (isinstance(content, dict) and isinstance(content.get('config'), dict)
-            and content.get('status') in ('running', 'complete', 'interrupted', 'diverged')):
+            and content.get('status') in STATUSES):
         fail(f'{path} is no result of this program; --overwrite=True replaces it')
     return content
 
@@ -339,15 +336,6 @@ def describe_environment():
     here = Path(__file__).resolve().parent
     sources = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(here.glob('*.py'))}
     return {'device_name': None, 'world_size': world_size, **environment(device), 'source_sha256': sources}
-
-
-def json_ready(value):
-    """NaN and infinities become null, as JSON has none."""
-    if isinstance(value, dict):
-        return {k: json_ready(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [json_ready(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_result(status, error=None):

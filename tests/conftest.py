@@ -1,9 +1,11 @@
-"""What the tests share: the scripts on the path, a corpus of seconds, and train.py run inside this process."""
+"""What the tests share: the scripts on the path, a corpus of seconds, train.py run inside this process, result files."""
 import os
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')              # many small tensors, two test processes: more threads are slower
 
 import gc
+import json
+import math
 import random
 import runpy
 import signal
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -76,3 +79,138 @@ def one_line(run, *words):
 
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')                # transformers, where a test uses it, must not go looking
+
+
+# A corpus of text files, prepared
+
+WORDS = ('attention latent rotary expert router key value query head rank '
+         '\u00e9t\u00e9 \u4e2d\u6587 loss := (x) \t == 12345').split(' ')
+
+
+def text(seed, words=120):
+    rng = random.Random(seed)
+    return f'document {seed}\n' + ''.join(rng.choice(WORDS) + rng.choice(['  ', ' ', '\n', ', '])
+                                          for _ in range(words))
+
+
+def silent(line):
+    pass
+
+
+@pytest.fixture(scope='session')
+def texts(tmp_path_factory):
+    """A folder of 60 text files, one of them twice, one blank, one hidden, one of another ending."""
+    folder = tmp_path_factory.mktemp('texts with \u00e4 and blanks')
+    for i in range(60):
+        path = folder / f'part {i % 3}' / f'{i}.txt'
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text(i).encode())
+    (folder / 'copy.md').write_bytes(text(7).encode())
+    (folder / 'blank.txt').write_text(' \n')
+    (folder / 'picture.png').write_bytes(b'\xff\xd8')
+    (folder / '.hidden').mkdir()
+    (folder / '.hidden' / 'x.txt').write_bytes(b'\xff')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def prepared(texts, tmp_path_factory):
+    from data import prepare
+    return prepare(str(texts), 'bpe', 400, tmp_path_factory.mktemp('root'), silent)
+
+
+def message_of(error):
+    """Of a caught exception: one line."""
+    message = str(error.value)
+    assert message and '\n' not in message
+    return message
+
+
+# Result files, made up
+
+NETWORKS = {    # name: class, parameters, active, cache bytes per token at 2 bytes a number
+    'baseline': ('MultiHeadAttention', 13_200_000, 7_100_000, 18432),
+    'gqa': ('MultiHeadAttention', 12_500_000, 6_400_000, 4608),
+    'mqa': ('MultiHeadAttention', 12_300_000, 6_300_000, 2304),
+    'lora': ('LatentAttention', 12_000_000, 5_900_000, 1152),
+    'enhanced': ('LatentAttention', 12_400_000, 6_200_000, 1150),
+    'mla': ('LatentAttention', 12_600_000, 6_500_000, 3120),
+}
+
+
+def result(name='baseline', seed=0, loss=4.0, **changes):
+    """A valid result file as an object; `changes`: fields with __ for the dot, e.g. config__n_layer=2."""
+    rng = random.Random(f'{name} {seed}')
+    kind, total, active, cache = NETWORKS.get(name.removesuffix('-again'), NETWORKS['baseline'])
+    run = {
+        'schema': 1, 'status': 'complete', 'name': name, 'started': '2024-01-01T00:00:00',
+        'finished': '2024-01-01T00:02:00',
+        'config': {
+            'attn': name.removesuffix('-again'), 'name': name, 'seed': seed, 'dataset': 'stdlib',
+            'tokenizer': 'bpe', 'n_layer': 4, 'n_head': 4, 'n_kv_head': 4, 'n_embd': 128, 'd_ff': 256,
+            'n_expert': 4, 'top_k': 2,
+            'block_size': 128, 'batch_size': 8, 'micro_batch_size': 8, 'max_steps': 100,
+            'learning_rate': 1e-3, 'optimizer': 'adamw', 'device': 'cpu', 'dtype': 'float32',
+            'compile': False, 'q_lora_rank': None,
+            'rope_theta': 10000.0, 'rope_factor': 1.0, 'out_dir': 'out', 'experiment': 'laptop'},
+        'model': {
+            'attention_class': kind, 'params_total': total, 'params_active': active,
+            'params_attention': total // 10, 'params_embedding': 524288, 'flops_per_token': 4e7,
+            'kv_cache_bytes_per_token': 2 * cache,
+            'kv_cache_bytes_per_token_16bit': cache},
+        'data': {
+            'dataset': 'stdlib', 'tokenizer': 'bpe', 'vocab_size': 4096, 'train_tokens': 3_000_000,
+            'val_tokens': 100_000, 'val_bytes': 340_000, 'train_sha256': 'ab' * 32, 'val_sha256': 'cd' * 32,
+            'uniform_loss': 8.3178, 'unigram_loss': 6.3},
+        'environment': {
+            'device_name': 'a CPU', 'threads': 2, 'torch': '2.9.0', 'python': '3.11.2', 'platform': 'Linux',
+            'git_commit': 'abc', 'git_dirty': False, 'source_sha256': {'model.py': '11'}, 'world_size': 1},
+        'history': [{'step': step, 'tokens': 1024 * step, 'seconds': 0.5 * step, 'learning_rate': 1e-3,
+                     'train_loss': loss, 'val_loss': None if step == 25 else loss + 4 * (100 - step) / 100,
+                     'grad_norm': 1.0, 'balance': {'max_violation': 0.2}} for step in (0, 25, 50, 75, 100)],
+        'final': {
+            'step': 100, 'updates': 100, 'tokens': 102400, 'val_loss': loss, 'val_perplexity': math.exp(loss),
+            'val_accuracy': 0.2 + (4 - loss) / 10, 'val_bits_per_byte': loss / math.log(2) / 3.4,
+            'seconds_training': 100 + rng.random(), 'seconds_total': 130.0,
+            'step_ms_median': 1000 + rng.random(), 'tokens_per_second': 1024.0, 'mfu': None,
+            'peak_memory_gb': 1.25, 'peak_memory_kind': 'resident',
+            'expert_load': [[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]], 'max_violation': 0.6,
+            'router_entropy': 1.2, 'balance_loss': 1.1, 'z_loss': 0.01}}
+    for field, value in changes.items():
+        *path, last = field.split('__')
+        at = run
+        for key in path:
+            at = at[key]
+        at[last] = value
+    return run
+
+
+def save(folder, *runs):
+    """Each run into <folder>/<name>-s<seed>/result.json; the folder as text."""
+    for run in runs:
+        place = folder / f'{run["name"]}-s{run["config"]["seed"]}'
+        place.mkdir(parents=True, exist_ok=True)
+        (place / 'result.json').write_text(json.dumps(run), encoding='utf-8')
+    return str(folder)
+
+
+def experiment(seeds=range(8), effects=None, noise=0.004, rng_seed=0):
+    """Runs of the effects' arms whose losses share a per-seed noise, so that pairs correlate."""
+    effects = effects or {'baseline': 0, 'lora': 0.02, 'enhanced': -0.03}
+    rng = np.random.default_rng(rng_seed)
+    runs = []
+    for seed in seeds:
+        shared = 4 + rng.normal(0, 0.02)
+        runs += [result(name, seed, float(shared + effect + rng.normal(0, noise)))
+                        for name, effect in effects.items()]
+    return runs
+
+
+def refusal(capsys, call, *arguments):
+    """The one line on stderr with which the call ends the program."""
+    with pytest.raises(SystemExit) as stop:
+        call(*arguments)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]

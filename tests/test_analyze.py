@@ -1,8 +1,7 @@
-"""analyze.py and figures.py: honest reports, comparability, and damaged files."""
+"""analyze.py and figures.py: honest reports, and the program as it is used."""
 
 import copy
 import json
-import math
 import os
 import random
 import subprocess
@@ -11,90 +10,13 @@ import time
 
 import numpy as np
 import pytest
+from conftest import NETWORKS, experiment, result, save
 
 import analyze
 import figures
 import stats
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-NETWORKS = {    # name: class, parameters, active, cache bytes per token at 2 bytes a number
-    'baseline': ('MultiHeadAttention', 13_200_000, 7_100_000, 18432),
-    'gqa': ('MultiHeadAttention', 12_500_000, 6_400_000, 4608),
-    'mqa': ('MultiHeadAttention', 12_300_000, 6_300_000, 2304),
-    'lora': ('LatentAttention', 12_000_000, 5_900_000, 1152),
-    'enhanced': ('LatentAttention', 12_400_000, 6_200_000, 1150),
-    'mla': ('LatentAttention', 12_600_000, 6_500_000, 3120),
-}
-
-
-def result(name='baseline', seed=0, loss=4.0, **changes):
-    """A valid result file as an object; `changes`: fields with __ for the dot, e.g. config__n_layer=2."""
-    rng = random.Random(f'{name} {seed}')
-    kind, total, active, cache = NETWORKS.get(name.removesuffix('-again'), NETWORKS['baseline'])
-    run = {
-        'schema': 1, 'status': 'complete', 'name': name, 'started': '2024-01-01T00:00:00',
-        'finished': '2024-01-01T00:02:00',
-        'config': {
-            'attn': name.removesuffix('-again'), 'name': name, 'seed': seed, 'dataset': 'stdlib',
-            'tokenizer': 'bpe', 'n_layer': 4, 'n_head': 4, 'n_kv_head': 4, 'n_embd': 128, 'd_ff': 256,
-            'n_expert': 4, 'top_k': 2,
-            'block_size': 128, 'batch_size': 8, 'micro_batch_size': 8, 'max_steps': 100,
-            'learning_rate': 1e-3, 'optimizer': 'adamw', 'device': 'cpu', 'dtype': 'float32',
-            'compile': False, 'q_lora_rank': None,
-            'rope_theta': 10000.0, 'rope_factor': 1.0, 'out_dir': 'out', 'experiment': 'laptop'},
-        'model': {
-            'attention_class': kind, 'params_total': total, 'params_active': active,
-            'params_attention': total // 10, 'params_embedding': 524288, 'flops_per_token': 4e7,
-            'kv_cache_bytes_per_token': 2 * cache,
-            'kv_cache_bytes_per_token_16bit': cache},
-        'data': {
-            'dataset': 'stdlib', 'tokenizer': 'bpe', 'vocab_size': 4096, 'train_tokens': 3_000_000,
-            'val_tokens': 100_000, 'val_bytes': 340_000, 'train_sha256': 'ab' * 32, 'val_sha256': 'cd' * 32,
-            'uniform_loss': 8.3178, 'unigram_loss': 6.3},
-        'environment': {
-            'device_name': 'a CPU', 'threads': 2, 'torch': '2.9.0', 'python': '3.11.2', 'platform': 'Linux',
-            'git_commit': 'abc', 'git_dirty': False, 'source_sha256': {'model.py': '11'}, 'world_size': 1},
-        'history': [{'step': step, 'tokens': 1024 * step, 'seconds': 0.5 * step, 'learning_rate': 1e-3,
-                     'train_loss': loss, 'val_loss': None if step == 25 else loss + 4 * (100 - step) / 100,
-                     'grad_norm': 1.0, 'balance': {'max_violation': 0.2}} for step in (0, 25, 50, 75, 100)],
-        'final': {
-            'step': 100, 'updates': 100, 'tokens': 102400, 'val_loss': loss, 'val_perplexity': math.exp(loss),
-            'val_accuracy': 0.2 + (4 - loss) / 10, 'val_bits_per_byte': loss / math.log(2) / 3.4,
-            'seconds_training': 100 + rng.random(), 'seconds_total': 130.0,
-            'step_ms_median': 1000 + rng.random(), 'tokens_per_second': 1024.0, 'mfu': None,
-            'peak_memory_gb': 1.25, 'peak_memory_kind': 'resident',
-            'expert_load': [[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]], 'max_violation': 0.6,
-            'router_entropy': 1.2, 'balance_loss': 1.1, 'z_loss': 0.01}}
-    for field, value in changes.items():
-        *path, last = field.split('__')
-        at = run
-        for key in path:
-            at = at[key]
-        at[last] = value
-    return run
-
-
-def save(folder, *runs):
-    """Each run into <folder>/<name>-s<seed>/result.json; the folder as text."""
-    for run in runs:
-        place = folder / f'{run["name"]}-s{run["config"]["seed"]}'
-        place.mkdir(parents=True, exist_ok=True)
-        (place / 'result.json').write_text(json.dumps(run), encoding='utf-8')
-    return str(folder)
-
-
-def experiment(seeds=range(8), effects=None, noise=0.004, rng_seed=0):
-    """Runs of the effects' arms whose losses share a per-seed noise, so that pairs correlate."""
-    effects = effects or {'baseline': 0, 'lora': 0.02, 'enhanced': -0.03}
-    rng = np.random.default_rng(rng_seed)
-    runs = []
-    for seed in seeds:
-        shared = 4 + rng.normal(0, 0.02)
-        runs += [result(name, seed, float(shared + effect + rng.normal(0, noise)))
-                        for name, effect in effects.items()]
-    return runs
-
 
 def cli(*arguments, **environment):
     return subprocess.run([sys.executable, os.path.join(ROOT, 'analyze.py'), *map(str, arguments)], text=True,
@@ -110,16 +32,6 @@ def analysed(folder, baseline='baseline', metric='val_loss', margin=0.01):
 def report_of(folder, **options):
     arms, r = analysed(folder, **options)
     return analyze.report(arms, r, [], 'test')
-
-
-def refusal(capsys, call, *arguments):
-    """The one line on stderr with which the call ends the program."""
-    with pytest.raises(SystemExit) as stop:
-        call(*arguments)
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 # ---- what can and cannot be said
@@ -300,62 +212,6 @@ def test_the_text_forest_has_a_line_per_variant_with_zero_margin_and_mean(tmp_pa
     assert lora.count(':') >= 1 and '---' in lora
 
 
-# ---- comparability
-
-@pytest.mark.parametrize('field, value', [
-    ('config__learning_rate', 0.002), ('config__max_steps',
-     101), ('config__batch_size', 9), ('config__dtype', 'bfloat16'),
-    ('config__rope_theta', 5000.0), ('config__new_knob',
-     1), ('data__val_sha256', 'ef' * 32), ('data__vocab_size', 4097),
-    ('environment__device_name', 'a GPU'), ('environment__torch', '2.8.0'), ('final__tokens', 102399),
-])
-def test_runs_that_disagree_are_refused_naming_field_values_and_runs(tmp_path, capsys, field, value):
-    runs = experiment(range(3)) + [result('baseline', 3), result('lora', 3, **{field: value})]
-    found = analyze.disagreements(analyze.load(save(tmp_path, *runs), 'baseline'), 'baseline')
-    assert len(found) == 1
-    assert field.replace('__', '.') in found[0] and json.dumps(
-        value) in found[0] and '(lora seed 3)' in found[0]
-
-
-@pytest.mark.parametrize('field, value', [
-    ('config__rope_factor', 2.0), ('config__rope_scaling',
-     'linear'), ('config__n_kv_head', 2), ('config__q_lora_rank', 32),
-    ('config__out_dir', 'elsewhere'), ('config__experiment', 'other'), ('config__resume', True),
-    ('data__dataset', 'the-same-text-in-another-folder'),
-])
-def test_a_variants_own_knobs_and_bookkeeping_are_no_disagreement(tmp_path, field, value):
-    runs = [result('baseline', s) for s in range(2)] + [result('lora', s, **{field: value}) for s in range(2)]
-    assert analyze.disagreements(analyze.load(save(tmp_path, *runs), 'baseline'), 'baseline') == []
-
-
-def test_one_name_for_two_networks_is_a_disagreement(tmp_path):
-    runs = [result('baseline', 0), result('lora', 0), result('lora', 1, config__q_lora_rank=64)]
-    found = analyze.disagreements(analyze.load(save(tmp_path, *runs), 'baseline'), 'baseline')
-    assert found == ['config.q_lora_rank: null (lora seed 0) against 64 (lora seed 1)']
-
-
-def test_an_aa_arm_must_be_the_baselines_network(tmp_path):
-    runs = [result('baseline', 0), result('baseline-again', 0, model__params_total=13_200_001)]
-    found = analyze.disagreements(analyze.load(save(tmp_path, *runs), 'baseline'), 'baseline')
-    assert len(found) == 1 and 'model.params_total' in found[0]
-
-
-def test_other_source_files_or_commits_are_a_caveat_not_a_refusal(tmp_path):
-    runs = experiment(range(3))
-    runs[-1]['environment'].update(git_commit='def', git_dirty=True, source_sha256={'model.py': '22'})
-    folder = save(tmp_path, *runs)
-    assert analyze.disagreements(analyze.load(folder, 'baseline'), 'baseline') == []
-    text = report_of(folder)
-    assert 'environment.git_commit differs' in text and 'source changed between the runs: model.py' in text
-    assert 'uncommitted changes: enhanced seed 2' in text
-
-
-def test_the_same_name_and_seed_twice_is_refused_naming_both_files(tmp_path, capsys):
-    save(tmp_path / 'a', result('baseline', 0)), save(tmp_path / 'b', result('baseline', 0))
-    line = refusal(capsys, analyze.load, str(tmp_path), 'baseline')
-    assert os.path.join('a', 'baseline-s0') in line and os.path.join('b', 'baseline-s0') in line
-
-
 # ---- the program as it is used
 
 def test_importing_analyze_needs_neither_torch_nor_scipy_nor_matplotlib():
@@ -483,144 +339,3 @@ def test_a_thousand_result_files_take_less_than_5_seconds(tmp_path, names, seeds
     text = analyze.report(arms, r, [], 'many')
     assert sum(len(arm) for arm in arms.values()) >= 1000 and len(text) > 10_000
     assert time.process_time() - start < 5
-
-
-# ---- files that are not what they should be
-
-def read(tmp_path, text):
-    file = tmp_path / 'result.json'
-    file.write_bytes(text if isinstance(text, bytes) else text.encode('utf-8', 'surrogatepass'))
-    return str(file)
-
-
-def outcome(tmp_path, capsys, text):
-    """None if the file is accepted, else the one line of its refusal, which names it."""
-    file = read(tmp_path, text)
-    try:
-        analyze.read_run(file)
-    except SystemExit as stop:
-        lines = capsys.readouterr().err.splitlines()
-        assert stop.code == 2 and len(lines) == 1 and file in lines[0], lines
-        return lines[0]
-    return None
-
-
-def leaves(value, path=()):
-    """Every (path) in a result file, containers included, lists by their first entry."""
-    yield path
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from leaves(inner, path + (key,))
-    elif isinstance(value, list) and value:
-        yield from leaves(value[0], path + (0,))
-
-
-def changed(run, path, value=None, remove=False):
-    run = copy.deepcopy(run)
-    at = run
-    for key in path[:-1]:
-        at = at[key]
-    if remove:
-        del at[path[-1]]
-    else:
-        at[path[-1]] = value
-    return run
-
-
-def test_a_file_truncated_at_any_byte_is_refused(tmp_path, capsys):
-    text = json.dumps(result(), indent=1).encode()
-    for end in range(len(text)):
-        assert 'not valid JSON' in outcome(tmp_path, capsys, text[:end])
-    assert outcome(tmp_path, capsys, text) is None
-
-
-# what the report is computed from; other fields of a file are not read
-USED = [tuple(field.split('.')) for field in ('schema', *analyze.FIELDS)]
-
-
-def test_a_missing_field_is_named(tmp_path, capsys):
-    for path in USED:
-        line = outcome(tmp_path, capsys, json.dumps(changed(result(), path, remove=True)))
-        assert line and 'lacks the field ' + '.'.join(path) in line, path
-    line = outcome(tmp_path, capsys, json.dumps(changed(result(), ('history', 2, 'val_loss'), remove=True)))
-    assert 'history[2].val_loss' in line
-
-
-def test_a_wrong_type_is_named_with_its_field(tmp_path, capsys):
-    for field, kind in analyze.FIELDS.items():
-        path = tuple(field.split('.'))
-        for value in (None, True, 'text', '', -1.5, [], {}, [None], 10 ** 400, -7):
-            fits = (value is None and kind.endswith('?') or value is True and kind.startswith('bool')
-                    or value == 'text' and kind.startswith('text')
-                    or isinstance(value, dict) and kind.startswith('object')
-                    or isinstance(value, list) and kind.startswith('list')
-                    or value == -1.5 and kind.startswith('number')
-                    or value == -7 and kind.startswith(('number', 'int')))
-            line = outcome(tmp_path, capsys, json.dumps(changed(result(), path, value)))
-            if not fits:
-                assert line and field in line, (path, value, line)
-
-
-def test_nan_infinity_and_overflow_are_refused(tmp_path, capsys):
-    for path in (('final', 'val_loss'), ('final', 'seconds_training'), ('config', 'learning_rate')):
-        for text in ('NaN', 'Infinity', '-Infinity', '1e999', '1e200'):
-            json_text = json.dumps(changed(result(), path, '@')).replace('"@"', text)
-            assert outcome(tmp_path, capsys, json_text), (path, text)
-    unread = changed(result(), ('history', 0, 'train_loss'), math.nan)
-    assert 'NaN is not JSON' in outcome(tmp_path, capsys, json.dumps(unread))
-
-
-@pytest.mark.parametrize('text', [
-    '', ' ', 'null', '[]', '1', '"x"', '{}', '{"schema": 1}', '[' * 100_000,
-    '{"a":' * 100_000, '\ufeff{}', b'\xff\xfe\x00', b'\x00' * 100, '{"schema": "1"}', '{"schema": true}'])
-def test_what_is_not_a_result_file_at_all_is_refused(tmp_path, capsys, text):
-    assert outcome(tmp_path, capsys, text)
-
-
-@pytest.mark.parametrize('schema', [0, 2, 99, '1', 1.5, None, True])
-def test_another_schema_is_named(tmp_path, capsys, schema):
-    assert 'schema' in outcome(tmp_path, capsys, json.dumps(result(schema=schema)))
-
-
-@pytest.mark.parametrize('changes', [
-    {'final__val_perplexity': 60.0}, {'final__val_accuracy': 1.5}, {
-        'final__val_loss': -4.0}, {'status': 'done'},
-    {'model__params_active': 99_000_000}, {'final__expert_load': [
-        [0.5, 0.5], [1.0]]}, {'final__expert_load': [[0.0, 0.0]]},
-    {'final__expert_load': [['a']]}, {'name': 'two\nlines'}, {
-        'name': 'x' * 100}, {'final': None}, {'name': '\ud800'},
-    {'history': [3]}, {'history': [{'step': -1, 'val_loss': 3.0}]
-        }, {'history': [{'step': 1, 'val_loss': 'x'}]},
-])
-def test_a_file_that_contradicts_itself_is_refused(tmp_path, capsys, changes):
-    run = result()
-    for field, value in changes.items():
-        run = changed(run, field.split('__'), value)
-    assert outcome(tmp_path, capsys, json.dumps(run))
-
-
-def test_damaged_files_by_the_hundred_end_in_one_line_or_in_a_report_of_finite_numbers(tmp_path, capsys):
-    """One value of one run replaced at random: refused with one line, or reported without a nan."""
-    rng = random.Random(7)
-    runs = [result(name, seed, 4 + seed / 100) for seed in range(2) for name in ('baseline', 'lora')]
-    folder = save(tmp_path, *runs)
-    paths = [path for path in leaves(runs[0]) if path]
-    refused = reported = 0
-    for _ in range(400):
-        path = rng.choice(paths)
-        value = rng.choice([None, True, 'x', 'NaN', '\x00', 0, -1, 3,
-                           1e30, 1e-30, 2 ** 62, [], {}, [1], {'a': 1}])
-        save(tmp_path, changed(runs[0], path, value, remove=rng.random() < 0.2) | {'name': 'baseline'}
-             if path not in (('config',), ('config', 'seed')) else runs[0])
-        try:
-            arms = analyze.load(folder, 'baseline')
-            problems = analyze.disagreements(arms, 'baseline')
-            r = analyze.compare(arms, 'baseline', 'val_loss', 0.01)
-            text = analyze.report(arms, r, problems, 'x')
-            json.dumps(analyze.rounded(r), allow_nan=False)
-            assert ' nan' not in text and ' inf' not in text
-            reported += 1
-        except SystemExit as stop:
-            assert stop.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
-            refused += 1
-    assert refused > 50 and reported > 50

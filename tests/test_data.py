@@ -1,4 +1,4 @@
-"""data.py: splits without leaks, tokenizers, verified token files, batches as functions of (seed, step)."""
+"""data.py: splits without leaks, verified token files, batches as functions of (seed, step)."""
 
 import json
 import math
@@ -12,46 +12,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY, message_of, silent, text
 
-HERE = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
 import data
 from data import Corpus, DataError, load_tokenizer, prepare
-
-WORDS = ('attention latent rotary expert router key value query head rank '
-         '\u00e9t\u00e9 \u4e2d\u6587 loss := (x) \t == 12345').split(' ')
-
-
-def text(seed, words=120):
-    rng = random.Random(seed)
-    return f'document {seed}\n' + ''.join(rng.choice(WORDS) + rng.choice(['  ', ' ', '\n', ', '])
-                                          for _ in range(words))
-
-
-def silent(line):
-    pass
-
-
-@pytest.fixture(scope='module')
-def texts(tmp_path_factory):
-    """A folder of 60 text files, one of them twice, one blank, one hidden, one of another ending."""
-    folder = tmp_path_factory.mktemp('texts with \u00e4 and blanks')
-    for i in range(60):
-        path = folder / f'part {i % 3}' / f'{i}.txt'
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(text(i).encode())
-    (folder / 'copy.md').write_bytes(text(7).encode())
-    (folder / 'blank.txt').write_text(' \n')
-    (folder / 'picture.png').write_bytes(b'\xff\xd8')
-    (folder / '.hidden').mkdir()
-    (folder / '.hidden' / 'x.txt').write_bytes(b'\xff')
-    return folder
-
-
-@pytest.fixture(scope='module')
-def prepared(texts, tmp_path_factory):
-    return prepare(str(texts), 'bpe', 400, tmp_path_factory.mktemp('root'), silent)
-
 
 @pytest.fixture(scope='session')
 def stdlib(tmp_path_factory):
@@ -62,12 +26,6 @@ def stdlib(tmp_path_factory):
 @pytest.fixture
 def copy(prepared, tmp_path):
     return pathlib.Path(shutil.copytree(prepared, tmp_path / 'copy'))
-
-
-def one_line(error):
-    message = str(error.value)
-    assert message and '\n' not in message
-    return message
 
 
 def documents_of(folder, part):
@@ -139,121 +97,6 @@ def test_a_file_is_split_at_its_end_of_text_lines(tmp_path):
     inline.write_text('about <|endoftext|> in a line\n' * 30)
     assert Corpus(prepare(str(inline), 'bytes', 0, tmp_path / 'root', silent),
                   block_size=4).meta['train']['documents'] == 1
-
-
-# ---- tokenizers --------------------------------------------------------------------------------------------
-
-def naive_bpe(chunks, vocab_size):
-    """Byte-pair encoding as one would say it: count all pairs, merge the best, start over."""
-    tokens, words = [bytes([i]) for i in range(256)], [(list(chunk), n) for chunk, n in chunks.items()]
-    while len(tokens) < vocab_size:
-        pairs = Counter()
-        for word, n in words:
-            for pair in zip(word, word[1:]):
-                pairs[pair] += n
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
-        if best is None or pairs[best] < 2:
-            break
-        merged = tokens[best[0]] + tokens[best[1]]
-        if merged not in tokens:
-            tokens.append(merged)
-        new = tokens.index(merged)
-        for word, _ in words:
-            i = 0
-            while i < len(word) - 1:
-                if (word[i], word[i + 1]) == best:
-                    word[i:i + 2] = [new]
-                i += 1
-    return tokens
-
-
-@pytest.mark.parametrize('seed', range(12))
-def test_the_heap_learns_the_same_tokens_in_the_same_order_as_counting_anew_each_time(seed):
-    rng = random.Random(seed)
-    letters = 'ab' if seed % 2 else 'abcde '
-    chunks = {''.join(rng.choices(letters, k=rng.randint(1, 14))).encode(): rng.randint(1, 5)
-              for _ in range(60)}
-    assert data.train_bpe(chunks, 340) == naive_bpe(chunks, 340)
-
-
-def test_the_worked_example_of_the_trainer_holds():
-    import doctest
-    assert doctest.testmod(data).failed == 0 and doctest.testmod(data).attempted == 1
-
-
-def test_encoding_merges_by_rank(prepared):
-    """An independent encoder: within a chunk, merge the adjacent pair of the lowest rank, while any is."""
-    import regex
-    tokenizer = load_tokenizer(prepared)
-    rank = {token: i for i, token in enumerate(tokenizer.tokens) if token}
-    sample, expected = text(3) + ' \u00e9' + text(1234), []
-    for chunk in regex.findall(data.PATTERN, sample):
-        parts = [bytes([b]) for b in chunk.encode()]
-        while len(parts) > 1:
-            ranks = [rank.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
-            i = ranks.index(min(ranks))
-            if ranks[i] == math.inf:
-                break
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        expected += [rank[part] for part in parts]
-    assert tokenizer.encode(sample) == expected and len(expected) < len(sample.encode()) / 1.5
-
-
-@pytest.mark.parametrize('name', ['bpe', 'bytes'])
-def test_any_text_survives_encoding_and_decoding(prepared, texts, tmp_path, name):
-    pytest.importorskip('hypothesis')
-    from hypothesis import HealthCheck, given, settings, strategies as st
-    tokenizer = load_tokenizer(prepared if name == 'bpe'
-                               else prepare(str(texts), 'bytes', 0, tmp_path, silent))
-
-    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    @given(st.text(st.characters(blacklist_categories=['Cs'])))
-    def round_trip(string):
-        ids = tokenizer.encode(string)
-        assert tokenizer.decode(ids) == string and tokenizer.decode_bytes(ids) == string.encode()
-        assert sum(tokenizer.token_bytes[ids]) == len(string.encode()) and tokenizer.eot not in ids
-    round_trip()
-    assert tokenizer.decode(tokenizer.encode('a\ud800b'))[0] == 'a'   # half a surrogate pair: replaced
-    assert tokenizer.eot == tokenizer.vocab_size - 1 and tokenizer.token_bytes[tokenizer.eot] == 0
-
-
-def test_the_end_of_text_in_a_text_is_ordinary_text(prepared):
-    tokenizer = load_tokenizer(prepared)
-    ids = tokenizer.encode('a<|endoftext|>b')
-    assert tokenizer.eot not in ids and tokenizer.decode(ids) == 'a<|endoftext|>b'
-    assert tokenizer.decode([tokenizer.eot]) == '<|endoftext|>' and '\ufffd' in tokenizer.decode([0xe4])
-
-
-@pytest.mark.parametrize('run', [' ', '\n', 'a', '!', '7', ' \n', '\u3000', '\u4e2d'])
-def test_a_megabyte_without_a_break_is_encoded_and_learned_from_in_seconds(prepared, run):
-    tokenizer = load_tokenizer(prepared)
-    assert tokenizer.decode(tokenizer.encode(run * 300_000)) == run * 300_000
-    gpt2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""   # unbounded
-    unbounded = data.Tokenizer('x', tokenizer.tokens, gpt2)
-    assert unbounded.decode(unbounded.encode(run * 300_000)) == run * 300_000
-    assert data.make_tokenizer('bpe', 300, [run * 300_000], silent).vocab_size <= 300
-
-
-def test_a_small_corpus_yields_the_vocabulary_it_can(tmp_path):
-    (tmp_path / 'x.txt').write_text('abc abd\n' * 40)
-    folder, lines = None, []
-    folder = prepare(str(tmp_path / 'x.txt'), 'bpe', 5000, tmp_path / 'root', lines.append)
-    assert Corpus(folder, block_size=1).vocab_size == load_tokenizer(folder).vocab_size < 300
-    assert any('instead of 5,000' in line for line in lines)
-
-
-def test_a_vocabulary_that_is_neither_here_nor_reachable_is_said_so_quickly(texts, tmp_path, monkeypatch):
-    for name in ('https_proxy', 'HTTPS_PROXY', 'http_proxy', 'HTTP_PROXY', 'all_proxy', 'ALL_PROXY'):
-        monkeypatch.setenv(name, 'http://127.0.0.1:9')       # refused at once, with and without network
-    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'cache'))
-    with pytest.raises(DataError) as error:
-        prepare(str(texts), 'gpt2', 0, tmp_path / 'root', silent)
-    message = one_line(error)
-    assert all(part in message for part in ('gpt2', 'TIKTOKEN_CACHE_DIR', '--tokenizer=bpe', 'bytes'))
-    assert list((tmp_path / 'root').iterdir()) == []
-    with pytest.raises(DataError) as error:
-        prepare(str(texts), 'gpt-two', 0, tmp_path / 'root', silent)
-    assert 'cl100k_base' in one_line(error)
 
 
 # ---- the embedded corpus -----------------------------------------------------------------------------------
@@ -376,7 +219,7 @@ def test_nanogpts_files_are_used_where_they_lie(tmp_path, monkeypatch):
     assert not (tmp_path / 'executed').exists()
     with pytest.raises(DataError) as error:
         load_tokenizer(folder)
-    one_line(error)
+    message_of(error)
     as_bytes = prepare(str(source), 'bytes', 0, tmp_path / 'root', silent)
     assert Corpus(as_bytes, block_size=8).describe()['val_bytes'] == 64
     nanogpt(source, [1] * 50, [2] * 50)      # replaced: not served stale
@@ -386,7 +229,7 @@ def test_nanogpts_files_are_used_where_they_lie(tmp_path, monkeypatch):
 def test_gpt2_token_files_work_without_the_vocabulary(tmp_path, monkeypatch):
     def offline(name, log):
         raise DataError('offline')
-    monkeypatch.setattr(data, 'fetch_tokenizer', offline)
+    monkeypatch.setattr('tokenizer.fetch_tokenizer', offline)
     source = nanogpt(tmp_path / 'owt', [50256, 1, 2] * 20, [3, 50256] * 20)
     facts = Corpus(prepare(str(source), 'gpt2', 0, tmp_path / 'root', silent), block_size=8).describe()
     assert facts['vocab_size'] == 50257 and facts['val_bytes'] is None and facts['tokenizer'] == 'gpt2'
@@ -398,14 +241,14 @@ def test_a_token_file_of_an_odd_size_is_refused(tmp_path, content):
     (source / 'val.bin').write_bytes(content)
     with pytest.raises(DataError) as error:
         prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent)
-    assert 'val.bin' in one_line(error)
+    assert 'val.bin' in message_of(error)
 
 
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
     source = nanogpt(tmp_path / 'x', [1, 999] * 50, [2] * 50)
     with pytest.raises(DataError) as error:
         prepare(str(source), 'bytes', 0, tmp_path / 'root', silent)
-    assert '999' in one_line(error)
+    assert '999' in message_of(error)
 
 
 def test_a_prepared_folder_can_be_given_as_the_dataset(prepared):
@@ -422,37 +265,37 @@ def test_a_prepared_folder_can_be_given_as_the_dataset(prepared):
     (lambda p: (p.mkdir(), (p / 'a.txt').write_bytes(b'\xff\xfe')), 'a.txt: not UTF-8'),
     (lambda p: (p.mkdir(), (p / 'a.txt').symlink_to('nowhere')), 'a.txt: cannot be read'),
     (lambda p: p.symlink_to(p), ''), (lambda p: (p.mkdir(), (p / 'a.txt').mkdir()), 'no text files')])
-def test_a_corpus_that_is_none_ends_in_one_line(tmp_path, make, part):
+def test_a_corpus_that_is_none_ends_in_message_of(tmp_path, make, part):
     make(tmp_path / 'corpus')
     with pytest.raises(DataError) as error:
         prepare(str(tmp_path / 'corpus'), 'bytes', 0, tmp_path / 'root', silent)
-    assert part in one_line(error) and 'corpus' in one_line(error)
+    assert part in message_of(error) and 'corpus' in message_of(error)
     assert not list(tmp_path.glob('root/*')) and not list(tmp_path.glob('root/.*'))
 
 
 @pytest.mark.parametrize('dataset', ['', 'no\0thing', '~nobody-here/x', 'x' * 5000, '/dev/null'])
-def test_a_path_that_cannot_be_one_ends_in_one_line(tmp_path, dataset):
+def test_a_path_that_cannot_be_one_ends_in_message_of(tmp_path, dataset):
     with pytest.raises(DataError) as error:
         prepare(dataset, 'bytes', 0, tmp_path, silent)
-    one_line(error)
+    message_of(error)
 
 
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root reads everything')
-def test_an_unreadable_file_ends_in_one_line(tmp_path):
+def test_an_unreadable_file_ends_in_message_of(tmp_path):
     (tmp_path / 'a.txt').write_text('secret')
     (tmp_path / 'a.txt').chmod(0)
     with pytest.raises(DataError) as error:
         prepare(str(tmp_path / 'a.txt'), 'bytes', 0, tmp_path / 'root', silent)
-    one_line(error)
+    message_of(error)
 
 
 @pytest.mark.parametrize('tokenizer, vocab_size',
                          [('bpe', 256), ('bpe', 0), ('bpe', -1), ('bpe', 2**40), ('', 300),
                           ('nonsense', 300)])
-def test_an_impossible_tokenizer_ends_in_one_line(texts, tmp_path, tokenizer, vocab_size):
+def test_an_impossible_tokenizer_ends_in_message_of(texts, tmp_path, tokenizer, vocab_size):
     with pytest.raises(DataError) as error:
         prepare(str(texts), tokenizer, vocab_size, tmp_path, silent)
-    one_line(error)
+    message_of(error)
 
 
 @pytest.mark.parametrize('options', [{'block_size': 10**6}, {'max_train_tokens': 8, 'block_size': 8},
@@ -461,7 +304,7 @@ def test_an_impossible_tokenizer_ends_in_one_line(texts, tmp_path, tokenizer, vo
 def test_a_split_shorter_than_the_context_is_refused(prepared, options):
     with pytest.raises(DataError) as error:
         Corpus(prepared, **options)
-    one_line(error)
+    message_of(error)
 
 
 # ---- damaged files -----------------------------------------------------------------------------------------
@@ -507,7 +350,7 @@ def test_a_damaged_file_is_named_with_the_way_out_and_never_used(prepared, copy,
     path.unlink()
     with pytest.raises(DataError) as error:
         Corpus(copy, block_size=8)
-    assert name in one_line(error)
+    assert name in message_of(error)
 
 
 def rewrite(folder, **changes):
@@ -520,7 +363,7 @@ def test_ids_beyond_the_vocabulary_of_meta_json_are_refused(copy):
     rewrite(copy, vocab_size=300)
     with pytest.raises(DataError) as error:
         Corpus(copy, block_size=8)
-    assert 'id' in one_line(error) and '300' in one_line(error)
+    assert 'id' in message_of(error) and '300' in message_of(error)
 
 
 def test_a_newer_format_is_named_and_an_older_one_built_again(texts, tmp_path):
@@ -529,7 +372,7 @@ def test_a_newer_format_is_named_and_an_older_one_built_again(texts, tmp_path):
     for use in (lambda: Corpus(folder), lambda: prepare(str(texts), 'bytes', 0, tmp_path, silent)):
         with pytest.raises(DataError) as error:
             use()
-        assert 'format 2' in one_line(error)
+        assert 'format 2' in message_of(error)
     meta = json.loads((folder / 'meta.json').read_text())
     (folder / 'meta.json').write_text(json.dumps({**meta, 'format': 0}))
     prepare(str(texts), 'bytes', 0, tmp_path, silent)
@@ -559,7 +402,7 @@ def test_something_else_in_the_place_of_the_folder_is_not_removed(texts, tmp_pat
     (folder / 'meta.json').rename(folder / 'thesis.doc')
     with pytest.raises(DataError) as error:
         prepare(str(texts), 'bytes', 0, tmp_path, silent)
-    assert one_line(error) and (folder / 'thesis.doc').exists()
+    assert message_of(error) and (folder / 'thesis.doc').exists()
 
 
 @pytest.mark.parametrize('failure', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
@@ -572,7 +415,7 @@ def test_a_full_disk_or_an_interruption_leaves_nothing_half_made(texts, tmp_path
     with pytest.raises(DataError if isinstance(failure, OSError) else KeyboardInterrupt) as error:
         prepare(str(texts), 'bytes', 0, tmp_path / 'root', silent)
     if isinstance(failure, OSError):
-        assert 'No space left' in one_line(error) and '--data_root' in one_line(error)
+        assert 'No space left' in message_of(error) and '--data_root' in message_of(error)
     assert list((tmp_path / 'root').iterdir()) == []
 
 
@@ -580,11 +423,11 @@ def test_a_root_that_cannot_be_written_is_said_with_the_way_out(texts, tmp_path)
     (tmp_path / 'file').write_text('')
     with pytest.raises(DataError) as error:
         prepare(str(texts), 'bytes', 0, tmp_path / 'file', silent)
-    assert '--data_root' in one_line(error)
+    assert '--data_root' in message_of(error)
 
 
 def command(*argv, **options):
-    return subprocess.Popen([sys.executable, str(HERE / 'data.py'), *map(str, argv)], stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, str(REPOSITORY / 'data.py'), *map(str, argv)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE,
                             text=True, **options)
 

@@ -79,8 +79,11 @@ def test_the_environment_needs_neither_git_nor_proc(monkeypatch, tmp_path):
     assert list(whole) == fields and whole['device_name'] and whole['threads'] == torch.get_num_threads()
     monkeypatch.setenv('PATH', str(tmp_path))
     monkeypatch.setattr('builtins.open', lambda *a, **k: (_ for _ in ()).throw(FileNotFoundError()))
+    monkeypatch.delenv('GIT_COMMIT', raising=False)
     bare = machine.environment(torch.device('cpu'))
     assert list(bare) == fields and bare['git_commit'] is bare['git_dirty'] is None
+    monkeypatch.setenv('GIT_COMMIT', 'abc')                     # on a copy without .git
+    assert machine.environment(torch.device('cpu'))['git_commit'] == 'abc'
     assert isinstance(bare['device_name'], str)
 
 

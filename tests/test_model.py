@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-import moe
 from attention import rope_tables
 from model import LanguageModel, LinearCrossEntropy, ModelConfig
 

@@ -581,7 +581,7 @@ def test_decoding_one_token_takes_its_own_path_to_the_same_numbers(router, top_k
     expected, routing = layer(x)                                # gradients are on: the path of training
     assert not calls and routing is not None
     with torch.no_grad():
-        y, routing = layer(x, log=False)
+        y, routing = layer(x, with_balance=False)
     assert calls and routing is None
     close(y, expected, 1e-13)
 

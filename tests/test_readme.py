@@ -1,4 +1,6 @@
 """README.md says what is so: its figures stand in committed result files, its commands and its walk-through work."""
+import functools
+import hashlib
 import json
 import re
 import shutil
@@ -7,10 +9,10 @@ import sys
 
 import pytest
 
-import analyze
 from attention import variants
 from configurator import read_block
 from conftest import REPOSITORY, TINY, flags
+from result import read_run
 
 README = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
 PROGRAMS = 'train', 'sample', 'bench', 'data', 'analyze'
@@ -53,10 +55,25 @@ def test_a_committed_report_is_what_analyze_makes_of_the_committed_result_files(
 
 
 def test_committed_result_files_are_complete_runs_of_one_clean_commit_each():
-    for path in sorted((REPOSITORY / 'results').glob('*/*-s*.json')):
-        run = analyze.read_run(str(path))
-        assert run['status'] in ('complete', 'diverged') and run['environment']['git_dirty'] is False, path
-        assert path.name == f'{run["name"]}-s{run["config"]["seed"]}.json'
+    """git_dirty is null where no .git was at hand (GIT_COMMIT named the commit): the hashes of the sources tell as well."""
+    for path in sorted((REPOSITORY / 'results').rglob('*-s*.json')):
+        run = read_run(str(path))
+        here = run['environment']
+        assert run['status'] in ('complete', 'diverged') and path.name == f'{run["name"]}-s{run["config"]["seed"]}.json'
+        assert here['git_commit'] and not here['git_dirty'], path
+        there = sources_of(here['git_commit'])
+        assert there is None or here['source_sha256'] == there, path
+
+
+@functools.cache
+def sources_of(commit):
+    """{file: SHA-256} of the scripts in a commit; None where its history is not at hand (a shallow clone)."""
+    git = lambda *command: subprocess.run(['git', *command], cwd=REPOSITORY, capture_output=True)
+    names = git('ls-tree', '--name-only', commit)
+    if names.returncode:
+        return None
+    scripts = [name for name in names.stdout.decode().split() if name.endswith('.py')]
+    return {name: hashlib.sha256(git('show', f'{commit}:{name}').stdout).hexdigest() for name in scripts}
 
 
 def test_the_table_of_variants_is_that_of_the_code():
