@@ -10,9 +10,10 @@ Shapes: B sequences of T tokens, N = B T, C = n_embd, F = d_ff, E = n_expert, k 
     k copies of each token, sorted by expert (M, C):   [ expert 0's rows | expert 1's rows | ... | expert E-1's rows ]
     one network per expert over its contiguous rows, weighted -> (M, C) -> by token again, summed over k -> (N, C)
 
-No token is dropped, there is no capacity, and nothing is added atomically: a token's result depends on that token
-alone, and the same input gives the same bits. Read MixtureOfExperts first; below it stand the dispatch and the
-networks, each with its backward by hand.
+No token is dropped, there is no capacity, and no sum depends on an order of chance: a token's result depends on that
+token alone, and the same input gives the same bits. Read MixtureOfExperts first. Below it swiglu_experts runs the
+networks in one of two ways: all at once (grouped_swiglu, for GPUs), or one after the other (SegmentedSwiGLU, for CPUs
+and as the readable reference).
 """
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -163,8 +164,8 @@ def grouped_serves(x, gate):
 
 
 def grouped_swiglu(rows, weights, gate, up, down, load):
-    """The GPU's path, over rows (M, C) sorted by expert -> (M, C): all experts in one launch, with row counts read on the
-    device, no host synchronisation."""
+    """Over rows (M, C) sorted by expert -> (M, C), weights (M,) along: all experts in one launch, with row counts read
+    on the device, no host synchronisation."""
     ends = load.cumsum(0).to(torch.int32)                       # (E,) where each expert's rows end
     g = F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)
     u = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
@@ -203,7 +204,7 @@ class FromExperts(torch.autograd.Function):
 
 
 class SegmentedSwiGLU(torch.autograd.Function):
-    """swiglu_experts, one expert after the other, the readable reference and the CPU's path. sizes: load as a list.
+    """What swiglu_experts says, one expert after the other. sizes: load as a list.
 
     Written out by hand, forward and backward, so that an expert's rows are gathered, used and added up while they are
     in the cache. For the backward only g = gate x and u = up x are kept. With h = silu(g) u, y = w down h:
