@@ -15,12 +15,13 @@ What is in here, in reading order:
 Shapes: B sequences, T new tokens, S tokens that can be attended (cached + new), C = n_embd, H = n_head,
 dn = qk_nope_head_dim, dr = qk_rope_head_dim, dv = v_head_dim, r = kv_lora_rank, rq = q_lora_rank.
 
-Both classes are called in the same way, attention(x, rope, mask, cache, slots, span), and serve two situations:
-    training   x (B, T, C) alone: causal over itself, nothing is kept.
+Both classes are called in the same way, attention(x, rope, mask, cache, slots, span); rope is what rope_tables() made
+for the positions of x (B, T, C). They serve two situations:
+    training   x and rope alone: causal over itself, nothing is kept.
     decoding   cache is what new_cache() allocated, for `capacity` slots. `slots` (T,) says into which of them the T new
                tokens go, `span` how many slots from the first are attended, `mask` (1 or B, 1, T, span) which of those
-               each token may see (None: all of them). `slots` is None at the first call, when the T tokens fill the
-               empty cache from slot 0 and attend only to themselves: ordinary causal attention.
+               each token may see (None: all of them). `slots` None: the T tokens are a prompt that fills the empty cache
+               from slot 0 and attends to itself alone, causally. (Prompts of several lengths come with slots and mask.)
 """
 import math
 
@@ -114,9 +115,10 @@ def attention_scale(config, width):
 def attend(q, k, v, scale, mask=None, causal=False):
     """softmax(scale q k^T) v over (B, heads, T or S, width) tensors; heads of k and v may be a divisor of q's.
 
-    Flash kernels want values as wide as keys. Where v is narrower it is padded with zeros, which stay zeros in the
-    output and are cut off: on a CPU that is 1.5x faster, forward and backward, than torch's fallback, which would
-    build the T x T matrix (results/notes.md).
+    Flash kernels want values as wide as keys. Whichever is narrower is padded with zeros: in values they stay zeros in
+    the output and are cut off, in q and k they add nothing to a score. On a CPU that is 1.5x faster, forward and
+    backward, than torch's fallback, which would build the T x T matrix. A single query's heads that share a key become
+    rows of one matrix, so that each key is read once and not H / G times (both: results/notes.md).
     """
     B, H, T, _ = q.shape
     dv, dk, G = v.size(-1), k.size(-1), k.size(1)
@@ -124,8 +126,8 @@ def attend(q, k, v, scale, mask=None, causal=False):
         v = F.pad(v, (0, dk - dv))
     elif dv > dk:
         q, k = F.pad(q, (0, dv - dk)), F.pad(k, (0, dv - dk))
-    if T == 1 and G != H:       # the heads that share a key as rows of one query matrix: it is read once, not H / G times
-        q = q.reshape(B, G, H // G, -1)
+    if T == 1 and G != H:
+        q = q.reshape(B, G, H // G, -1)                                 # heads as rows
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and T > 1, scale=scale,
                                        enable_gqa=q.size(1) != G)
     return o.reshape(B, H, T, -1)[..., :dv]
@@ -135,14 +137,16 @@ class NormAndGain(torch.autograd.Function):
     """y = x r w with r = 1 / sqrt(mean(x^2) + eps): RMSNorm that keeps x and one r per token for the backward.
 
     F.rms_norm keeps x r as well, 40 MB at Experiment 1's size, and takes twice the time on a CPU (results/notes.md).
+    out= writes into a temporary that is no longer needed: fresh memory often leaves a hole of its size in a CPU's heap.
     With n = x r and g = dL/dy: dL/dw = sum over tokens of g n, and dL/dx = r (g w - n mean(g w n)).
     """
 
     @staticmethod
     def forward(ctx, x, w, eps):
-        r = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()                    # (..., 1)
+        y = x.square()
+        r = y.mean(-1, keepdim=True).add_(eps).rsqrt_()                             # (..., 1)
         ctx.save_for_backward(x, w, r)
-        return (x * r).mul_(w)
+        return torch.mul(x, r, out=y).mul_(w)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -150,8 +154,8 @@ class NormAndGain(torch.autograd.Function):
         x, w, r = ctx.saved_tensors
         n = x * r
         gn = g * n
-        mean = (gn @ w).div_(len(w)).unsqueeze(-1)                                  # (..., 1)
-        return (g * w).addcmul_(n, mean, value=-1).mul_(r), gn.flatten(0, -2).sum(0), None
+        dw, mean = gn.flatten(0, -2).sum(0), (gn @ w).div_(len(w)).unsqueeze(-1)    # (C,), (..., 1)
+        return torch.mul(g, w, out=gn).addcmul_(n, mean, value=-1).mul_(r), dw, None
 
 
 class RMSNorm(nn.Module):
@@ -201,7 +205,7 @@ class MultiHeadAttention(nn.Module):
         return torch.zeros(2, batch, self.n_kv_head, capacity, self.head_dim, dtype=dtype, device=device)
 
     def forward(self, x, rope, mask=None, cache=None, slots=None, span=None):
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim)
@@ -228,16 +232,16 @@ def write(cache, dim, slots, new):
 # Multi-head latent attention
 
 class LatentAttention(nn.Module):
-    """DeepSeek's multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, eq. 9-19), decoupled RoPE included.
+    r"""DeepSeek's multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, eq. 9-19), decoupled RoPE included.
 
                     x (C)
            +----------+--------------------+
         q_a_proj              kv_a_proj_with_mqa            the two ways down
            |                   |           |
-       c_q (rq)              c (r)      k_pe (dr)           c is normed, k_pe is turned by its position:
+       c_q (rq)            c_kv (r)     k_pe (dr)           c = norm(c_kv), k_pe is turned by its position:
          norm                norm         rope              THESE TWO, r + dr numbers, are the cache
         q_b_proj           kv_b_proj       |                the ways up, H heads
-       /        \\           /     \\        |
+       /        \           /     \        |
     q_nope     q_pe     k_nope     v       |                (dn)  (dr)  (dn)  (dv) a head
        |       rope        |       |       |
        +---------|---------+       |       |
@@ -255,8 +259,9 @@ class LatentAttention(nn.Module):
     `expand`, makes both for all S cached tokens and attends as usual. The other, `absorb`, moves the matrices to the other
     side of the products,
         q_nope . (W_UK c) = (W_UK^T q_nope) . c         and         sum_s p_s (W_UV c_s) = W_UV (sum_s p_s c_s),
-    and attends over the cached latents themselves, as H queries to one key of width r + dr (V2, section 2.1.2). The
-    numbers are the same; which way is cheaper depends on how many new tokens share the expansion (self.absorbs).
+    and attends over the cached latents themselves: multi-query attention, H query heads over one key head [c | k_pe] of
+    width r + dr, whose first r numbers are its value too (V2, section 2.1.2). The numbers are the same; which way is
+    cheaper depends on how many new tokens share the expansion (self.absorbs).
     This is also why position has a part of its own: a rotation between q and W_UK would differ from token to token, and
     W_UK could not change sides (V2, section 2.1.3).
     """
@@ -274,7 +279,7 @@ class LatentAttention(nn.Module):
         else:
             self.q_proj = nn.Linear(C, H * (dn + dr), bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(C, r + dr, bias=bias)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank)
+        self.kv_a_layernorm = RMSNorm(r)
         self.kv_b_proj = nn.Linear(r, H * (dn + dv), bias=False)
         self.o_proj = nn.Linear(H * dv, C, bias=bias)
         # of the width that the scores are made of, nope + rope: also when absorbed queries are r + dr wide
@@ -296,9 +301,10 @@ class LatentAttention(nn.Module):
     def absorbs(self, T, S):
         """Whether T new tokens should attend to S cached ones in the latent space: compares the multiply-adds a head needs.
 
-        A pair of tokens costs dn + dr + dv when expanded and 2r + dr when absorbed. If the latter is more, few new tokens
-        absorb and many expand: for S >> T up to T = r (dn + dv) / (2r - dn - dv), 64 for `lora` and 192 for `enhanced` at
-        C = 384, 171 at DeepSeek-V3's sizes. If it is not, as in `mla` here with its small rank, absorbing always wins.
+        Expanding makes S keys and values, S r (dn + dv), absorbing turns T queries and results, T r (dn + dv); then a
+        pair of tokens costs dn + dr + dv expanded, 2r + dr absorbed. If 2r > dn + dv, absorbing pays for few new tokens:
+        for S >> T, fewer than r (dn + dv) / (2r - dn - dv), which is 64 for `lora`, 192 for `enhanced` at C = 384, 170.7
+        at DeepSeek-V3's sizes. If not, as in `mla` here with its small rank, it always does.
         """
         if self.decode_mode != 'auto':
             return self.decode_mode == 'absorb'
@@ -308,7 +314,7 @@ class LatentAttention(nn.Module):
         return absorb < expand
 
     def forward(self, x, rope, mask=None, cache=None, slots=None, span=None):
-        B, T, C = x.shape
+        B, T, _ = x.shape
         H, r, dn, dr = self.n_head, self.kv_lora_rank, self.qk_nope_head_dim, self.qk_rope_head_dim
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.q_lora_rank else self.q_proj(x)     # eq. 12-14
         q_nope, q_pe = q.view(B, T, H, dn + dr).split([dn, dr], dim=-1)             # (B, T, H, dn), (B, T, H, dr)
@@ -336,15 +342,15 @@ class LatentAttention(nn.Module):
         return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, mask, causal).transpose(1, 2)
 
     def absorbed(self, q_nope, q_pe, kept, mask, causal):
-        """The same over the cache itself, kept (B, S, r + dr) = [c | k_pe]: one key head for all, and its own value."""
+        """The same as multi-query attention over the cache, kept (B, S, r + dr) = [c | k_pe]: key and, up to r, value."""
         B, T, H, dn = q_nope.shape
         r, dv = self.kv_lora_rank, self.v_head_dim
-        W_uk, W_uv = self.kv_b_proj.weight.to(q_nope.dtype).view(H, dn + dv, r).split([dn, dv], dim=1)
+        W_uk, W_uv = self.kv_b_proj.weight.to(q_nope.dtype).view(H, dn + dv, r).split([dn, dv], dim=1)      # (H, dn|dv, r)
         q_c = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), W_uk)                 # (H, B T, r): W_uk^T q, head by head
         q = torch.cat((q_c.transpose(0, 1).view(B, T, H, r), q_pe), dim=-1)         # (B, T, H, r + dr)
         kept = kept.unsqueeze(1)                                                    # (B, 1, S, r + dr)
-        o = attend(q.transpose(1, 2), kept, kept, self.scale, mask, causal).transpose(1, 2)
-        # Keys as values, because kernels want both as wide as each other: of the sums over s only the r of c are meant
+        # the whole of kept as values too, because kernels want them as wide as keys; the sums over k_pe are cut off below
+        o = attend(q.transpose(1, 2), kept, kept, self.scale, mask, causal).transpose(1, 2)     # (B, T, H, r + dr)
         o = torch.bmm(o[..., :r].flatten(0, 1).transpose(0, 1), W_uv.mT)            # (H, B T, dv)
         return o.transpose(0, 1).view(B, T, H, dv)
 
@@ -372,8 +378,8 @@ def variants(n_embd, n_head):
         # ... and what the report added: content width that does not pay for the rotary part, RoPE scaling, bias
         'enhanced': {**lora, 'qk_nope_head_dim': d, 'rope_scaling': 'linear', 'rope_factor': 2.0,
                      'attention_bias': True},
-        # DeepSeek-V2's own proportions: q rank 0.3 C, kv rank 0.1 C, nope = v = d, rope = d/2; at its C = 5120 these
-        # are 1536, 512, 128, 64
+        # DeepSeek-V2's ranks in proportion to the width, 0.3 C and 0.1 C (1536 and 512 at its C = 5120), and rope half of
+        # nope = v. Its heads are wider than C / H (128 of 128 dims each): r is 4 of them wide there, less than one here
         'mla': {'class': LatentAttention, 'q_lora_rank': nearest_8(0.3 * C), 'kv_lora_rank': nearest_8(0.1 * C),
                 'qk_nope_head_dim': d, 'qk_rope_head_dim': 2 * round(d / 4), 'v_head_dim': d},
     }
@@ -398,7 +404,7 @@ def attention_settings(attn, n_embd, n_head, **given):
     if attn not in rows:
         import difflib                                                  # only on the way out
         close = difflib.get_close_matches(str(attn), rows, n=1)
-        raise ValueError(f'unknown attention variant {attn!r}{f"; did you mean --attn={close[0]}?" if close else ""}'
+        raise ValueError(f'unknown attention variant {attn!r}{f"; did you mean {close[0]}?" if close else ""}'
                          f' (one of {", ".join(rows)})')
     row = {**DEFAULTS, **rows[attn]}
     for knob, value in given.items():

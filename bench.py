@@ -81,6 +81,8 @@ for knob in ('rounds', 'batch_size', 'block_size', 'micro_batch_size', 'new_toke
     least = int(knob not in ('warmup', 'memory_steps', 'matrix_size'))
     if config[knob] < least:
         fail(f'{knob} must be at least {least}, not {config[knob]}')
+if peer != 'none' and task in ('parts', 'scaling'):
+    fail(f'--peer={peer} is for --task=train and --task=decode, not for --task={task}')
 if not variants or len(set(variants)) < len(variants):
     fail(f'--variants={as_text(variants)} must be names, each once, with commas between: --variants=baseline,lora')
 tokens_of_scaling = max(batch_size * block_size, *contexts)
@@ -117,6 +119,7 @@ from figures import canvas
 from machine import (choose_device, choose_dtype, environment, keep_freed_memory, now, resident_gb,
                      write_atomically)
 from model import LanguageModel, ModelConfig
+from moe import LOSS_WEIGHTS
 from stopwatch import PARTS, Stopwatch
 
 if variants == ['all']:
@@ -129,7 +132,7 @@ try:
 except ValueError as error:
     fail(error)
 transformers = None
-if peer == 'transformers' and task in ('train', 'decode', 'memory'):
+if peer == 'transformers':
     try:
         import transformers
 
@@ -179,12 +182,12 @@ def interleave(sides, timings):
 
 
 def yardstick():
-    """The machine, a side like any other: in the model's dtype one matrix product and one that is all reading; one copy."""
+    """The machine itself, a side like any other: a matrix product, a matrix-vector product (all reading) and a copy."""
     kind = {'device': device, 'dtype': getattr(torch, dtype)}
     a, b, c = (torch.randn(matrix_size, matrix_size, **kind) for _ in range(3))
     wide, vector = torch.ones(copy_mib * 2 ** 20 // 1024 // kind['dtype'].itemsize, 1024, **kind), torch.ones(1024, **kind)
     source, target = torch.ones(2, copy_mib * 2 ** 18, device=device)
-    times = 10 if cuda else 1                                   # one of a GPU's is too short for the clock
+    times = 10 if cuda else 1                                   # a single one is too short for the clock on a GPU
     return lambda: {'matmul': timed(lambda: [torch.mm(a, b, out=c) for _ in range(times)]) / times,
                     'read': timed(lambda: [torch.mv(wide, vector) for _ in range(times)]) / times,
                     'copy': timed(lambda: [target.copy_(source) for _ in range(times)]) / times}
@@ -221,8 +224,15 @@ def build(attn, **changes):
     return LanguageModel(ModelConfig(attn=attn, **{**sizes, **changes})).to(device)
 
 
+PEER_NOTE = ('transformers: the experts implementation that was fastest in a trial; DeepseekV3 routes by sigmoid and '
+             'has shared experts of width 0; neither it nor Mixtral computes auxiliary losses here.')
+
+
 def fastest(model, work, tokens):
-    """Sets the experts implementation of a peer that does work(), over so many tokens, fastest -> name, trials."""
+    """Sets the experts implementation of a peer with which work() runs fastest -> its name, {name: seconds or None}.
+
+    tokens: how many work() puts through the experts at once.
+    """
     # batched_mm gathers the matrices of every token copy: beyond a GiB of them it is out of the question
     batched = tokens * top_k * 2 * d_ff * n_embd * 4 < 2 ** 30
     names = ('eager', 'grouped_mm') + ('batched_mm',) * batched if peer_experts == 'auto' else (peer_experts,)
@@ -238,10 +248,12 @@ def tokens_of(rows, length):
 
 def our_loss(model):
     """-> function (x, y, tokens in the update): train.py's loss with the default weights of the auxiliary ones."""
+    balance, z = LOSS_WEIGHTS['softmax']
+
     def loss(x, y, total):
         with autocast:
             o = model(x, y)
-        return o.nll / total + (0.01 * o.balance_loss + 0.001 * o.z_loss) * (x.numel() / total)
+        return o.nll / total + (balance * o.balance_loss + z * o.z_loss) * (x.numel() / total)
     return loss
 
 
@@ -380,9 +392,6 @@ def task_train():
     return {'machine': speed, 'rows': list(rows.values()), 'timings': timings}, text, notes, None
 
 
-PEER_NOTE = ('transformers: the experts implementation that was fastest in a trial; DeepseekV3 routes by sigmoid and '
-             'has shared experts of width 0; neither it nor Mixtral computes auxiliary losses here.')
-
 # ---------------------------------------------------------------------------------------------------------------------
 # --task=parts
 
@@ -390,7 +399,7 @@ def flops_of_parts(model):
     """model.flops_per_token() part by part."""
     n, pairs = model.parameter_counts(), sum(sum(layer.attn.score_and_value_width()) for layer in model.layers)
     flops = {'attention': 6 * n['params_attention'] + 6 * block_size * pairs, 'router': 6 * n['params_router'],
-             'experts': 6 * n['params_experts'] * top_k // n_expert, 'head': 6 * n['params_embedding'],
+             'experts': 6 * n['params_experts'] * model.config.top_k // model.config.n_expert, 'head': 6 * n['params_embedding'],
              'rest': 6 * n['params_norm']}
     assert sum(flops.values()) == model.flops_per_token()
     return dict.fromkeys(PARTS, 0) | flops
@@ -547,7 +556,7 @@ def least_bytes(model, batch, cached):
     Of the experts those that are visited, if all are equally likely: of E a share of 1 - (1 - k/E)^batch.
     """
     n, kind = model.parameter_counts(), getattr(torch, dtype)
-    weights = n['params_total'] - n['params_experts'] * (1 - top_k / n_expert) ** batch
+    weights = n['params_total'] - n['params_experts'] * (1 - model.config.top_k / model.config.n_expert) ** batch
     return weights * kind.itemsize + batch * cached * model.cache_bytes_per_token(kind)
 
 
@@ -674,7 +683,7 @@ def draw(path, panels):
     try:
         figure, axes = canvas(6.5 * len(panels), 4.5, columns=len(panels))
     except ImportError:
-        print('no figure: matplotlib is not installed', file=sys.stderr)
+        print('bench.py: no figure without matplotlib; pip install matplotlib', file=sys.stderr)
         return None
     for ax, (xlabel, ylabel, curves) in zip(axes, panels):
         for name, points in curves.items():

@@ -7,7 +7,7 @@ module level or inside `if __name__ == '__main__':`, and then calls configure(gl
     # model
     n_layer = 6                           # blocks
     q_lora_rank: int | None = None        # rank of the query bottleneck;
-                                          # none = queries straight from x
+                                          # none: queries straight from x
     attn: Literal['mha', 'mla'] = 'mha'   # kind of attention
     # --------------------
     configure(globals())

@@ -201,7 +201,8 @@ def read_meta(folder):
     if not isinstance(meta, dict) or type(meta.get('format')) is not int:
         raise damaged(path, 'is not what data.py writes')
     if meta['format'] > FORMAT:
-        raise DataError(f'{path}: format {meta["format"]}, data.py knows {FORMAT}; update or rm the folder')
+        raise DataError(f'{path}: format {meta["format"]}, this data.py reads up to {FORMAT}; take a newer data.py, or '
+                        f'rm -r {shlex.quote(str(path.parent))} to build it anew')
     if meta['format'] == FORMAT and meta.get('checksum') != checksum(meta):
         raise damaged(path, 'does not agree with its own checksum')
     return meta
@@ -229,7 +230,8 @@ def build(kind, source, files, tokenizer, vocab_size, folder, log):
     documents, skipped = read_documents(kind, files)
     train, val, rule, dropped = split(documents)
     if not train or not any(train) or not any(val):
-        raise DataError(f'{source}: too little text in it to be split into training and validation')
+        raise DataError(f'{source}: too little text to be split into training and validation; it takes two documents, '
+                        'or one of several lines')
     if skipped or dropped:
         log(f'  left out: {skipped:,} files not in UTF-8, {dropped:,} documents blank or copies')
     vocabulary = make_tokenizer(tokenizer, vocab_size, train, log)
@@ -335,7 +337,7 @@ def load_tokenizer(folder):
     folder = pathlib.Path(folder)
     meta, path = read_meta(folder), folder / 'vocab.json'
     if meta['vocabulary'] is None:
-        raise DataError(f'{folder}: the vocabulary of these tokens is not known; try --tokenizer=NAME')
+        raise DataError(f'{folder}: the vocabulary of these tokens is not known; name it, as with --tokenizer=gpt2')
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -397,8 +399,6 @@ class Corpus:
         those the offset leaves over at the two ends) instead of Poisson-many times, as with random positions,
         and the offset puts it at another place in its window next time.
         """
-        if seed < 0 or step < 0:
-            raise DataError(f'seed and step must be 0 or more, got {seed} and {step}')
         n = max(1, (len(self.train) - self.block_size) // self.block_size)
         starts = np.empty(batch_size, dtype=np.int64)
         for row in range(batch_size):
@@ -444,16 +444,14 @@ class Corpus:
 
 if __name__ == '__main__':
     from configurator import configure, fail
-    # --------------------------------------------------------------------------------------------------------
-    # what to prepare
-    dataset = 'stdlib'      # stdlib = the standard library of this Python, about 12 MB; or a text file, a
-                            # folder of text files (.txt .md .py ...; split by file), or a folder with
-                            # nanoGPT's train.bin and val.bin
-    tokenizer = 'bpe'       # bpe = trained on the training split; bytes; gpt2 or another name of tiktoken's,
-                            # which is a download
-    vocab_size = 4096       # of bpe, the end of text included
-    data_root = ''          # where prepared folders go; empty = data/ beside data.py
-    # --------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
+    # What to prepare
+    dataset = 'stdlib'      # stdlib (this Python's standard library, about 12 MB), a text file, a folder of text files
+                            # (.txt .md .py ...; split by file), or a folder with nanoGPT's train.bin and val.bin
+    tokenizer = 'bpe'       # bpe (trained on the training split), bytes, gpt2 or another tiktoken name (a download)
+    vocab_size = 4096       # tokens in the vocabulary that bpe trains, the end of text included
+    data_root = ''          # where token files are kept; empty: the folder data/ beside data.py
+    # -----------------------------------------------------------------------------------------------------------------
     configure(globals())
     try:
         folder = prepare(dataset, tokenizer, vocab_size, data_root)

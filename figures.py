@@ -1,7 +1,7 @@
-"""The report's figures, drawn by matplotlib if it is there: analyze.py calls draw() and names the files in its report.
+"""Figures, drawn by matplotlib if it is there: all of analyze.py's, by draw(); bench.py draws its own on a canvas().
 
 Opaque white ground for light and dark pages; Okabe & Ito's colours, which the colour-blind can tell apart, and a marker
-to each. Every function takes arms, {name: {seed: complete run}}, and r, what analyze.compare() made of them.
+to each. Each figure_...() takes arms, {name: {seed: complete run}}, and r, what analyze.compare() made of them.
 """
 import math
 import os

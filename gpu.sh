@@ -9,7 +9,7 @@
 #   STAGES="experiment" SEEDS="0 1" ./gpu.sh  only some of: tests experiment1 train parts decode experiment
 #   OUT=FOLDER ./gpu.sh                       results.tar.gz goes there after every stage (default out/gpu): result files,
 #                                             reports, benchmarks, logs; no checkpoints, of 1 GB each
-#   GIT_COMMIT=$(git rev-parse HEAD) ./gpu.sh where a copy without .git runs: it goes into the result files
+#   GIT_COMMIT=$(git rev-parse HEAD) ./gpu.sh for a copy without .git: the commit its result files name
 #   RESTORE=results.tar.gz ./gpu.sh           on a fresh machine of the same kind: goes on from what another one finished
 #   DATASET=FOLDER ./gpu.sh                   source text to learn; default: the packages that this Python has installed
 #   REHEARSE=1 ./gpu.sh                       every stage at a size of seconds, on the CPU, in out/rehearsal: 2 minutes
@@ -79,7 +79,7 @@ END
 }
 
 run_tests() {       # what needs the GPU, and what is quick beside it
-    $PYTHON -c 'import pytest' || { echo 'pytest is not installed here: no tests'; return; }
+    $PYTHON -c 'import pytest' || { echo 'pytest is not installed; pip install pytest'; return 1; }
     $PYTHON -c 'import xdist' && workers='-n 6 --dist=worksteal' || workers=
     # shellcheck disable=SC2086
     $PYTHON -m pytest -q -o addopts= $workers --durations=10 -k "$tests" tests/test_{attention,moe,model,muon,sample,train}.py
@@ -152,7 +152,7 @@ for seed in $SEEDS; do          # all variants of a seed, then the next
 done
 pack
 echo "$OUT/results.tar.gz"
-[ -z "$failed" ] || echo "failed (logs in $WORK/logs):$failed"
+[ -z "$failed" ] || echo "failed:$failed (logs in $WORK/logs; rm $WORK/done/NAME, then ./gpu.sh tries it again)"
 [ -z "$more" ] || { echo "call again, there is more to do:$more"; exit 75; }
 [ -z "$failed" ] || exit 1
 echo 'all is done'

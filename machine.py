@@ -86,7 +86,7 @@ def git(*command):
 
 
 def environment(device):
-    """Where and with what something was run, for a result file. GIT_COMMIT tells of a copy without .git what it is of."""
+    """Where and with what something was run, for a result file. $GIT_COMMIT names the commit of a copy without .git."""
     changes = git('status', '--porcelain', '--untracked-files=no')
     return {'device_name': device_name(device), 'threads': torch.get_num_threads(), 'torch': torch.__version__,
             'python': platform.python_version(), 'platform': platform.platform(),
@@ -96,7 +96,7 @@ def environment(device):
 
 def resident_gb(field='VmHWM'):
     """Memory of this process in 10^9 bytes: its peak, or with VmRSS what it is now (on Linux; elsewhere the peak)."""
-    try:                                                    # getrusage would count the starting process's memory in
+    try:                                                    # getrusage's peak would include the process that started this one
         with open('/proc/self/status') as file:
             return next(int(line.split()[1]) for line in file if line.startswith(field)) * 1024 / 1e9
     except (OSError, StopIteration):
@@ -131,7 +131,7 @@ def write_atomically(path, write):
 
 
 def load_whole(path):
-    """What torch.save wrote to `path`, on the CPU; never executes a pickle. Some exception if the file is damaged.
+    """What torch.save wrote to `path`, on the CPU; runs no code from the file. Raises, one exception or another, if it is damaged.
 
     torch.save stores a CRC-32 of each record, which torch.load does not look at: a flipped bit would become a weight.
     """

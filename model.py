@@ -26,7 +26,7 @@ from muon import Muon
 
 @dataclass
 class ModelConfig:
-    """Sizes and kinds. The knobs from `attn`'s row (None here) are filled in by __post_init__, which raises ValueError."""
+    """Sizes and kinds. __post_init__ raises ValueError for what makes no model, and fills in `attn`'s row where None."""
     vocab_size: int = 4096
     block_size: int = 512                   # T at most, in training
     n_layer: int = 6
@@ -87,12 +87,13 @@ class Block(nn.Module):
 
     def forward(self, x, rope, mask=None, cache=None, slots=None, span=None):
         x = x + self.attn(self.attn_norm(x), rope, mask, cache, slots, span)
-        y, routing = self.moe(self.moe_norm(x), with_balance=cache is None)     # nobody reads decoding's
+        y, routing = self.moe(self.moe_norm(x), with_balance=cache is None)     # for the loss and the log
         return x + y, routing
 
 
 class Output(NamedTuple):
-    """What a forward with targets returns. Sums over targets, so that micro-batches and processes simply add up."""
+    """What a forward with targets returns. nll, correct and load are sums, so that micro-batches and processes simply add
+    up; the routers' losses and entropy are means, to be weighted by the share of the batch."""
     nll: torch.Tensor               # scalar, nats: cross-entropy summed over the targets
     correct: torch.Tensor           # scalar: how many targets had the largest logit
     balance_loss: torch.Tensor      # scalar: mean over layers and sequences, see moe.Routing
@@ -116,7 +117,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         nll, correct = x.new_zeros((), dtype=wide), targets.new_zeros(())
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=wide)) if with_grad else (None, None)
         for i in range(0, len(x), chunk):
-            s = slice(i, min(i + chunk, len(x)))
+            s = slice(i, i + chunk)
             logits, target = (x[s] @ weight.T).to(wide), targets[s].unsqueeze(1)        # (n, V), (n, 1)
             counts = target >= 0
             target = target.clamp_min(0)
@@ -262,7 +263,6 @@ class LanguageModel(nn.Module):
                      'experts' if '.moe.' in name else 'norm')
             groups[group] += p.numel()
         total = sum(groups.values())
-        assert total == sum(p.numel() for p in self.parameters())
         idle = groups['experts'] // config.n_expert * (config.n_expert - config.top_k)
         return {'params_total': total, 'params_active': total - idle, **{f'params_{k}': v for k, v in groups.items()}}
 
@@ -293,7 +293,7 @@ class LanguageModel(nn.Module):
     def decode(self, tokens, cache, trunk=None, last=True):
         """Append tokens (B, T) to what `cache` holds -> logits (B, V) of the last one, or (B, T, V) with last=False.
 
-        The same numbers as forward() over the whole sequence. `trunk` may be a compiled self.trunk. Raises ValueError
+        The numbers of forward() over the whole sequence (under dynamic scaling, with the angles of `capacity` tokens). `trunk` may be a compiled self.trunk. Raises ValueError
         when the cache is full.
         """
         B, T = tokens.shape
@@ -312,9 +312,9 @@ class LanguageModel(nn.Module):
         prompts: B lists of token ids, at least one each; they may differ in length. temperature 0 takes the largest
         logit; otherwise softmax(logits / temperature) over the top_k largest (None: all), drawn from a CPU generator
         seeded with `seed`. A full cache (block_size tokens) is rebuilt from its newest half, so that text can be longer
-        than the context: a token then sees between block_size / 2 and block_size tokens. Until then each prompt gets what
-        it would get alone (but under dynamic scaling past its original context, where angles follow the longest row).
-        Raises ValueError.
+        than the context: a token then sees between block_size / 2 and block_size tokens. Until then each prompt gets
+        the logits it would get alone (but under dynamic scaling past its original context, where angles are those of the
+        whole cache); draws come from one generator for all. trunk: see decode(); static: see Cache. Raises ValueError.
         """
         if not prompts or not all(prompts):
             raise ValueError('every prompt needs at least one token')
@@ -351,8 +351,8 @@ class Cache:
     """What decoding keeps: one preallocated tensor per layer, and how many of its `capacity` slots are filled.
 
     starts: per row, how many slots at the front are empty, for prompts of different lengths (padded on the left).
-    static: every call attends over all slots and leaves the rest to the mask, so that no shape changes from token to
-    token and a compiled trunk is never compiled again; without it only the filled slots are touched.
+    static: after the prompt every call attends over all slots and leaves the rest to the mask, so that no shape changes
+    from token to token and a compiled trunk is never compiled again; without it only the filled slots are touched.
     Angles of dynamic RoPE scaling are those of a sequence of `capacity` tokens from the first to the last: keys are
     cached turned, so the frequencies must not change under way.
     """

@@ -7,13 +7,14 @@ load-balancing loss, ST-MoE (Zoph et al., arXiv 2202.08906) for the router z-los
 Shapes: B sequences of T tokens, N = B T, C = n_embd, F = d_ff, E = n_expert, k = top_k, M = N k token copies.
 
     x (N, C) -> router -> chosen (N, k), weights (N, k)
-    k copies of each token, sorted by expert (M, C):   [ expert 0's rows | expert 1's rows | ... | expert E-1's rows ]
-    one network per expert over its contiguous rows, weighted -> (M, C) -> by token again, summed over k -> (N, C)
+    the M copies, sorted by expert:   [ expert 0's rows | expert 1's rows | ... | expert E-1's rows ]
+    each expert's network over its own rows, times their weights, added up by token -> (N, C)
 
-No token is dropped, there is no capacity, and no sum depends on an order of chance: a token's result depends on that
-token alone, and the same input gives the same bits. Read MixtureOfExperts first. Below it swiglu_experts runs the
-networks in one of two ways: all at once (grouped_swiglu, for GPUs), or one after the other (SegmentedSwiGLU, for CPUs
-and as the readable reference).
+No token is dropped and there is no capacity: a token's result depends on that token alone. Every sum has a fixed order,
+so the same input gives the same bits. Read MixtureOfExperts first. Below it are the networks, in three ways: one expert
+after the other, each gathering its rows and adding its results to their tokens (SegmentedSwiGLU, for CPUs, and the one
+to read); all experts at once over one sorted copy of the rows (grouped_swiglu, for GPUs); a single token
+(one_token_swiglu).
 """
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -23,8 +24,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+LOSS_WEIGHTS = {'softmax': (0.01, 0.001), 'sigmoid': (0.0, 0.0)}    # of balance loss and z-loss, unless given by hand
+
+
 class Routing(NamedTuple):
-    """What one layer tells about its routing; the losses are unweighted and carry gradient, the rest is for the log."""
+    """What one layer tells about its routing. The losses are unweighted and carry gradient; load feeds update_bias too."""
     balance_loss: torch.Tensor      # scalar, 1 when load or probability is even
     z_loss: torch.Tensor            # scalar, nats squared
     load: torch.Tensor              # (E,) token copies that each expert got; sums to M
@@ -38,7 +42,9 @@ class MixtureOfExperts(nn.Module):
                       softmax over the k largest logits). With k = 1 that would be a constant 1, which tells the router
                       nothing, so there p itself is the weight (Switch Transformer, eq. 2).
     router='sigmoid'  DeepSeek-V3, eq. 12-16: s = sigmoid(logits); a bias per expert is added for CHOOSING only, the
-                      weights are the chosen s, renormalised. The bias is no parameter: update_bias() nudges it.
+                      weights are the chosen s, renormalised if k > 1. The bias is no parameter: update_bias() nudges
+                      it.
+    Either way the weights are multiplied by routed_scaling_factor at last.
     """
 
     def __init__(self, config):
@@ -86,9 +92,10 @@ class MixtureOfExperts(nn.Module):
     def balance(self, logits, probs, chosen):
         """How evenly the experts are used -> Routing. logits, probs (B, T, E), chosen (B, T, k).
 
-        Switch eq. 4-6 with the load counted per choice, E sum_e f_e P_e: f_e is expert e's share of the choices, P_e its
-        mean probability, over ALL experts. Both are taken per sequence (DeepSeek-V3 eq. 17-20), so that neither the
-        micro-batch nor the number of processes matters. f counts, so it has no gradient; P has, and pushes probability
+        Switch eq. 4-6 with the load counted per choice, E sum_e f_e P_e: f_e is expert e's share of the choices, P_e the
+        mean of its probability (normalised over all E experts, not over the chosen k). Both are taken per sequence
+        (DeepSeek-V3 eq. 17-20), so that neither the micro-batch nor the number of processes matters. The choices counted
+        are those made, with the bias; V3's eq. 18 counts those without it. f counts, so it has no gradient; P has, and pushes probability
         away from the experts that are full. The loss is 1 when f or P is even. With E = 4, k = 1, every token on expert 0
         and p = (.7, .1, .1, .1) it is 4 x 1 x .7 = 2.8; if k experts get everything with certainty, E/k.
         """
@@ -130,7 +137,7 @@ class MixtureOfExperts(nn.Module):
 
 
 def loads(chosen, n_expert):
-    """chosen (..., M) expert ids -> (..., E): how often each expert is among them. No atomic counting, no waiting."""
+    """chosen (..., M) expert ids -> (..., E): how often each is among them. Not bincount, which makes a host wait."""
     return (chosen.unsqueeze(-1) == torch.arange(n_expert, device=chosen.device)).sum(-2)
 
 
@@ -140,7 +147,7 @@ def loads(chosen, n_expert):
 def swiglu_experts(x, weights, gate, up, down, order, load):
     """Every token's weighted sum over its experts, sum over e of w_e down_e(silu(gate_e x) * up_e x) -> (N, C).
 
-    x (N, C); weights (M,), copy m being one of token m // k; gate, up (E, F, C); down (E, C, F); order (M,): which copy
+    x (N, C); weights (M,): copy m belongs to token m // k; gate, up (E, F, C); down (E, C, F); order (M,): which copy
     stands at each row when they are sorted by expert; load (E,): how many rows each expert has. Summed in the weights'
     dtype, which is float32 at least.
     """
@@ -152,20 +159,22 @@ def swiglu_experts(x, weights, gate, up, down, order, load):
 
 
 def grouped_serves(x, gate):
-    """Whether F.grouped_mm is the way to go: on a GPU, and inside torch.compile. On a CPU the loop is faster.
+    """Whether F.grouped_mm is the way to go: on a GPU, inside torch.compile, and where few tokens are decoded on a CPU.
+    With many rows the loop is faster there; with few, and but for AMD (see product), it is 10% slower.
 
     It takes no float64 and only strides that are multiples of 16 bytes; and torch.compile knows it in bfloat16 alone
     (the shape rule, torch._meta_registrations of 2.13, refuses float32, which the kernel itself takes). Where it does
     not serve there, load.tolist() above breaks the graph, and the experts run eagerly.
     """
     compiling = torch.compiler.is_compiling()
+    few = x.dtype == torch.float32 and len(x) <= 4 * FEW_ROWS and not (torch.is_grad_enabled() or WEIGHTS_FIRST)
     fits = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not compiling)
-    return fits and (x.is_cuda or compiling) and all(n * x.element_size() % 16 == 0 for n in gate.shape[1:])
+    return fits and (x.is_cuda or compiling or few) and all(n * x.element_size() % 16 == 0 for n in gate.shape[1:])
 
 
 def grouped_swiglu(rows, weights, gate, up, down, load):
-    """Over rows (M, C) sorted by expert -> (M, C), weights (M,) along: all experts in one launch, with row counts read
-    on the device, no host synchronisation."""
+    """Over rows (M, C) sorted by expert, weights (M,) along -> (M, C): all experts in one launch per matrix; their row
+    counts are read on the device, so the host does not wait."""
     ends = load.cumsum(0).to(torch.int32)                       # (E,) where each expert's rows end
     g = F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)
     u = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
@@ -221,11 +230,11 @@ class SegmentedSwiGLU(torch.autograd.Function):
         kept = len(order) if with_grad else max(sizes)          # without a backward: one expert at a time
         g, u = x.new_empty(kept, gate.size(1)), x.new_empty(kept, gate.size(1))
         for e, s in segments(sizes):
-            t, k = tokens[s], s if with_grad else slice(sizes[e])
-            rows = gather(x, t)                                 # (n, C)
-            product(rows, gate[e], out=g[k])
-            product(rows, up[e], out=u[k])
-            scatter_add(y, t, product(F.silu(g[k]).mul_(u[k]), down[e]) * w[s])
+            t, own = tokens[s], s if with_grad else slice(sizes[e])
+            rows = gather_rows(x, t)                            # (n, C)
+            product(rows, gate[e], out=g[own])
+            product(rows, up[e], out=u[own])
+            add_rows(y, t, product(F.silu(g[own]).mul_(u[own]), down[e]) * w[s])
         ctx.save_for_backward(x, gate, up, down, g, u, w, order, tokens)
         ctx.sizes = sizes
         return y
@@ -235,11 +244,11 @@ class SegmentedSwiGLU(torch.autograd.Function):
     def backward(ctx, dy):
         x, gate, up, down, g, u, w, order, tokens = ctx.saved_tensors
         dx, dw = torch.zeros_like(x), torch.empty_like(w)
-        # an expert without rows has no gradient
+        # an expert without rows gets a gradient of zeros
         d_gate, d_up, d_down = (torch.empty_like(p) if all(ctx.sizes) else torch.zeros_like(p) for p in (gate, up, down))
         for e, s in segments(ctx.sizes):
             t, silu = tokens[s], F.silu(g[s])
-            rows, dy_e = gather(x, t), (gather(dy, t) * w[s]).to(x.dtype)
+            rows, dy_e = gather_rows(x, t), (gather_rows(dy, t) * w[s]).to(x.dtype)
             dh = dy_e @ down[e]                                 # (n, F)
             torch.mm(dy_e.T, silu * u[s], out=d_down[e])
             d_u = silu.mul_(dh)
@@ -248,7 +257,7 @@ class SegmentedSwiGLU(torch.autograd.Function):
             torch.mm(d_g.T, rows, out=d_gate[e])
             d_rows = d_u @ up[e]                                # (n, C), half of it
             dw[s] = torch.where(w[s] != 0, (d_rows * rows).sum(1, keepdim=True) / w[s], 0)
-            scatter_add(dx, t, d_rows.addmm_(d_g, gate[e]))
+            add_rows(dx, t, d_rows.addmm_(d_g, gate[e]))
         d_weights = torch.empty_like(dw[:, 0]).index_copy_(0, order, dw[:, 0])
         return dx, d_weights, d_gate, d_up, d_down, None, None, None
 
@@ -262,11 +271,11 @@ def segments(sizes):
         start += n
 
 
-def gather(x, tokens):
+def gather_rows(x, tokens):
     return x.index_select(0, tokens)                            # a third of the time of x[tokens]
 
 
-def scatter_add(y, tokens, rows):
+def add_rows(y, tokens, rows):
     y.index_add_(0, tokens, rows)                               # a token visits an expert once: no two rows meet in y
 
 

@@ -2,8 +2,9 @@
 
     theirs = build_peer(ours.config)        # Mixtral for multi-head attention, DeepseekV3 for latent attention
     copy_weights(ours, theirs)              # from here on they give the same logits
+    fastest_experts(theirs, seconds_of_work, ['eager', 'grouped_mm'])       # tries them, keeps the fastest
 
-transformers is none of this project's packages; importing this file without it is an ImportError.
+transformers is not among this project's requirements: without it, importing this file raises ImportError.
 """
 import warnings
 
@@ -21,6 +22,7 @@ def build_peer(c):
     rope = {'rope_type': c.rope_scaling, 'rope_theta': c.rope_theta}
     if c.rope_scaling != 'default':
         rope |= {'factor': c.rope_factor, 'original_max_position_embeddings': c.rope_original_context or c.block_size,
+                 'beta_fast': c.rope_beta_fast, 'beta_slow': c.rope_beta_slow,
                  'mscale': c.rope_mscale, 'mscale_all_dim': c.rope_mscale_all_dim}
     knobs = dict(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
                  num_attention_heads=c.n_head, num_experts_per_tok=c.top_k, max_position_embeddings=c.block_size,

@@ -1,10 +1,10 @@
-"""What a result file is, and which of them may be compared. Written by train.py, read by analyze.py; no torch, no numpy.
+"""What a result file is, and which of them may be compared. train.py writes them, analyze.py reads them; no torch here.
 
-    run = read_run('out/laptop/lora-s0/result.json')    # an object whose fields are all there and sound, or one line
+    run = read_run('out/laptop/lora-s0/result.json')    # all fields there and sound, or one line and the end
     arms = load('out/laptop', 'baseline')               # {arm: {seed: run}}: an arm is the runs of one name
     for line in disagreements(arms, 'baseline'): ...    # what they differ in beyond variant and seed
 
-The README describes the fields ("Read a result"). A knob of a variant of your own belongs into VARIANT.
+The README describes the fields ("Read a result"). A knob that your own variant adds goes into VARIANT.
 """
 
 import json
@@ -16,6 +16,7 @@ from configurator import fail
 
 SCHEMA = 1                                              # of result.json and of checkpoint.pt
 STATUSES = ('running', 'complete', 'interrupted', 'diverged')
+NAME_LENGTH = 60                                        # of a run's name, at most: what fits a table
 ORDER = ['gqa', 'mqa', 'lora', 'enhanced', 'mla']       # of arms, after the baseline; then the alphabet
 VARIANT = {'attn', 'n_kv_head', 'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim',
            'v_head_dim', 'attention_bias'}  # what is being compared; so is every rope_* except rope_theta
@@ -41,7 +42,6 @@ KINDS = {
     'list': ('a list', lambda v: isinstance(v, list)),
     'text': ('a line of text', lambda v: isinstance(v, str) and v.strip() and v.isprintable()),
     'bool': ('true or false', lambda v: isinstance(v, bool)),
-    'int': ('a whole number', lambda v: type(v) is int and abs(v) < 2**63),
     'count': ('a whole number, not negative', lambda v: type(v) is int and 0 <= v < 2**63),
     'number': ('a finite number', lambda v: type(v) in (int, float) and abs(v) < 1e150),     # false for NaN
     'size': ('a finite number, not negative', lambda v: type(v) in (int, float) and 0 <= v < 1e150),
@@ -55,8 +55,7 @@ text    data.tokenizer data.train_sha256 data.val_sha256
 text    environment.device_name environment.torch environment.python environment.platform
 text?   environment.git_commit final.peak_memory_kind
 bool?   environment.git_dirty
-int     config.seed
-count   config.n_layer config.n_head config.n_embd config.d_ff config.n_expert config.top_k config.block_size
+count   config.seed config.n_layer config.n_head config.n_embd config.d_ff config.n_expert config.top_k config.block_size
 count   config.batch_size config.max_steps environment.world_size
 count   data.vocab_size data.train_tokens data.val_tokens
 count   model.params_total model.params_active model.params_attention model.params_embedding
@@ -77,7 +76,7 @@ def check(file, field, value, kind):
     """Fails, naming file and field, unless the value is of that kind."""
     needed, fits = KINDS[kind.rstrip('?')]
     if not (value is None and kind.endswith('?')) and not fits(value):
-        fail(f'{file}: {field} is {"null" if value is None else ascii(value)[:60]}, needed is {needed}')
+        fail(f'{file}: {field} is {"null" if value is None else ascii(value)[:60]}, expected {needed}')
 
 
 def lookup(file, run, field):
@@ -105,14 +104,14 @@ def read_run(file):
         fail(f'{file}: schema is {ascii(schema)[:60]}, this program reads {SCHEMA}')
     status, final = lookup(file, run, 'status'), lookup(file, run, 'final')
     if status not in STATUSES:
-        fail(f'{file}: status is {ascii(status)[:60]}, needed is {", ".join(STATUSES[:-1])} or {STATUSES[-1]}')
+        fail(f'{file}: status is {ascii(status)[:60]}, expected {", ".join(STATUSES[:-1])} or {STATUSES[-1]}')
     if status == 'complete' or final is not None:
         check(file, 'final', final, 'object')
     for field, kind in FIELDS.items():
         if status == 'complete' or not field.startswith('final.'):
             check(file, field, lookup(file, run, field), kind)
-    if len(run['name']) > 60:
-        fail(f'{file}: name is {len(run["name"])} characters long, at most 60 fit a table')
+    if len(run['name']) > NAME_LENGTH:
+        fail(f'{file}: name is {len(run["name"])} characters long, at most {NAME_LENGTH} fit a table')
     for i, row in enumerate(run['history']):
         check(file, f'history[{i}]', row, 'object')
         for field, kind in [('step', 'count'), ('val_loss', 'size?')]:

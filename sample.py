@@ -21,8 +21,7 @@ prompt = ''                     # the text as it stands; FILE:path: the text of 
 max_new_tokens = 300            # at most
 num_samples = 1                 # continuations of the one prompt, made side by side in one batch
 temperature = 0.8               # below 1 likelier tokens gain, above they lose; 0: always the likeliest
-top_k: int | None = 50          # draw among so many of the likeliest tokens (of sampling, not the experts'); 0 or
-                                # none: among all
+top_k = 50                      # draw among so many of the likeliest tokens (of sampling, not the experts'); 0: all
 seed = 0                        # of the draws
 
 # Machine
@@ -60,8 +59,8 @@ if max_new_tokens < 1 or num_samples < 1:
     fail(f'max_new_tokens ({max_new_tokens}) and num_samples ({num_samples}) must be at least 1')
 if temperature != 0 and not 0.001 <= temperature <= 1000:
     fail(f'temperature must be 0 or between 0.001 and 1000, not {temperature}')
-if top_k is not None and top_k < 0:
-    fail(f'top_k must be 0 (all tokens) or more, not {top_k}')
+if top_k < 0:
+    fail(f'top_k must be at least 0 (all tokens), not {top_k}')
 
 try:
     if prompt == '-' or prompt.startswith('FILE:'):
@@ -97,7 +96,8 @@ if checkpoint['schema'] != SCHEMA:
     fail(f'{path} has schema {checkpoint["schema"]}, this program reads {SCHEMA}')
 try:
     if checkpoint['tokenizer'] is None:
-        fail(f'{path} has no tokenizer (its run was given tokens of an unknown vocabulary), so there is no text')
+        fail(f'{path} has no tokenizer, so there is no text: its run was given tokens of an unknown vocabulary; train it '
+             'with --tokenizer=NAME')
     tokenizer = Tokenizer.from_state(checkpoint['tokenizer'])
     model = LanguageModel(ModelConfig(**checkpoint['model_config'])).eval().to(device).narrow(getattr(torch, dtype))
     model.load_state_dict(checkpoint['model'])

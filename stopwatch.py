@@ -3,7 +3,8 @@
     watch = Stopwatch(cuda=False)
     seconds = watch.time(update, model)     # one update with marks around the parts -> {part: seconds}
 
-bench.py --task=parts is made of it.
+The optimizer is not part of the model: update() calls watch.lap('rest') before it and watch.lap('optimizer') after it.
+bench.py --task=parts is built on this.
 """
 import contextlib
 import time
@@ -27,7 +28,7 @@ class Stopwatch:
         self.laps.append((part, stamp if self.cuda else time.perf_counter()))
 
     def time(self, update, model):
-        """One update() of the model with marks; what no mark ends (the optimizer) update() laps itself."""
+        """One update() of the model, with marks -> {part: seconds}; a part without any is 0."""
         synchronize = torch.cuda.synchronize if self.cuda else lambda: None
         self.laps.clear()
         synchronize()
@@ -66,10 +67,10 @@ class Stopwatch:
                 return y
             return wrapped
 
-        plain = {name: getattr(moe, name) for name in ('grouped_swiglu', 'gather', 'scatter_add')}
+        plain = {name: getattr(moe, name) for name in ('grouped_swiglu', 'gather_rows', 'add_rows')}
         moe.grouped_swiglu = around('experts', 'dispatch', moe.grouped_swiglu, 2)
         moe.SegmentedSwiGLU.apply = around('experts', 'dispatch', moe.SegmentedSwiGLU.apply, 2)
-        moe.gather, moe.scatter_add = (inside('dispatch', 'experts', work) for work in (moe.gather, moe.scatter_add))
+        moe.gather_rows, moe.add_rows = (inside('dispatch', 'experts', work) for work in (moe.gather_rows, moe.add_rows))
         model.head_loss = around('head', 'rest', model.head_loss)
         for layer in model.layers:
             layer.attn.forward = around('attention', 'rest', layer.attn.forward)

@@ -25,7 +25,7 @@ PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}{1,64}|\p{N}{1,3}"
 
 
 class DataError(ValueError):
-    """The data asked for cannot be had; one line that says what is wrong and what to type."""
+    """The data or tokenizer asked for cannot be had (data.py raises it too): one line, what is wrong and what to type."""
 
 
 class Tokenizer:

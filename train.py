@@ -65,7 +65,7 @@ data_root = ''                  # where token files are kept; empty: the folder 
 max_steps = 20                  # optimizer updates
 batch_size = 24                 # sequences in one update, over all micro-batches and processes
 micro_batch_size = 4            # sequences at once; changes memory and speed, the result only by rounding
-learning_rate = 1e-3            # peak; the same for all variants; results/sweep-experiment1: baseline, one seed, batch 8
+learning_rate = 1e-3            # peak, the same for all variants; baseline's best of three, results/sweep-experiment1
 min_lr_ratio = 0.1              # the cosine ends at this fraction of the peak
 warmup_steps = 2                # updates to reach the peak; the first one already moves
 optimizer: Literal['adamw', 'muon'] = 'adamw'       # muon: orthogonalised updates for the matrices, adamw for the rest
@@ -93,15 +93,27 @@ overwrite = False               # throw away what the folder holds
 # ---------------------------------------------------------------------------------------------------------------------
 config = configure(globals())   # config files, then flags, over the block above; first: a typo is answered at once
 
+import os
+import sys
+
+
+def end_quietly(kind, *rest):
+    """Ctrl-C before there is anything to save ends the program at once, without a traceback."""
+    if kind is KeyboardInterrupt:
+        os._exit(130)
+    sys.__excepthook__(kind, *rest)
+
+
+sys.excepthook = end_quietly                                # now: the imports below take seconds
+
 import hashlib
 import json
 import math
-import os
 import shlex
 import signal
 import statistics
-import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -118,7 +130,8 @@ import data
 from machine import (choose_device, choose_dtype, environment, keep_freed_memory, load_whole, now, peak_memory_gb,
                      write_atomically)
 from model import LanguageModel, ModelConfig
-from result import CONTINUATION, SCHEMA, STATUSES, json_ready
+from moe import LOSS_WEIGHTS
+from result import CONTINUATION, NAME_LENGTH, SCHEMA, STATUSES, json_ready
 
 # Dense bfloat16 matrix rate in FLOP/s (vendors' data sheets), for mfu, by the whole name that the driver gives: an H100
 # NVL or a MIG slice is no H100 SXM. Elsewhere, and in float32, mfu is null
@@ -126,15 +139,6 @@ PEAK_FLOPS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A1
               'NVIDIA A100-SXM4-80GB': 312e12, 'NVIDIA A100-PCIE-40GB': 312e12, 'NVIDIA A100 80GB PCIe': 312e12,
               'NVIDIA L40S': 362e12, 'NVIDIA L4': 121e12, 'NVIDIA GeForce RTX 4090': 165e12}
 
-
-def end_quietly(kind, *rest):
-    """Ctrl-C before there is anything to save ends the program at once, without a traceback."""
-    if kind is KeyboardInterrupt:
-        os._exit(130)
-    sys.__excepthook__(kind, *rest)
-
-
-sys.excepthook = end_quietly
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Machine: processes, device, dtype
@@ -170,7 +174,7 @@ for knob in ('n_shared_expert', 'max_train_tokens', 'max_val_tokens', 'warmup_st
              'checkpoint_interval', 'log_interval', 'min_lr_ratio', 'weight_decay', 'grad_clip', 'learning_rate',
              'bias_update_rate'):
     if config[knob] < 0:
-        fail(f'{knob} must not be negative, it is {config[knob]}')
+        fail(f'{knob} must be at least 0, not {config[knob]}')
 for knob in ('beta1', 'beta2'):
     if not 0 <= config[knob] < 1:
         fail(f'{knob} must be at least 0 and below 1, not {config[knob]}')
@@ -180,27 +184,26 @@ if shard and (world_size == 1 or optimizer == 'muon'):
     fail('--shard=True needs several processes (torchrun) and --optimizer=adamw: muon needs whole matrices')
 if batch_size % world_size:
     fail(f'batch_size ({batch_size}) must be a multiple of the number of processes ({world_size})')
-if balance_loss_weight is None:
-    balance_loss_weight = 0.01 if router == 'softmax' else 0.0
-if z_loss_weight is None:
-    z_loss_weight = 0.001 if router == 'softmax' else 0.0
+balance_loss_weight = LOSS_WEIGHTS[router][0] if balance_loss_weight is None else balance_loss_weight
+z_loss_weight = LOSS_WEIGHTS[router][1] if z_loss_weight is None else z_loss_weight
 name = name or attn
+if len(name) > NAME_LENGTH or not name.isprintable() or not name.strip():
+    fail(f'--name={ascii(name)[1:-1]}: must be 1 to {NAME_LENGTH} printable characters, not all blank')
 out = Path(out_dir or f'out/{experiment}/{name}-s{seed}')
 eval_interval = eval_interval or max_steps
 checkpoint_interval = checkpoint_interval or eval_interval
 log_interval = log_interval or math.ceil(max_steps / 200)
 
 try:
-    knobs_of_model = {k: config[k] for k in ModelConfig.__dataclass_fields__}
-    ModelConfig(**knobs_of_model)                           # bad sizes are told before the corpus is prepared
-    folder = data.prepare(dataset, tokenizer, vocab_size, root=data_root or None, log=say)
+    model_config = ModelConfig(**{k: config[k] for k in ModelConfig.__dataclass_fields__})      # tells of bad sizes now
+    folder = data.prepare(dataset, tokenizer, vocab_size, root=data_root, log=say)
     corpus = data.Corpus(folder, max_train_tokens, max_val_tokens, block_size)
-    model_config = ModelConfig(**{**knobs_of_model, 'vocab_size': corpus.vocab_size})
+    model_config = replace(model_config, vocab_size=corpus.vocab_size)
 except ValueError as error:
     fail(error)
 
 # `config` becomes what was used: the variant's row applied, every 'auto' resolved
-config |= {k: getattr(model_config, k) for k in knobs_of_model}
+config |= vars(model_config)
 config |= {k: globals()[k] for k in ('dtype', 'compile', 'balance_loss_weight', 'z_loss_weight', 'name',
                                      'eval_interval', 'checkpoint_interval', 'log_interval')}
 config |= {'device': device.type, 'out_dir': out.as_posix()}
@@ -350,7 +353,7 @@ def diverge(cause):
     """End the run with exit status 3. What was saved last is from before the trouble and is left alone."""
     write_result('diverged', cause)
     saved = 'the last checkpoint still stands' if checkpoint_path.exists() else 'no checkpoint was written yet'
-    say(f'diverged at {cause}; {saved}', file=sys.stderr)
+    say(f'diverged at {cause}; {saved}; to try again: a smaller --learning_rate with --overwrite=True', file=sys.stderr)
     sys.exit(3)
 
 
@@ -381,6 +384,12 @@ del checkpoint
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
+def tensors(x, y):
+    """Two (B, T) arrays -> two tensors on the device, without waiting for the copy."""
+    pair = torch.from_numpy(x), torch.from_numpy(y)
+    return [t.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else t.to(device) for t in pair]
+
+
 @torch.no_grad()
 def evaluate():
     """The whole validation split, in fixed windows, shared out over the processes -> dict of val_* and balance figures.
@@ -395,7 +404,7 @@ def evaluate():
     for i in range(0, len(x), world_size * micro_batch_size):
         i += rank * micro_batch_size
         # sharded processes must run the same number of forwards: one without windows of its own runs the first again
-        xb, yb = (torch.from_numpy(a[i:i + micro_batch_size] if i < len(x) else a[:1]).to(device) for a in (x, y))
+        xb, yb = tensors(*(a[i:i + micro_batch_size] if i < len(x) else a[:1] for a in (x, y)))
         with autocast:
             o = evaluator(xb, yb)
         if i < len(x):
@@ -442,16 +451,14 @@ if step:
     say(f'going on after step {step}')
 
 
-def tensors(x, y):
-    """Two (B, T) arrays -> two tensors on the device, without waiting for the copy."""
-    pair = torch.from_numpy(x), torch.from_numpy(y)
-    return [t.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else t.to(device) for t in pair]
-
+# ---------------------------------------------------------------------------------------------------------------------
+# Compilation, and what a signal does
 
 model.train()
 if compile:                                                 # now, so that no update's time contains it
     clock = time.perf_counter()
-    for size in sorted({min(micro_batch_size, batch_size), batch_size % micro_batch_size or micro_batch_size}):
+    rows = batch_size // world_size                         # of a batch, in this process
+    for size in sorted({min(micro_batch_size, rows), rows % micro_batch_size or micro_batch_size}):
         with autocast:
             o = model(*tensors(*corpus.batch(seed, 0, size)))
         (o.nll + o.balance_loss + o.z_loss).backward()

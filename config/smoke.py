@@ -1,4 +1,4 @@
-# A model of seconds, to see that everything works: python train.py config/smoke.py --attn=enhanced. What the tests use.
+# A model of seconds, to see that everything works: python train.py config/smoke.py --attn=enhanced. Tests use it.
 n_layer = 2
 n_head = 4
 n_embd = 64

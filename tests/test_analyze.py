@@ -15,8 +15,10 @@ from conftest import NETWORKS, experiment, result, save
 import analyze
 import figures
 import stats
+from result import disagreements, load
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 
 def cli(*arguments, **environment):
     return subprocess.run([sys.executable, os.path.join(ROOT, 'analyze.py'), *map(str, arguments)], text=True,
@@ -25,7 +27,7 @@ def cli(*arguments, **environment):
 
 
 def analysed(folder, baseline='baseline', metric='val_loss', margin=0.01):
-    arms = analyze.load(str(folder), baseline)
+    arms = load(str(folder), baseline)
     return arms, analyze.compare(arms, baseline, metric, margin)
 
 
@@ -335,7 +337,7 @@ def test_a_thousand_result_files_take_less_than_5_seconds(tmp_path, names, seeds
             save(tmp_path, result(name, seed, 4 + float(rng.normal(0, 0.01))))
     start = time.process_time()
     arms, r = analysed(tmp_path)
-    assert analyze.disagreements(arms, 'baseline') == []
+    assert disagreements(arms, 'baseline') == []
     text = analyze.report(arms, r, [], 'many')
     assert sum(len(arm) for arm in arms.values()) >= 1000 and len(text) > 10_000
     assert time.process_time() - start < 5

@@ -315,7 +315,8 @@ def test_what_cannot_be_done_is_said_in_one_line(argument, words, tmp_path):
 
 
 @pytest.mark.parametrize('arguments, words', [
-    (['--contexts=3,7'], ['--contexts=3,7', 'divide']), (['--experts=1,8'], ['--experts', 'top_k'])])
+    (['--contexts=3,7'], ['--contexts=3,7', 'divide']), (['--experts=1,8'], ['--experts', 'top_k']),
+    (['--peer=transformers'], ['--peer=transformers', '--task=train', '--task=scaling'])])
 def test_scaling_names_what_does_not_fit(arguments, words):
     one_line(bench('--task=scaling', '--quick=True', *arguments), *words)
 

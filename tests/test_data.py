@@ -16,6 +16,7 @@ from conftest import REPOSITORY, message_of, silent, text
 
 import data
 from data import Corpus, DataError, load_tokenizer, prepare
+from tokenizer import make_tokenizer
 
 @pytest.fixture(scope='session')
 def stdlib(tmp_path_factory):
@@ -66,7 +67,7 @@ def test_the_vocabulary_knows_nothing_of_the_validation_text(tmp_path):
         if path.read_text(encoding='utf-8') in val:
             path.unlink()
     rest = [path.read_text(encoding='utf-8') for path in folder.iterdir()]
-    same = data.make_tokenizer('bpe', 350, rest, silent)
+    same = make_tokenizer('bpe', 350, rest, silent)
     assert load_tokenizer(first).tokens == same.tokens
 
 

@@ -93,9 +93,8 @@ def gradients(out, x, layer):
 
 @pytest.fixture(params=['segments', 'grouped'])
 def path(request, monkeypatch):
-    """Both ways of multiplying. The second is chosen on a GPU and in torch.compile; here it is told that it serves."""
-    if request.param == 'grouped':
-        monkeypatch.setattr(moe, 'grouped_serves', lambda rows, gate: True)
+    """Both ways of multiplying, told whether they serve. The second is chosen on a GPU, in torch.compile and for few tokens."""
+    monkeypatch.setattr(moe, 'grouped_serves', lambda x, gate: request.param == 'grouped')
     return request.param
 
 
@@ -183,11 +182,19 @@ def test_experts_with_no_row_one_row_or_all_rows_give_the_loop(load, dtype, tole
 
 def test_grouped_products_are_asked_only_for_what_they_take(monkeypatch):
     """On a GPU and in torch.compile, where it knows bfloat16 alone; no float64, strides of multiples of 16 bytes."""
-    def serves(dtype, C=8, width=8, cuda=False):
-        return moe.grouped_serves(SimpleNamespace(dtype=dtype, element_size=lambda: dtype.itemsize, is_cuda=cuda),
-                                  torch.empty(2, width, C, device='meta'))
+    class Tokens(SimpleNamespace):
+        __len__ = lambda self: self.count
+
+    def serves(dtype, C=8, width=8, cuda=False, count=33):
+        x = Tokens(dtype=dtype, element_size=lambda: dtype.itemsize, is_cuda=cuda, count=count)
+        return moe.grouped_serves(x, torch.empty(2, width, C, device='meta'))
     bf16, f32 = torch.bfloat16, torch.float32
     assert not serves(bf16) and not serves(f32)             # eager on a CPU: the segments are faster
+    with torch.no_grad():                                   # but for few tokens, though not on AMD
+        for amd in (False, True):
+            monkeypatch.setattr(moe, 'WEIGHTS_FIRST', amd)
+            assert serves(f32, count=32) != amd and not serves(f32) and not serves(bf16, count=8) and not serves(F64, count=8)
+    assert not serves(f32, count=8)                         # with gradients
     assert serves(bf16, cuda=True) and serves(f32, cuda=True) and serves(f32, 4, 12, cuda=True)
     assert not serves(F64, cuda=True)
     assert not serves(f32, 6, 8, cuda=True) and not serves(f32, 8, 6, cuda=True) and not serves(bf16, 12, 8, cuda=True)

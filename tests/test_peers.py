@@ -42,7 +42,7 @@ def same_logits(config):
 
 @pytest.mark.parametrize('knobs', [
     dict(attn='lora'), dict(attn='enhanced'), dict(attn='mla'), dict(attn='mla', q_lora_rank=0), dict(attn='enhanced', q_lora_rank=0),
-    dict(attn='lora', **YARN), dict(attn='mla', **YARN, rope_mscale=0.707, rope_mscale_all_dim=0.707),
+    dict(attn='lora', **YARN, rope_beta_fast=16.0, rope_beta_slow=2.0), dict(attn='mla', **YARN, rope_mscale=0.707, rope_mscale_all_dim=0.707),
     dict(attn='enhanced', **YARN, rope_mscale=1.0, rope_mscale_all_dim=0.5, qk_rope_head_dim=32, rope_theta=1000.0),
     dict(attn='mla', rope_scaling='dynamic', rope_factor=4.0, rope_original_context=300),
     dict(attn='mla', routed_scaling_factor=2.5, top_k=2)], ids=str)

@@ -561,7 +561,7 @@ def test_a_learning_rate_beyond_reason_is_recorded_as_diverged(train):
 # Bad input
 
 @pytest.mark.parametrize('knobs, words', [
-    (dict(attn='lorra'), ['lorra', '--attn=lora']), (dict(n_embd=33), ['n_embd (33)', 'n_head (2)']),
+    (dict(attn='lorra'), ['lorra', 'did you mean lora?']), (dict(n_embd=33), ['n_embd (33)', 'n_head (2)']),
     (dict(attn='lora', qk_rope_head_dim=5), ['qk_rope_head_dim (5)', 'even']), (dict(attn='lora', qk_nope_head_dim=0), ['qk_nope_head_dim']),
     (dict(attn='lora', v_head_dim=0), ['v_head_dim']), (dict(top_k=5), ['top_k (5)', 'n_expert (4)']), (dict(top_k=0), ['top_k (0)']),
     (dict(attn='gqa', n_kv_head=3), ['n_kv_head (3)', 'n_head (2)']), (dict(attn='baseline', kv_lora_rank=8), ['kv_lora_rank', 'baseline']),
@@ -573,6 +573,12 @@ def test_a_learning_rate_beyond_reason_is_recorded_as_diverged(train):
     (dict(n_embd='big'), ['n_embd', 'big']), (dict(routr='sigmoid'), ['routr', 'router']), (dict(lr=1), ['lr', 'learning_rate'])], ids=str)
 def test_bad_input_ends_in_one_line_and_writes_nothing(train, tmp_path, knobs, words):
     one_line(train(**knobs), *words)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('name, words', [('x' * 61, ['--name=xxx', '60']), ('a\nb', ['--name=a\\nb', 'printable']), (' ', ['blank'])])
+def test_a_name_that_analyze_would_refuse_is_refused_before_training(train, tmp_path, name, words):
+    one_line(train('run', f'--name={name}'), *words)
     assert not (tmp_path / 'run').exists()
 
 
