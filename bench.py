@@ -646,16 +646,23 @@ def task_decode():
              'least ms: reading once what a step needs, weights (of the experts those that are visited, if all are '
              'equally likely) and cache, at the rate at which the machine multiplies a large matrix by a vector.']
     notes += [PEER_NOTE + ' DynamicCache, one forward a token without generate().'] * bool(transformers)
-    curves, batch = {}, batch_sizes[0]
+    figure = panels_of_decoding(rows) if len(prompts) > 1 else None
+    return {'machine': speed, 'rows': rows, 'timings': timings}, text, notes, figure
+
+
+def panels_of_decoding(rows):
+    """Time and cache against the context, of the smallest batch; variants whose caches are equal share a curve."""
+    times, sizes, caches, batch = {}, {}, {}, min(r['batch_size'] for r in rows)
     for r in rows:
         if r['batch_size'] == batch:
             words = [r['variant']] + [r['mode']] * (r['mode'] != 'decode') + [r['library']] * (r['library'] != 'ours')
-            curves.setdefault(' '.join(words), []).append(r)
-    times = {name: [(r['prompt'], r['ms_per_token']) for r in rs] for name, rs in curves.items()}
-    caches = {name: [(r['prompt'], flat(r['cache_bytes'] / 1e6)) for r in rs]
-              for name, rs in curves.items() if 'expand' not in name}
-    figure = [('context', f'ms per token, batch {batch}', times), ('context', f'cache in MB, batch {batch}', caches)]
-    return {'machine': speed, 'rows': rows, 'timings': timings}, text, notes, figure if len(prompts) > 1 else None
+            times.setdefault(' '.join(words), []).append((r['prompt'], r['ms_per_token']))
+            if r['library'] == 'ours' and r['mode'] != 'expand':
+                sizes.setdefault(r['variant'], []).append((r['prompt'], flat(r['cache_bytes'] / 1e6)))
+    for attn, points in sizes.items():
+        same = next((name for name, others in caches.items() if others == points), None)
+        caches[f'{same}, {attn}' if same else attn] = caches.pop(same, points)
+    return [('context', f'ms per token, batch {batch}', times), ('context', f'cache in MB, batch {batch}', caches)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -679,21 +686,32 @@ def table(head, lines):
 
 
 def draw(path, panels):
-    """Panels (x label, y label, {name: [(x, summary), ...]}) side by side, bars from least to most -> file name"""
+    """Panels (x label, y label, {name: [(x, summary), ...]}) side by side, bars from least to most -> file name
+
+    A curve has the colour of the variant that its name begins with; expanded, expected and the peer's are broken lines.
+    """
     try:
         figure, axes = canvas(6.5 * len(panels), 4.5, columns=len(panels))
     except ImportError:
         print('bench.py: no figure without matplotlib; pip install matplotlib', file=sys.stderr)
         return None
+    colours = {}
     for ax, (xlabel, ylabel, curves) in zip(axes, panels):
         for name, points in curves.items():
             x, stats = [p[0] for p in points], [p[1] for p in points]
             bars = [[s['median'] - s['min'] for s in stats], [s['max'] - s['median'] for s in stats]]
-            ax.errorbar(x, [s['median'] for s in stats], bars, marker='o', markersize=4, capsize=3, label=name,
-                        linestyle='--' if 'transformers' in name or 'FLOPs' in name else '-')
+            style = ':' if 'transformers' in name else '--' if 'expand' in name or 'FLOPs' in name else '-'
+            colour = colours.setdefault(name.replace(',', ' ').split()[0], f'C{len(colours)}')
+            ax.errorbar(x, [s['median'] for s in stats], bars, color=colour, linestyle=style, marker='o', markersize=4,
+                        capsize=3, label=name)
         ax.set_xscale('log', base=2)
         ax.set_xticks(x, [str(n) for n in x])
-        ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        if 'tokens/s' in ylabel:
+            ax.set_ylim(0, None)
+        else:                                                   # costs, of which the small ones matter too
+            ax.set_yscale('log', base=2)
+            ax.yaxis.set_major_formatter('{x:g}')
         ax.legend(fontsize=7)
     figure.savefig(path)
     return path.name

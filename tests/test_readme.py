@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -112,21 +113,38 @@ def test_knobs_and_files_that_the_readme_names_exist():
         assert (REPOSITORY / path).exists(), path
 
 
-def test_the_walk_through_adds_a_variant_that_trains_causally_within_its_window(tmp_path, corpus, data_root):
-    """The README's own code, pasted where it says, in a copy of the repository."""
+@pytest.fixture
+def fork(tmp_path, corpus, data_root):
+    """A copy of the repository with the README's own code pasted where it says; fork.run('train.py', flag, ...)."""
     code = re.findall(r'```python\n(.*?)```', README, re.S)
     assert len(code) == 2 and len(''.join(code).splitlines()) <= 20
     for path in REPOSITORY.glob('*.py'):
         shutil.copy(path, tmp_path)
-    text = (tmp_path / 'attention.py').read_text() + '\n\n' + code[0]
-    at = text.index("        'mqa': {")
-    (tmp_path / 'attention.py').write_text(text[:at] + code[1] + text[at:])
-    done = subprocess.run([sys.executable, tmp_path / 'train.py', '--attn=window', *flags(**{**TINY, 'block_size': 128, 'batch_size': 2}),
-                           f'--dataset={corpus}', f'--data_root={data_root}', f'--out_dir={tmp_path / "run"}'], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / 'run/result.json').read_text())
+    insert(tmp_path / 'attention.py', "        'mqa': {", code[1])
+    (tmp_path / 'attention.py').write_text((tmp_path / 'attention.py').read_text() + '\n\n' + code[0])
+
+    def run(program, *arguments):
+        if program == 'train.py':
+            knobs = {**TINY, 'block_size': 128, 'batch_size': 2, 'dataset': corpus, 'data_root': data_root}
+            arguments = *arguments, *flags(**knobs)
+        done = subprocess.run([sys.executable, program, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    return SimpleNamespace(folder=tmp_path, run=run)
+
+
+def insert(path, before, line):
+    """Put `line` before the one place in a file that begins with `before`."""
+    text = path.read_text()
+    assert text.count(before) == 1, (path.name, before)
+    path.write_text(text.replace(before, line + before))
+
+
+def test_the_walk_through_adds_a_variant_that_trains_causally_within_its_window(fork):
+    fork.run('train.py', '--attn=window', '--out_dir=run')
+    result = json.loads((fork.folder / 'run/result.json').read_text())
     assert result['model']['attention_class'] == 'SlidingWindowAttention' and result['status'] == 'complete'
-    check = '''
+    fork.run('-c', '''
 import torch
 from model import LanguageModel, ModelConfig
 m = LanguageModel(ModelConfig(vocab_size=50, block_size=128, n_layer=1, n_head=2, n_embd=32, d_ff=32, n_expert=2, attn='window')).double()
@@ -137,9 +155,30 @@ cache, parts = m.new_cache(1, 128), []
 for i in range(0, 128, 16):
     parts.append(m.decode(x[:, i:i + 16], cache, last=False))
 assert torch.allclose(torch.cat(parts, 1), m(x), atol=1e-12)
-'''
-    done = subprocess.run([sys.executable, '-c', check], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+''')
+
+
+def test_a_knob_of_its_own_takes_one_line_in_each_of_the_four_places_that_are_named(fork):
+    """Runs of different windows then go through analyze.py as what is compared, not as a disagreement."""
+    insert(fork.folder / 'train.py', 'v_head_dim: int | None = None', 'window: int | None = None    # tokens that a token sees\n')
+    insert(fork.folder / 'model.py', '    v_head_dim: int | None = None', '    window: int | None = None\n')
+    insert(fork.folder / 'attention.py', "            'qk_rope_head_dim': None, 'v_head_dim': None,", "            'window': None,\n")
+    insert(fork.folder / 'result.py', "           'v_head_dim', 'attention_bias'}", "           'window',\n")
+    attention = (fork.folder / 'attention.py').read_text()
+    attention = attention.replace("'class': SlidingWindowAttention, 'n_kv_head'", "'class': SlidingWindowAttention, 'window': 64, 'n_kv_head'")
+    attention = attention.replace('    window = 64\n', '''
+    def __init__(self, config):
+        super().__init__(config)
+        self.window = config.window
+''')
+    (fork.folder / 'attention.py').write_text(attention)
+    for name, *more in (('baseline', '--attn=baseline'), ('wide', '--attn=window'), ('narrow', '--attn=window', '--window=2')):
+        fork.run('train.py', f'--name={name}', f'--out_dir=out/{name}-s0', *more)
+    report = fork.run('analyze.py', 'out', '--plots=False')
+    assert '- wide: not tested (n = 1)' in report and '- narrow: not tested (n = 1)' in report
+    wide, narrow = (json.loads((fork.folder / f'out/{name}-s0/result.json').read_text()) for name in ('wide', 'narrow'))
+    assert wide['config']['window'] == 64 and narrow['config']['window'] == 2
+    assert wide['final']['val_loss'] != narrow['final']['val_loss']
 
 
 def test_the_commands_for_a_fresh_machine_are_what_ci_runs():
