@@ -167,9 +167,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         wide = x.to(self.weight.dtype)
-        if not torch.is_grad_enabled():         # the same numbers; decoding calls this 13 to 25 times a token
-            return F.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
-        return NormAndGain.apply(wide, self.weight, self.eps).to(x.dtype)
+        if x.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return NormAndGain.apply(wide, self.weight, self.eps).to(x.dtype)
+        # the same numbers. GPUs have one kernel for it; and torch.compile of 2.11 loses the gradient, without a word, of a
+        # function written by hand that returns what it changed in place
+        return F.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -295,7 +295,7 @@ def update_of(model, loss, lap=lambda part: None):
 def attention_kernels(work):
     """Names of the attention kernels (on a CPU: operators) that work() runs forward, by torch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:     # else 2.11 warns
         work()
         synchronize()
     pattern = r'aten::_scaled_dot_product_\w+' + r'|[\w:]*(flash|fmha|sdpa)[\w:]*' * cuda

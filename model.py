@@ -122,12 +122,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             counts = target >= 0
             target = target.clamp_min(0)
             largest, best = logits.max(1, keepdim=True)
-            correct += ((best == target) & counts).sum()
+            correct = correct + ((best == target) & counts).sum()                       # not +=, see attention.RMSNorm
             logits -= largest                                                           # so that no exp overflows
             at_target = logits.gather(1, target)
             p = logits.exp_()
             total = p.sum(1, keepdim=True)
-            nll += torch.where(counts, total.log() - at_target, 0).sum()
+            nll = nll + torch.where(counts, total.log() - at_target, 0).sum()
             if with_grad:
                 p = p.mul_(counts / total)                                              # softmax; 0 where nothing counts
                 p = p.scatter_add_(1, target, -counts.to(wide)).to(x.dtype)

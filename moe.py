@@ -237,7 +237,7 @@ class SegmentedSwiGLU(torch.autograd.Function):
             add_rows(y, t, product(F.silu(g[own]).mul_(u[own]), down[e]) * w[s])
         ctx.save_for_backward(x, gate, up, down, g, u, w, order, tokens)
         ctx.sizes = sizes
-        return y
+        return y.clone() if torch.compiler.is_compiling() else y        # see attention.RMSNorm
 
     @staticmethod
     @torch.autograd.function.once_differentiable
