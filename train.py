@@ -603,3 +603,5 @@ say(f'validation loss {final["val_loss"]:.4f} after {final["tokens"]:,} tokens '
 if world_size > 1:
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)         # gloo's threads once aborted the interpreter's own way out, and torchrun called the run failed
