@@ -96,7 +96,7 @@ def environment(device):
 
 def resident_gb(field='VmHWM'):
     """Memory of this process in 10^9 bytes: its peak, or with VmRSS what it is now (on Linux; elsewhere the peak)."""
-    try:                                                    # getrusage's peak would include the process that started this one
+    try:                                                    # getrusage's peak includes the process that started this
         with open('/proc/self/status') as file:
             return next(int(line.split()[1]) for line in file if line.startswith(field)) * 1024 / 1e9
     except (OSError, StopIteration):
@@ -131,7 +131,7 @@ def write_atomically(path, write):
 
 
 def load_whole(path):
-    """What torch.save wrote to `path`, on the CPU; runs no code from the file. Raises, one exception or another, if it is damaged.
+    """What torch.save wrote to `path`, on the CPU; runs no code from the file. Raises something if it is damaged.
 
     torch.save stores a CRC-32 of each record, which torch.load does not look at: a flipped bit would become a weight.
     """

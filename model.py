@@ -293,8 +293,8 @@ class LanguageModel(nn.Module):
     def decode(self, tokens, cache, trunk=None, last=True):
         """Append tokens (B, T) to what `cache` holds -> logits (B, V) of the last one, or (B, T, V) with last=False.
 
-        The numbers of forward() over the whole sequence (under dynamic scaling, with the angles of `capacity` tokens). `trunk` may be a compiled self.trunk. Raises ValueError
-        when the cache is full.
+        The numbers of forward() over the whole sequence (under dynamic scaling, with the angles of `capacity` tokens).
+        `trunk` may be a compiled self.trunk. Raises ValueError when the cache is full.
         """
         B, T = tokens.shape
         if cache.filled + T > cache.capacity:
