@@ -180,6 +180,8 @@ class RMSNorm(nn.Module):
 class MultiHeadAttention(nn.Module):
     """q, k, v of d = C/H dims a head, rotary positions on all of them. Query head h reads key head h // (H / n_kv_head).
 
+    With qk_norm each query and key head is normed before it is turned (as in Qwen3 and Gemma 3): latent attention has
+    norms on its latents, and a fair baseline may have its own.
     Cached per token: k and v of the n_kv_head heads, 2 n_kv_head d numbers.
     """
 
@@ -191,6 +193,8 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(C, self.n_kv_head * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(C, self.n_kv_head * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.n_head * self.head_dim, C, bias=bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
         self.scale = attention_scale(config, self.head_dim)
 
     def head_dims(self):
@@ -211,6 +215,8 @@ class MultiHeadAttention(nn.Module):
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        if hasattr(self, 'q_norm'):
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, heads, T, d)
         if cache is not None:
@@ -368,29 +374,28 @@ def variants(n_embd, n_head):
     """
     C, d = n_embd, n_embd // n_head
     two_thirds = 2 * round(d / 3)                                       # 2d/3, rounded to an even number of dims
-    nearest_8 = lambda x: max(8, 8 * round(x / 8))
     lora = {'class': LatentAttention, 'q_lora_rank': C // 12, 'kv_lora_rank': C // 6,
             'qk_nope_head_dim': d - two_thirds, 'qk_rope_head_dim': two_thirds, 'v_head_dim': d}
     return {
-        'baseline': {'class': MultiHeadAttention, 'n_kv_head': n_head},
-        'gqa': {'class': MultiHeadAttention, 'n_kv_head': max(1, n_head // 4)},
-        'mqa': {'class': MultiHeadAttention, 'n_kv_head': 1},
+        'baseline': {'class': MultiHeadAttention, 'n_kv_head': n_head, 'qk_norm': False},
+        'gqa': {'class': MultiHeadAttention, 'n_kv_head': max(1, n_head // 4), 'qk_norm': False},
+        'mqa': {'class': MultiHeadAttention, 'n_kv_head': 1, 'qk_norm': False},
         # DeepSeek's attention inside the baseline's head sizes: nope + rope = v = d
         'lora': lora,
         # ... and what the report added: content width that does not pay for the rotary part, RoPE scaling, bias
         'enhanced': {**lora, 'qk_nope_head_dim': d, 'rope_scaling': 'linear', 'rope_factor': 2.0,
                      'attention_bias': True},
-        # DeepSeek-V2's ranks in proportion to the width, 0.3 C and 0.1 C (1536 and 512 at its C = 5120), and rope half of
-        # nope = v. Its heads are wider than C / H (128 of 128 dims each): r is 4 of them wide there, less than one here
-        'mla': {'class': LatentAttention, 'q_lora_rank': nearest_8(0.3 * C), 'kv_lora_rank': nearest_8(0.1 * C),
+        # DeepSeek-V2-Lite's recipe, the published model whose heads are C / H wide as here (2048 wide, 16 heads of 128):
+        # no query bottleneck, r = C / 4, rope half of nope = v = d
+        'mla': {'class': LatentAttention, 'q_lora_rank': 0, 'kv_lora_rank': C // 4,
                 'qk_nope_head_dim': d, 'qk_rope_head_dim': 2 * round(d / 4), 'v_head_dim': d},
     }
 
 
 # What a row leaves open. None: the knob means nothing to that row's class (giving it by hand is an error).
 DEFAULTS = {'n_kv_head': None, 'q_lora_rank': None, 'kv_lora_rank': None, 'qk_nope_head_dim': None,
-            'qk_rope_head_dim': None, 'v_head_dim': None, 'rope_scaling': 'default', 'rope_factor': 1.0,
-            'attention_bias': False}
+            'qk_rope_head_dim': None, 'v_head_dim': None, 'qk_norm': None, 'rope_scaling': 'default',
+            'rope_factor': 1.0, 'attention_bias': False}
 ROPE_SCALINGS = ('default', 'linear', 'dynamic', 'yarn')
 
 

@@ -48,6 +48,7 @@ class ModelConfig:
     qk_rope_head_dim: int | None = None
     v_head_dim: int | None = None
     attention_bias: bool | None = None
+    qk_norm: bool | None = None
     rope_scaling: str | None = None
     rope_factor: float | None = None
     # rotary positions, whatever the variant
@@ -93,11 +94,12 @@ class Block(nn.Module):
 
 class Output(NamedTuple):
     """What a forward with targets returns. nll, correct and load are sums, so that micro-batches and processes simply add
-    up; the routers' losses and entropy are means, to be weighted by the share of the batch."""
+    up; the routers' losses and entropy are means over sequences or tokens, to be weighted by the share of the batch. The
+    losses are summed over layers, so that a layer's router feels the same pressure in a model of any depth."""
     nll: torch.Tensor               # scalar, nats: cross-entropy summed over the targets
     correct: torch.Tensor           # scalar: how many targets had the largest logit
-    balance_loss: torch.Tensor      # scalar: mean over layers and sequences, see moe.Routing
-    z_loss: torch.Tensor            # scalar: mean over layers and tokens
+    balance_loss: torch.Tensor      # scalar: mean over sequences, sum over layers: n_layer when even, see moe.Routing
+    z_loss: torch.Tensor            # scalar: mean over tokens, sum over layers
     load: torch.Tensor              # (n_layer, E) token copies
     entropy: torch.Tensor           # (n_layer,) nats
 
@@ -160,20 +162,23 @@ class LanguageModel(nn.Module):
 
             norm gains                                       1
             biases                                           0
-            o_proj, down_proj (they write to the residual)   N(0, 0.02 / sqrt(2 n_layer))        (GPT-2)
-            all other matrices, embedding and router too     N(0, 0.02)
+            o_proj, down_proj (they write to the residual)   0
+            embedding, router                                N(0, 0.02)
+            all other matrices                               N(0, 1 / fan_in)
 
-        A router of zeros would send every token to the same experts. Numbers are drawn on the CPU in float32, so that
-        they do not depend on the device.
+        fan_in, because a fixed 0.02, which suits GPT-2's width of 768, starts a narrow model on a plateau: at 96 wide its
+        seeds then differ by when they leave it (results/README.md, "Why the first answer was wrong"). Zeros, so that a
+        block is the identity at first and no layer's noise reaches the others. A router of zeros would send every token
+        to the same experts. Numbers are drawn on the CPU in float32, so that they do not depend on the device.
         """
         for name, p in self.named_parameters():
             kind = name.split('.')[-2] if name.endswith(('.weight', '.bias')) else name.split('.')[-1]
-            if name.endswith('.bias'):
+            if name.endswith('.bias') or kind.endswith(('o_proj', 'down_proj')):
                 p.zero_()
             elif kind.endswith('norm'):
                 p.fill_(1.0)
             elif kind.endswith('_proj') or kind in ('embed', 'router', 'kv_a_proj_with_mqa'):
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if kind.endswith(('o_proj', 'down_proj')) else 0.02
+                std = 0.02 if kind in ('embed', 'router') else p.size(-1) ** -0.5
                 key = int.from_bytes(hashlib.sha256(f'{seed}:{name}'.encode()).digest()[:7], 'little')
                 p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=torch.Generator().manual_seed(key)))
             else:
@@ -209,7 +214,7 @@ class LanguageModel(nn.Module):
             nll, correct = LinearCrossEntropy.apply(x.flatten(0, 1).to(dtype), self.embed.weight.to(dtype),
                                                     targets.flatten(), chunk, torch.is_grad_enabled())
         balance_loss, z_loss, load, entropy = (torch.stack(s) for s in zip(*routing))
-        return Output(nll, correct, balance_loss.mean(), z_loss.mean(), load, entropy)
+        return Output(nll, correct, balance_loss.sum(), z_loss.sum(), load, entropy)
 
     def narrow(self, dtype):
         """For decoding: everything in `dtype` but gains and router, which are float32 in training too. -> self"""

@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-LOSS_WEIGHTS = {'softmax': (0.01, 0.001), 'sigmoid': (0.0, 0.0)}    # of balance loss and z-loss, unless given by hand
+LOSS_WEIGHTS = {'softmax': (0.01, 0.001), 'sigmoid': (0.0, 0.0)}    # of a layer's balance loss and z-loss, by default
 
 
 class Routing(NamedTuple):

@@ -1,47 +1,92 @@
 #!/usr/bin/env bash
-# The recipe of the experiment: every seed x every arm, then the report. Finished runs are skipped, unfinished ones go on
-# from their checkpoint, so this can be stopped with Ctrl-C and started again.
+# The recipe of an experiment: runs what a plan lists, then prints the report. Can be stopped with Ctrl-C and started again:
+# finished runs are skipped, unfinished ones go on from their checkpoint.
 #
-#   ./reproduce.sh                                                        3 variants x 8 seeds at the laptop size
-#   CONFIG=config/gpu.py ./reproduce.sh                                   the same question on a data-centre GPU
-#   SEEDS="0 1 2" VARIANTS="baseline gqa mqa lora enhanced mla" ./reproduce.sh
-#   SEEDS="0 1 2" VARIANTS="baseline baseline-again" ./reproduce.sh       A/A: the same seed twice, the noise floor
-#   VARIANTS="lora lora+sizes lora+scaling lora+bias enhanced" EXPERIMENT=ablation BASELINE=lora ./reproduce.sh
+#   ./reproduce.sh                                      config/laptop.plan, one run at a time
+#   JOBS=2 OMP_NUM_THREADS=1 ./reproduce.sh             two runs side by side, one thread each
+#   ./reproduce.sh rates                                first the plan's learning rates, on a seed that does not count
+#   PLAN=config/gpu.plan ./reproduce.sh --dataset=/data/code       another plan; flags go to every run
+#   KEEP=results/laptop ./reproduce.sh                  copy results there as ARM-sSEED.json; what is there is not run again
 #
-# Seeds outside, variants inside: an interruption leaves whole pairs, and a machine that slows down slows all variants.
+# A plan is a text file of lines `word value`, # for comments:
+#   config      the config file of every run             experiment  the folder of the runs below out/
+#   seeds       of the arms                              margin, contrasts, may_differ    as in analyze.py
+#   rates       of the search, on seed rates_seed for rates_steps updates
+#   arm         NAME RATE FLAGS...                       extra       NAME SEED,SEED,... RATE FLAGS...
+# Seeds outside, arms inside: an interruption leaves whole pairs, and a machine that slows down slows all arms.
 set -u
 cd "$(dirname "$0")"
-CONFIG=${CONFIG:-config/laptop.py}
-SEEDS=${SEEDS:-0 1 2 3 4 5 6 7}
-VARIANTS=${VARIANTS:-baseline lora enhanced}
-EXPERIMENT=${EXPERIMENT:-$(basename "$CONFIG" .py)}
-BASELINE=${BASELINE:-baseline}
+PLAN=${PLAN:-config/laptop.plan}
 PYTHON=${PYTHON:-python}
+JOBS=${JOBS:-1}
+KEEP=${KEEP:-}
+search=
+if [ "${1:-}" = rates ]; then search=1; shift; fi
 
-flags_of() {    # an arm's name -> its flags: a variant, or one with a change
-    case $1 in
-        *-again)      echo "--attn=${1%-again}" ;;
-        lora+sizes)   echo "--attn=enhanced --rope_scaling=default --rope_factor=1 --attention_bias=False" ;;
-        lora+scaling) echo "--attn=lora --rope_scaling=linear --rope_factor=2" ;;
-        lora+bias)    echo "--attn=lora --attention_bias=True" ;;
-        *)            echo "--attn=$1" ;;
-    esac
+value() {       # the value of one of the plan's words
+    sed 's/#.*//' "$PLAN" | awk -v word="$1" '$1 == word { $1 = ""; print substr($0, 2) }'
+}
+[ -r "$PLAN" ] || { echo "reproduce.sh: no plan $PLAN; PLAN=FILE names one" >&2; exit 2; }
+experiment=$(value experiment)
+[ -z "$search" ] || experiment=$experiment-rates
+[ -n "$KEEP" ] && mkdir -p "$KEEP"
+
+runs() {        # every run in its order: name, seed, learning rate, flags
+    if [ -n "$search" ]; then
+        for rate in $(value rates); do
+            value arm | while read -r arm _ flags; do
+                echo "$arm@$rate $(value rates_seed) $rate $flags --max_steps=$(value rates_steps)"
+            done
+        done
+        return
+    fi
+    for seed in $(value seeds); do
+        value arm | while read -r arm rate flags; do echo "$arm $seed $rate $flags"; done
+    done
+    value extra | while read -r arm seeds rate flags; do
+        for seed in ${seeds//,/ }; do echo "$arm $seed $rate $flags"; done
+    done
 }
 
-stop=
-trap 'stop=1' TERM      # `timeout` tells this script and the run alike: wait until the run has saved itself
-
-for seed in $SEEDS; do
-    for arm in $VARIANTS; do
-        [ -z "$stop" ] || exit 143
-        # shellcheck disable=SC2046
-        $PYTHON train.py "$CONFIG" $(flags_of "$arm") --name="$arm" --seed="$seed" --experiment="$EXPERIMENT" --resume=True "$@"
-        status=$?
-        case $status in
-            0) ;;
-            3) echo "reproduce.sh: $arm, seed $seed diverged; going on, the report counts it" >&2 ;;
-            *) echo "reproduce.sh: stopped at $arm, seed $seed (exit status $status)" >&2; exit $status ;;
-        esac
+pids=() names=() failed=0
+reap() {        # look after the runs until fewer than $1 are going
+    while [ "${#pids[@]}" -ge "$1" ] && [ "${#pids[@]}" -gt 0 ]; do
+        for i in "${!pids[@]}"; do
+            kill -0 "${pids[$i]}" 2> /dev/null && continue
+            wait "${pids[$i]}"
+            status=$? ended=${names[$i]}
+            unset "pids[$i]" "names[$i]"
+            if [ -n "$KEEP" ] && { [ "$status" = 0 ] || [ "$status" = 3 ]; }; then
+                cp "out/$experiment/$ended/result.json" "$KEEP/$ended.json"
+            fi
+            case $status in
+                0) ;;
+                3) echo "reproduce.sh: $ended diverged; going on, the report counts it" >&2 ;;
+                *) echo "reproduce.sh: $ended ended with exit status $status" >&2; failed=$status ;;
+            esac
+        done
+        sleep 0.2
     done
-done
-$PYTHON analyze.py "out/$EXPERIMENT" --baseline="$BASELINE"
+}
+# Ctrl-C reaches the runs by itself, and so does what `timeout` sends; `kill` does not: hand it on, wait until they have saved
+trap 'failed=130' INT
+trap 'failed=143; kill -TERM ${pids[@]+"${pids[@]}"} 2> /dev/null' TERM HUP
+
+while read -r arm seed rate flags; do
+    name=$arm-s$seed
+    if [ -n "$KEEP" ] && [ -e "$KEEP/$name.json" ]; then continue; fi
+    reap "$JOBS"
+    [ "$failed" = 0 ] || break
+    # shellcheck disable=SC2086
+    $PYTHON train.py "$(value config)" $flags --learning_rate="$rate" --name="$arm" --seed="$seed" \
+        --experiment="$experiment" --resume=True "$@" < /dev/null &
+    pids+=($!) names+=("$name")
+done <<< "$(runs)"
+reap 1
+[ "$failed" = 0 ] || { echo "reproduce.sh: stopped; the same command goes on" >&2; exit "$failed"; }
+if [ -n "$search" ]; then
+    $PYTHON analyze.py "${KEEP:-out/$experiment}" --rates=True
+else
+    $PYTHON analyze.py "${KEEP:-out/$experiment}" --margin="$(value margin)" --contrasts="$(value contrasts)" \
+        --may_differ="$(value may_differ)"
+fi

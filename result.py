@@ -14,12 +14,12 @@ import re
 
 from configurator import fail
 
-SCHEMA = 1                                              # of result.json and of checkpoint.pt
+SCHEMA = 2      # of result.json and checkpoint.pt. 1: every weight N(0, 0.02), router losses averaged over the layers
 STATUSES = ('running', 'complete', 'interrupted', 'diverged')
 NAME_LENGTH = 60                                        # of a run's name, at most: what fits a table
 ORDER = ['gqa', 'mqa', 'lora', 'enhanced', 'mla']       # of arms, after the baseline; then the alphabet
 VARIANT = {'attn', 'n_kv_head', 'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim',
-           'v_head_dim', 'attention_bias'}  # what is being compared; so is every rope_* except rope_theta
+           'v_head_dim', 'attention_bias', 'qk_norm'}  # what is being compared; so is every rope_* except rope_theta
 CONTINUATION = {'resume', 'overwrite', 'out_dir', 'data_root'}      # may differ between a run and its continuation
 BOOKKEEPING = CONTINUATION | {'name', 'seed', 'experiment', 'log_interval',
                               'checkpoint_interval'}                # may differ between runs: no influence on numbers

@@ -27,6 +27,7 @@ qk_nope_head_dim: int | None = None     # width of a head's content score
 qk_rope_head_dim: int | None = None     # width of its rotary score, even; also the width of the one cached rotary key
 v_head_dim: int | None = None           # width of a head's value
 attention_bias: bool | None = None      # biases in attention (latent: on q_a_proj, kv_a_proj_with_mqa and o_proj only)
+qk_norm: bool | None = None             # RMSNorm on each query and key head before the rotation (multi-head variants)
 rope_scaling: Literal['default', 'linear', 'dynamic', 'yarn'] | None = None    # how rotary frequencies are stretched
 rope_factor: float | None = None        # by how much, 1 (nothing) or more; needs rope_scaling
 
@@ -49,8 +50,8 @@ top_k = 2                       # experts that each token visits (experts' choic
 n_shared_expert = 0             # experts that every token visits besides
 router: Literal['softmax', 'sigmoid'] = 'softmax'   # sigmoid: DeepSeek-V3's, balanced by a bias instead of a loss
 routed_scaling_factor = 1.0     # multiplies the routed experts' sum; DeepSeek-V3: 2.5 at top-8
-balance_loss_weight: float | None = None    # of the load-balancing loss; none: 0.01 for softmax, 0 for sigmoid
-z_loss_weight: float | None = None          # of the router z-loss; none: 0.001 for softmax, 0 for sigmoid
+balance_loss_weight: float | None = None    # of each layer's load-balancing loss; none: 0.01 for softmax, 0 for sigmoid
+z_loss_weight: float | None = None          # of each layer's router z-loss; none: 0.001 for softmax, 0 for sigmoid
 bias_update_rate = 0.001        # sigmoid: step of the selection bias after each update; hundreds of updates to settle
 
 # Data
@@ -329,7 +330,8 @@ def describe_model():
     if len(owned) != len(set(owned)) or set(owned) != {id(p) for p in raw_model.parameters()}:
         raise RuntimeError('the parameters in the optimizer are not those of the model that would be reported')
     classes = {type(layer.attn).__name__ for layer in raw_model.layers}
-    return {'attention_class': '/'.join(sorted(classes)), **raw_model.layers[0].attn.head_dims(),
+    return {'initialisation': 'N(0, 1/fan_in), embedding and router N(0, 0.02), o_proj and down_proj 0',
+            'router_losses': 'mean over sequences, sum over layers', 'attention_class': '/'.join(sorted(classes)), **raw_model.layers[0].attn.head_dims(),
             **raw_model.parameter_counts(), 'flops_per_token': raw_model.flops_per_token(),
             'kv_cache_bytes_per_token': raw_model.cache_bytes_per_token(getattr(torch, dtype)),
             'kv_cache_bytes_per_token_16bit': raw_model.cache_bytes_per_token(torch.bfloat16)}
