@@ -7,10 +7,10 @@
     python bench.py --task=decode --prompts=512,8192                        after so many tokens, batch 1 and 8
     python bench.py --variants=mla --peer=none --plain=each                 what is each fast form of kernels.py worth?
 
-Every combination of variant, library, dtype, sizes and --plain is a side. All sides take turns in one process, in rounds
-that go from the first side to the last and back alternately, and with them a matrix product of the machine's own: drift
-hits all alike. A figure is the median over the rounds with minimum and maximum, a ratio that of the quotients within a
-round. Prints Markdown; writes it, and JSON with every single timing.
+Every combination of variant, library, dtype, sizes and --plain is a side. All sides take turns in one process, in
+rounds that go from the first side to the last and back alternately, and with them a matrix product of the machine's own:
+drift hits all alike. A figure is the median over the rounds with minimum and maximum, a ratio that of the quotients
+within a round. Prints Markdown; writes it, and JSON with every single timing.
 """
 import os
 from pathlib import Path
@@ -394,12 +394,12 @@ def task_train():
     parts = dict.fromkeys(part for r in ours for part in r['parts'])
     text += '\n\n' + table(ours, {part: lambda r, part=part: f'{r["parts"].get(part, 0):.1%}' for part in parts})
     return machine, rows, text, [
-        f'An update is {tokens_in_update} random tokens: forward, loss, backward, clip, fused AdamW. bfloat16: products '
-        'by autocast; weights, moments and gradients are float32.',
+        f'An update is {tokens_in_update} random tokens: forward, loss, backward, clip, fused AdamW. In bfloat16 are the '
+        'products, by autocast; weights, moments and gradients are float32.',
         "of matrix rate: model FLOPs (LanguageModel.flops_per_token) at the machine's own product in the same dtype.",
         'peak GB: of a process that does a few updates of one side alone; on a CPU with Python and all it loads.',
-        "Second table: shares of an update under torch's profiler, not compiled, by the module in which an operator runs "
-        'or whose gradient it is; optimizer: with clipping; gradients: adding them up.']
+        "Second table: shares of an update under torch's profiler, not compiled, by the module in which an operator or "
+        'what it is the gradient of runs; optimizer: with clipping; gradients: adding them up.']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
