@@ -149,7 +149,9 @@ def write_tokens(path, text, spans, tokenizer, dtype, log):
     count, done, total, progress = 0, 0, int((spans[:, 1] - spans[:, 0]).sum()), paced(log)
     with open(path, 'wb') as file:
         for piece, last in pieces(text, spans):
-            ids = tokenizer.encode(piece) + [tokenizer.eot] * (last and tokenizer.eot is not None)
+            ids = tokenizer.encode(piece)
+            if last and tokenizer.eot is not None:
+                ids.append(tokenizer.eot)
             file.write(np.array(ids, dtype=dtype).tobytes())
             count, done = count + len(ids), done + len(piece.encode())
             progress(f'  {path.name}: {count:,} tokens, {done / total:.0%} of the text')

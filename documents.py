@@ -135,12 +135,12 @@ def opened(path):
 
 
 def texts(path, text_field, documents):
-    """A text file -> (stretch of text, whether it ends a document), 16 MB at a time. ValueError: it is no text."""
+    """A text file -> (stretch of text, whether it ends a document), 2 MB at a time. ValueError: it is no text."""
     file, encoding = opened(path)
     decoder, rest, position, block = codecs.getincrementaldecoder(encoding)(), '', 0, True
     with file:
         while block:
-            block = file.read(2**24)
+            block = file.read(2**21)
             try:
                 text = rest + decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:

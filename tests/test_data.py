@@ -213,6 +213,17 @@ def test_the_description_agrees_with_a_count_by_hand(prepared):
     assert json.loads(json.dumps(facts)) == facts
 
 
+def test_the_validation_text_has_one_hash_whatever_the_tokenizer(prepared, texts, tmp_path):
+    """So that bits per byte of two tokenizers are compared on the same text, and on no other."""
+    as_bytes = prepare(str(texts), 'bytes', 0, tmp_path, silent)
+    bpe, raw = (Corpus(folder, block_size=8).describe() for folder in (prepared, as_bytes))
+    said = ''.join(t + '<|endoftext|>' for t in documents_of(prepared, 'val'))
+    assert bpe['val_text_sha256'] == raw['val_text_sha256'] == hashlib.sha256(said.encode()).hexdigest()
+    assert bpe['vocab_sha256'] != raw['vocab_sha256'] and bpe['vocab_sha256'] == load_tokenizer(prepared).sha256()
+    cut = [Corpus(folder, max_val_tokens=300, block_size=8).describe()['val_text_sha256'] for folder in (prepared, as_bytes)]
+    assert len({*cut, bpe['val_text_sha256']}) == 3
+
+
 # ---- nanoGPT's token files ---------------------------------------------------------------------------------
 
 def nanogpt(folder, train, val, dtype=np.uint16, meta=None):
@@ -634,6 +645,22 @@ def test_killed_at_any_moment_it_leaves_the_place_empty_or_complete(texts, tmp_p
         for folder in root.glob('[!.]*'):
             Corpus(folder, block_size=8)
     assert Corpus(prepare(str(texts), 'bpe', 400, root, silent), block_size=8).vocab_size > 300
+
+
+def test_a_reader_that_goes_away_ends_nothing(texts, tmp_path):
+    run = command(f'--dataset={texts}', '--tokenizer=bytes', f'--data_root={tmp_path}')
+    run.stdout.close()                                       # as `| head -0` does
+    assert run.stderr.read() == '' and run.wait(timeout=60) == 0 and len(list(tmp_path.iterdir())) == 1
+    run.stderr.close()
+
+
+def test_the_command_says_last_what_was_not_had(tmp_path):
+    (tmp_path / '\u6a21\u578b.txt').write_text('abc abd\n' * 40)
+    for _ in range(2):
+        run = command('--vocab_size=70000', f'--dataset={tmp_path}', f'--data_root={tmp_path}/root', '--text_field=x',
+                      env={**os.environ, 'PYTHONIOENCODING': 'cp1252'})
+        out, err = run.communicate(timeout=60)
+        assert run.returncode == 0 and err == '' and 'instead of 70,000' in out.splitlines()[-1], err
 
 
 @pytest.mark.parametrize('argv, part', [(['--dataset=missing'], 'no such file'), (['--vocab_size=3'], '257'),
