@@ -10,14 +10,12 @@ batches. Documents are split before anything is learned from them, be it the voc
 nor a copy of it, is ever seen in training. Memory holds a few megabytes of the text at a time.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import mmap
 import os
 import pathlib
-import pickle
 import platform
 import re
 import secrets
@@ -27,12 +25,11 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections import Counter
 
 import numpy as np
 
 from documents import ROW_ENDINGS, Documents, ending, list_files
-from tokenizer import PATTERN, DataError, Tokenizer, check_tokenizer, make_tokenizer, paced
+from tokenizer import PATTERN, DataError, Tokenizer, check_tokenizer, make_tokenizer, paced, read_characters
 
 FORMAT = 1                       # of meta.json
 VAL_SHARE = 0.05                 # of the bytes
@@ -71,12 +68,11 @@ def corpus_files(kind, path):
     if kind == 'folder':
         return list_files(path)
     if kind == 'stdlib':
-        files, _, closed = list_files(
-            path, ('.py',), ('test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'),
-            ('.', 'config-', '_sysconfigdata', 'sitecustomize', 'usercustomize'), followlinks=False)
-        return files, Counter(), closed
+        skip = ('test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__')
+        hidden = ('.', 'config-', '_sysconfigdata', 'sitecustomize', 'usercustomize')
+        return list_files(path, ('.py',), skip, hidden, followlinks=False)[0], [], []
     names = ('train.bin', 'val.bin', 'meta.pkl')
-    return [path] if kind == 'file' else [path / name for name in names if (path / name).exists()], Counter(), []
+    return [path] if kind == 'file' else [path / name for name in names if (path / name).exists()], [], []
 
 
 def fingerprint(path, files):
@@ -221,69 +217,42 @@ def read_meta(folder):
     return meta
 
 
-def build(source, files, others, closed, want, tokenizer, vocab_size, skip_bad_files, folder, log):
+def build(source, files, odd, closed, text_field, tokenizer, vocab_size, skip_bad_files, folder, log):
     """Files of text -> train.bin, val.bin and vocab.json in an empty folder; returns what meta.json says about them."""
     log(f'  reading {len(files):,} files')
     with tempfile.TemporaryFile(dir=folder) as file:
         documents = Documents(file, log)
         documents.problems += closed
-        documents.read(files, want['text_field'])
-        if documents.problems and not skip_bad_files:
-            for problem in documents.problems:
+        documents.read(files, text_field)
+        first, *others = documents.problems or ['']
+        if first and not skip_bad_files:
+            for problem in documents.problems[:bool(others) * len(documents.problems)]:
                 log(f'  {problem}')
-            more = f' (and {len(documents.problems) - 1:,} more, named above)' if len(documents.problems) > 1 else ''
-            raise DataError(f'{documents.problems[0]}{more}; data.py --skip_bad_files=True, with the same --dataset and '
-                            '--tokenizer, leaves out what cannot be used')
+            raise DataError(first + f' (and {len(others):,} more, named above)' * bool(others) + '; data.py --skip_bad_files=True, '
+                            'with the same --dataset and --tokenizer, leaves out what cannot be used')
+        too_little = DataError(f'{source}: too little text to be split into training and validation; it takes two documents, '
+                               'or one of several lines')
+        if not documents.starts:
+            raise too_little
         file.flush()
-        starts, ends = np.array(documents.starts), np.array(documents.ends)
-        digests = np.frombuffer(bytes(documents.digests), dtype=np.uint8).reshape(-1, 32)
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(starts) else contextlib.nullcontext(b'') as text:
-            parts, rule = split(text, starts, ends, digests) if len(starts) else ({}, '')
-            if not parts or min((spans[:, 1] - spans[:, 0]).min() for spans in parts.values()) == 0:
-                raise DataError(f'{source}: too little text to be split into training and validation; it takes two documents, '
-                                'or one of several lines')
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            parts, rule = split(text, np.array(documents.starts), np.array(documents.ends),
+                                np.frombuffer(documents.digests, dtype=np.uint8).reshape(-1, 32))
+            if min((spans[:, 1] - spans[:, 0]).min() for spans in parts.values()) == 0:
+                raise too_little
             vocabulary = make_tokenizer(tokenizer, vocab_size, (piece for piece, _ in pieces(text, parts['train'])), log)
             dtype = 'uint16' if vocabulary.vocab_size <= 2**16 else 'uint32'
             entries = {part: write_tokens(folder / f'{part}.bin', text, parts[part], vocabulary, dtype, log) for part in parts}
-    dropped = documents.odd['blank'] + len(starts) - sum(map(len, parts.values()))
+    dropped = documents.odd['blank'] + len(documents.starts) - sum(map(len, parts.values()))
     if dropped:
         log(f'  left out: {dropped:,} documents blank or copies')
-    remarks = documents.remarks()
+    remarks = documents.remarks() + odd
     if tokenizer == 'bpe' and vocabulary.vocab_size < vocab_size:
         remarks.append(f'The vocabulary has {vocabulary.vocab_size:,} tokens instead of {vocab_size:,}: the training text holds no '
                        'further pair twice.')
-    if others:
-        remarks.append(f'{others.total():,} files were left out for their endings: '
-                       + ', '.join(f'{n:,} {name}' for name, n in others.most_common(5)) + '.')
-    read = Counter(map(ending, files))
-    if len(read.keys() & set(ROW_ENDINGS)) not in (0, len(read)):
-        remarks.append('Rows and whole files are mixed: ' + ', '.join(f'{n:,} {name}' for name, n in read.most_common()) + '.')
     return {'tokenizer': tokenizer, 'vocab_size': vocabulary.vocab_size, 'eot': vocabulary.eot, 'dtype': dtype, 'split': rule,
             'files_skipped': len(documents.problems), 'documents_dropped': dropped, 'remarks': remarks, **entries,
             'vocabulary': write_vocabulary(folder / 'vocab.json', vocabulary)}
-
-
-class Unpickler(pickle.Unpickler):
-    """Of numbers, texts and containers alone: a pickle that names anything else could run it."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
-
-
-def read_characters(path):
-    """nanoGPT's meta.pkl, {'vocab_size': V, 'itos': {id: character}, 'stoi': {character: id}} -> Tokenizer, else DataError."""
-    try:
-        with open(path, 'rb') as file:
-            meta = Unpickler(file).load()
-        itos = [meta['itos'][i] for i in range(meta['vocab_size'])]
-        if meta != {'vocab_size': len(itos), 'itos': dict(enumerate(itos)), 'stoi': {text: i for i, text in enumerate(itos)}}:
-            raise ValueError('its tables do not agree')
-        if set(map(len, itos)) != {1}:
-            raise ValueError('it has longer texts than characters')
-        return Tokenizer('characters', [text.encode() for text in itos])
-    except Exception as error:                                  # whatever a damaged pickle makes Python raise
-        raise DataError(f'{path}: not the table of characters that nanoGPT writes ({" ".join(str(error).split())}); it would say '
-                        'what the ids mean: move it away to train without text') from None
 
 
 def id_type(path, vocab_size):
@@ -343,11 +312,11 @@ def adopt(source, tokenizer, vocabulary, log):
 def explained(meta, tokenizer, vocabulary, remarks, folder):
     """meta of nanoGPT's tokens with what they mean, and vocab.json written. DataError if there are ids beyond the vocabulary."""
     largest = max(meta[part]['largest_id'] for part in ('train', 'val'))
-    V = vocabulary.vocab_size if vocabulary else 50257 if tokenizer == 'gpt2' else largest + 1
-    if largest >= min(V, 2**20):
+    V = vocabulary.vocab_size if vocabulary else 50257 if tokenizer == 'gpt2' else min(largest + 1, 2**20)
+    if largest >= V:
         raise DataError(f'{meta["train"]["path"]} or val.bin: id {largest:,} is beyond the {V:,} ids of --tokenizer={tokenizer}')
-    return {**meta, 'tokenizer': vocabulary.name if vocabulary else 'unknown' if tokenizer == 'bpe' else tokenizer, 'vocab_size': V,
-            'eot': vocabulary.eot if vocabulary else None, 'remarks': remarks,
+    name = vocabulary.name if vocabulary else 'unknown' if tokenizer == 'bpe' else tokenizer
+    return {**meta, 'tokenizer': name, 'vocab_size': V, 'eot': vocabulary.eot if vocabulary else None, 'remarks': remarks,
             'vocabulary': write_vocabulary(folder / 'vocab.json', vocabulary) if vocabulary else None}
 
 
@@ -371,7 +340,7 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=say, text_field='text
         return source
     if tokenizer == 'characters' and kind != 'tokens':
         raise DataError('--tokenizer=characters is for the token files of nanoGPT that have a meta.pkl; take bytes or bpe')
-    files, others, closed = corpus_files(kind, source)
+    files, odd, closed = corpus_files(kind, source)
     label = tokenizer + str(vocab_size) * (tokenizer == 'bpe' and kind != 'tokens')
     want = {'format': FORMAT, 'dataset': name, 'label': label, 'pattern': PATTERN, 'fingerprint': fingerprint(source, files),
             'text_field': text_field if any(ending(file) in ROW_ENDINGS for file in files) else None,
@@ -395,13 +364,13 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=say, text_field='text
             if left.stat().st_mtime < time.time() - 86400:
                 shutil.rmtree(left, ignore_errors=True)
         if earlier := sorted(root.glob(f'{name}-{label}-*')):
-            log(f'  not the text of before, whose tokens stay in {earlier[0]} for the runs that used them')
+            log(f'  not the text of before; its tokens stay in {earlier[0]}, for runs that used them')
         temporary.mkdir(parents=True)
         if kind == 'tokens':
             meta = explained(adopt(source, tokenizer, vocabulary, log), tokenizer, vocabulary, remarks, temporary)
         else:
-            meta = build(source, files, others, closed, want, tokenizer, vocab_size, skip_bad_files or kind == 'stdlib', temporary,
-                         log)
+            skip_bad_files |= kind == 'stdlib'
+            meta = build(source, files, odd, closed, text_field, tokenizer, vocab_size, skip_bad_files, temporary, log)
         for remark in meta['remarks']:
             log(f'  {remark}')
         write_meta(temporary, {**want, **meta})

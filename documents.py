@@ -32,7 +32,7 @@ def ending(path):
 
 
 def list_files(folder, endings=TEXT_ENDINGS + ROW_ENDINGS, skip=(), hidden=('.',), followlinks=True):
-    """-> (files, sorted; Counter of the endings left out; sentences on folders that cannot be read).
+    """-> (files, sorted; a sentence each on what is odd; a sentence each on folders that cannot be read).
 
     skip: names of folders, hidden: beginnings of names that are passed over. A linked folder is visited, each once.
     """
@@ -53,7 +53,16 @@ def list_files(folder, endings=TEXT_ENDINGS + ROW_ENDINGS, skip=(), hidden=('.',
     if not files:
         raise DataError(closed[0] if closed else f'{folder}: no text files in it; endings read are {" ".join(endings)}, '
                                                  'and .gz behind them')
-    return sorted(files), others, closed
+    read, odd = Counter(map(ending, files)), []
+    if others:
+        odd.append(f'{others.total():,} files were left out for their endings: {counted(others)}.')
+    if len(read.keys() & set(ROW_ENDINGS)) not in (0, len(read)):
+        odd.append(f'Rows and whole files are mixed: {counted(read)}.')
+    return sorted(files), odd, closed
+
+
+def counted(counter):
+    return ', '.join(f'{n:,} {name}' for name, n in counter.most_common(5))
 
 
 class Documents:

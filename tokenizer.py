@@ -9,6 +9,7 @@ tiktoken encodes; what is trained here is the vocabulary. Only gpt2 and tiktoken
 import hashlib
 import heapq
 import json
+import pickle
 import re
 import threading
 import time
@@ -209,3 +210,26 @@ def fetch_tokenizer(name, log, seconds=30):
         tokens[i] = token
     eot = encoding.encode_single_token(EOT) if EOT in encoding.special_tokens_set else None
     return Tokenizer(name, tokens, encoding._pat_str, eot)
+
+
+class Unpickler(pickle.Unpickler):
+    """Of numbers, texts and containers alone: a pickle that names anything else could run it."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+
+
+def read_characters(path):
+    """nanoGPT's meta.pkl, {'vocab_size': V, 'itos': {id: character}, 'stoi': {character: id}} -> Tokenizer, else DataError."""
+    try:
+        with open(path, 'rb') as file:
+            meta = Unpickler(file).load()
+        itos = [meta['itos'][i] for i in range(meta['vocab_size'])]
+        if meta != {'vocab_size': len(itos), 'itos': dict(enumerate(itos)), 'stoi': {text: i for i, text in enumerate(itos)}}:
+            raise ValueError('its tables do not agree')
+        if set(map(len, itos)) != {1}:
+            raise ValueError('it has longer texts than characters')
+        return Tokenizer('characters', [text.encode() for text in itos])
+    except Exception as error:                                  # whatever a damaged pickle makes Python raise
+        raise DataError(f'{path}: not the table of characters that nanoGPT writes ({" ".join(str(error).split())}); it would say '
+                        'what the ids mean: move it away to train without text') from None

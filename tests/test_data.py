@@ -21,7 +21,7 @@ from conftest import REPOSITORY, message_of, silent, text
 import data
 import documents
 from data import Corpus, DataError, load_tokenizer, prepare
-from tokenizer import Tokenizer, make_tokenizer
+from tokenizer import Tokenizer, make_tokenizer, read_characters
 
 @pytest.fixture(scope='session')
 def stdlib(tmp_path_factory):
@@ -318,7 +318,7 @@ def test_a_meta_pkl_that_is_anything_else_is_refused_and_never_run(tmp_path, mon
 @pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
 def test_every_pickle_protocol_of_meta_pkl_is_read(tmp_path, protocol):
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(characters(), protocol))
-    assert data.read_characters(tmp_path / 'meta.pkl').decode([59, 46, 43]) == 'uhe'
+    assert read_characters(tmp_path / 'meta.pkl').decode([59, 46, 43]) == 'uhe'
 
 
 @pytest.fixture
