@@ -4,10 +4,10 @@
                 folder with nanoGPT's train.bin and val.bin, which are used where they lie, or one that prepare() made
     tokenizer   bpe (trained on the training split), bytes, gpt2 or another name tiktoken knows: tokenizer.py
 
-prepare() writes data/<dataset>-<tokenizer>-<key>/: train.bin and val.bin (bare token ids), vocab.json, meta.json. The key
-changes with all that the tokens depend on: text that changed gets another folder. Corpus() verifies a folder and serves
-batches. Documents are split before anything is learned from them, be it the vocabulary: no text of the validation split,
-nor a copy of it, is ever seen in training. Memory holds a few megabytes of the text at a time.
+prepare() writes data/<dataset>-<tokenizer>-<key>/: train.bin and val.bin (bare token ids), vocab.json, meta.json. The
+key changes with all that the tokens depend on: text that changed gets another folder. Corpus() verifies a folder and
+serves batches. Documents are split before anything is learned from them, be it the vocabulary: no validation text, nor a
+copy of it, is ever seen in training. Memory holds a few megabytes of the text at a time.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ def locate(dataset):
         raise DataError(f'--dataset={dataset}: no such file or folder (looked from {os.getcwd()}); give '
                         f'stdlib, a text file, a folder of them, or a folder with train.bin and val.bin')
     has = {name for name in ('train.bin', 'val.bin', 'vocab.json', 'meta.json') if (path / name).exists()}
-    kind = ('prepared' if 'meta.json' in has and len(has) > 1 else 'tokens' if has >= {'train.bin', 'val.bin'} else kind)
+    kind = 'prepared' if 'meta.json' in has and len(has) > 1 else 'tokens' if has >= {'train.bin', 'val.bin'} else kind
     return kind, path, re.sub(r'[^\w.-]', '_', path.name.encode('utf-8', 'replace').decode())[-80:]
 
 
@@ -89,7 +89,7 @@ def fingerprint(path, files):
 
 
 def split(text, starts, ends, digests):
-    """Documents text[start:end] and their SHA-256, (n, 32) bytes -> {'train': (n, 2) starts and ends, 'val': ...}, rule in words.
+    """Documents text[start:end], their SHA-256, (n, 32) bytes -> {'train': (n, 2) starts and ends, 'val': ...}, rule.
 
     Copies are dropped: one could end up on either side. The order is that of the SHA-256: arbitrary, so that the
     first N tokens are a fair sample, yet the same everywhere. In this order documents go to val while they fit into
@@ -110,7 +110,8 @@ def split(text, starts, ends, digests):
             val[i], room = True, room - size
     if not val.any():
         val[sizes.argmin()] = True
-    return {'train': spans[~val], 'val': spans[val]}, 'by document in the order of SHA-256, up to 5% of the bytes are val'
+    rule = 'by document in the order of SHA-256, up to 5% of the bytes are val'
+    return {'train': spans[~val], 'val': spans[val]}, rule
 
 
 def cut(text, start, end):
@@ -141,7 +142,7 @@ def pieces(text, spans):
 # Prepared folders
 
 def write_tokens(path, text, spans, tokenizer, dtype, log):
-    """Documents, (n, 2) starts and ends in text, each ended by eot -> a file of bare ids; returns its entry in meta.json."""
+    """Documents, (n, 2) starts and ends in text, each ended by eot -> a file of bare ids and its entry in meta.json."""
     count, done, total, progress = 0, 0, int((spans[:, 1] - spans[:, 0]).sum()), paced(log)
     with open(path, 'wb') as file:
         for piece, last in pieces(text, spans):
@@ -224,14 +225,15 @@ def build(source, files, odd, closed, text_field, tokenizer, vocab_size, skip_ba
         documents = Documents(file, log)
         documents.problems += closed
         documents.read(files, text_field)
-        first, *others = documents.problems or ['']
-        if first and not skip_bad_files:
-            for problem in documents.problems[:bool(others) * len(documents.problems)]:
+        problems = documents.problems
+        if problems and not skip_bad_files:
+            for problem in problems:
                 log(f'  {problem}')
-            raise DataError(first + f' (and {len(others):,} more, named above)' * bool(others) + '; data.py --skip_bad_files=True, '
-                            'with the same --dataset and --tokenizer, leaves out what cannot be used')
-        too_little = DataError(f'{source}: too little text to be split into training and validation; it takes two documents, '
-                               'or one of several lines')
+            more = f' (and {len(problems) - 1:,} more, named above)' if len(problems) > 1 else ''
+            raise DataError(f'{problems[0]}{more}; data.py --skip_bad_files=True, with the same --dataset and '
+                            '--tokenizer, leaves out what cannot be used')
+        too_little = DataError(f'{source}: too little text to be split into training and validation; it takes two '
+                               'documents, or one of several lines')
         if not documents.starts:
             raise too_little
         file.flush()
@@ -240,27 +242,30 @@ def build(source, files, odd, closed, text_field, tokenizer, vocab_size, skip_ba
                                 np.frombuffer(documents.digests, dtype=np.uint8).reshape(-1, 32))
             if min((spans[:, 1] - spans[:, 0]).min() for spans in parts.values()) == 0:
                 raise too_little
-            vocabulary = make_tokenizer(tokenizer, vocab_size, (piece for piece, _ in pieces(text, parts['train'])), log)
+            texts = (piece for piece, _ in pieces(text, parts['train']))
+            vocabulary = make_tokenizer(tokenizer, vocab_size, texts, log)
             dtype = 'uint16' if vocabulary.vocab_size <= 2**16 else 'uint32'
-            entries = {part: write_tokens(folder / f'{part}.bin', text, parts[part], vocabulary, dtype, log) for part in parts}
+            entries = {part: write_tokens(folder / f'{part}.bin', text, spans, vocabulary, dtype, log)
+                       for part, spans in parts.items()}
     dropped = documents.odd['blank'] + len(documents.starts) - sum(map(len, parts.values()))
     if dropped:
         log(f'  left out: {dropped:,} documents blank or copies')
     remarks = documents.remarks() + odd
     if tokenizer == 'bpe' and vocabulary.vocab_size < vocab_size:
-        remarks.append(f'The vocabulary has {vocabulary.vocab_size:,} tokens instead of {vocab_size:,}: the training text holds no '
-                       'further pair twice.')
-    return {'tokenizer': tokenizer, 'vocab_size': vocabulary.vocab_size, 'eot': vocabulary.eot, 'dtype': dtype, 'split': rule,
-            'files_skipped': len(documents.problems), 'documents_dropped': dropped, 'remarks': remarks, **entries,
+        remarks.append(f'The vocabulary has {vocabulary.vocab_size:,} tokens instead of {vocab_size:,}: '
+                       'the training text holds no further pair twice.')
+    return {'tokenizer': tokenizer, 'vocab_size': vocabulary.vocab_size, 'eot': vocabulary.eot, 'dtype': dtype,
+            'split': rule, 'files_skipped': len(problems), 'documents_dropped': dropped, 'remarks': remarks, **entries,
             'vocabulary': write_vocabulary(folder / 'vocab.json', vocabulary)}
 
 
 def id_type(path, vocab_size):
-    """'uint16' or 'uint32' of a bare token file, by its vocabulary or plain pattern. DataError for what cannot be ids."""
+    """'uint16' or 'uint32' of a bare token file, by its vocabulary or its pattern. DataError if they cannot be ids."""
     head, size = np.fromfile(path, '<u2', count=2**21), path.stat().st_size
     halves = head[:len(head) // 4 * 4].reshape(-1, 2, 2)        # of 32-bit numbers, two by two: low, high
     low, high = halves[..., 0], halves[..., 1]
-    wide = vocab_size > 2**16 or len(low) and low.max() >= 16 and (high < 16).mean() > 0.99 and not high.all()  # below 2^20
+    pattern = len(low) and low.max() >= 16 and (high < 16).mean() > 0.99 and not high.all()     # of ids below 2^20
+    wide = pattern or vocab_size > 2**16
     what = f'{size:,} bytes' if not size or size % (4 if wide else 2) else None
     if head[:2].tobytes() in (20240520 .to_bytes(4, 'little'), 20240801 .to_bytes(4, 'little')):
         what = "a file of llm.c's; tail -c +1025 takes off its header"
@@ -272,16 +277,17 @@ def id_type(path, vocab_size):
 
 
 def named_vocabulary(source, tokenizer, log):
-    """What nanoGPT's tokens mean -> (Tokenizer, []) by its meta.pkl or else the name; (None, [why]) if it cannot be had."""
+    """What nanoGPT's tokens mean, by its meta.pkl or else the name -> (Tokenizer, []), or (None, [why]) if not had."""
     if (source / 'meta.pkl').exists():
         if tokenizer not in ('bpe', 'characters'):
-            raise DataError(f'{source / "meta.pkl"} says that the tokens are characters, which --tokenizer={tokenizer} contradicts; '
-                            'give --tokenizer=characters')
+            raise DataError(f'{source / "meta.pkl"} says that the tokens are characters, --tokenizer={tokenizer} '
+                            'contradicts it; give --tokenizer=characters')
         return read_characters(source / 'meta.pkl'), []
     if tokenizer == 'characters':
         raise DataError(f'{source}: --tokenizer=characters takes the meta.pkl that nanoGPT writes beside its tokens')
     if tokenizer == 'bpe':
-        return None, [f'No text and no bits per byte: the vocabulary of {source} is not known; --tokenizer=gpt2 says it is that one.']
+        return None, [f'No text and no bits per byte: the vocabulary of {source} is not known; '
+                      'say --tokenizer=gpt2 if it is that one.']
     try:
         return make_tokenizer(tokenizer, 0, (), log), []
     except DataError as error:
@@ -310,13 +316,14 @@ def adopt(source, tokenizer, vocabulary, log):
 
 
 def explained(meta, tokenizer, vocabulary, remarks, folder):
-    """meta of nanoGPT's tokens with what they mean, and vocab.json written. DataError if there are ids beyond the vocabulary."""
+    """meta of nanoGPT's tokens with what they mean; writes vocab.json. DataError for ids beyond the vocabulary."""
     largest = max(meta[part]['largest_id'] for part in ('train', 'val'))
     V = vocabulary.vocab_size if vocabulary else 50257 if tokenizer == 'gpt2' else min(largest + 1, 2**20)
     if largest >= V:
-        raise DataError(f'{meta["train"]["path"]} or val.bin: id {largest:,} is beyond the {V:,} ids of --tokenizer={tokenizer}')
+        raise DataError(f'{meta["train"]["path"]} or val.bin: id {largest:,} is beyond the {V:,} ids of '
+                        f'--tokenizer={tokenizer}')
     name = vocabulary.name if vocabulary else 'unknown' if tokenizer == 'bpe' else tokenizer
-    return {**meta, 'tokenizer': name, 'vocab_size': V, 'eot': vocabulary.eot if vocabulary else None, 'remarks': remarks,
+    return {**meta, 'tokenizer': name, 'vocab_size': V, 'eot': vocabulary and vocabulary.eot, 'remarks': remarks,
             'vocabulary': write_vocabulary(folder / 'vocab.json', vocabulary) if vocabulary else None}
 
 
@@ -334,15 +341,17 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=say, text_field='text
     if kind == 'prepared':
         meta = read_meta(source)
         if tokenizer != meta['tokenizer']:
-            raise DataError(f'{source} was prepared with --tokenizer={meta["tokenizer"]}, which --tokenizer={tokenizer} contradicts')
+            raise DataError(f'{source} was prepared with --tokenizer={meta["tokenizer"]}, '
+                            f'--tokenizer={tokenizer} contradicts it')
         if tokenizer == 'bpe' and vocab_size != meta['vocab_size']:
             log(f'{source} has a vocabulary of {meta["vocab_size"]:,} tokens, whatever --vocab_size says')
         return source
     if tokenizer == 'characters' and kind != 'tokens':
-        raise DataError('--tokenizer=characters is for the token files of nanoGPT that have a meta.pkl; take bytes or bpe')
+        raise DataError("--tokenizer=characters is for nanoGPT's token files with a meta.pkl; take bytes or bpe")
     files, odd, closed = corpus_files(kind, source)
     label = tokenizer + str(vocab_size) * (tokenizer == 'bpe' and kind != 'tokens')
-    want = {'format': FORMAT, 'dataset': name, 'label': label, 'pattern': PATTERN, 'fingerprint': fingerprint(source, files),
+    want = {'format': FORMAT, 'dataset': name, 'label': label, 'pattern': PATTERN,
+            'fingerprint': fingerprint(source, files),
             'text_field': text_field if any(ending(file) in ROW_ENDINGS for file in files) else None,
             'source': str(source) if kind == 'tokens' else None}
     root = pathlib.Path(root or pathlib.Path(__file__).resolve().parent / 'data')
@@ -513,7 +522,7 @@ if __name__ == '__main__':
     # -----------------------------------------------------------------------------------------------------------------
     # What to prepare
     dataset = 'stdlib'      # stdlib (this Python's standard library, about 12 MB), a text file, a folder of text files
-                            # (.txt .md .py .jsonl .parquet ..., .gz of them), or nanoGPT's folder with train.bin and val.bin
+                            # (.txt .md .py .jsonl .parquet, .txt.gz ...), or nanoGPT's with train.bin and val.bin
     tokenizer = 'bpe'       # bpe (trained on the training split), bytes, gpt2 or another tiktoken name (a download)
     vocab_size = 4096       # tokens in the vocabulary that bpe trains, the end of text included
     text_field = 'text'     # of the rows of .jsonl and .parquet: the field with the document

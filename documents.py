@@ -1,4 +1,4 @@
-"""Files -> documents: text and rows of JSON or Parquet, one file after another, in little memory. data.py makes tokens of them.
+"""Files -> documents: text, rows of JSON or Parquet, gzip, in little memory. data.py makes tokens of them.
 
 A document is a text file, the stretch between two lines of just <|endoftext|> in one, or one row's text. What cannot be
 read is named, file and line; what is left out is counted.
@@ -51,8 +51,8 @@ def list_files(folder, endings=TEXT_ENDINGS + ROW_ENDINGS, skip=(), hidden=('.',
                 others[path.suffix or 'none'] += 1
     closed = [f'{error.filename}: cannot be read ({error.strerror})' for error in closed]
     if not files:
-        raise DataError(closed[0] if closed else f'{folder}: no text files in it; endings read are {" ".join(endings)}, '
-                                                 'and .gz behind them')
+        raise DataError(closed[0] if closed else
+                        f'{folder}: no text files in it; endings read are {" ".join(endings)}, and .gz behind them')
     read, odd = Counter(map(ending, files)), []
     if others:
         odd.append(f'{others.total():,} files were left out for their endings: {counted(others)}.')
@@ -88,8 +88,8 @@ class Documents:
         try:
             self.file.write(content)
         except OSError as error:                                # not to be taken for a fault of the file that is read
-            raise DataError(f'the temporary copy of the text cannot be written ({error.strerror}); make room or give another '
-                            'place with --data_root=FOLDER') from None
+            raise DataError(f'the temporary copy of the text cannot be written ({error.strerror}); make room or give '
+                            'another place with --data_root=FOLDER') from None
         self.digest.update(content)
         self.size += len(content)
         self.blank = self.blank and not text.strip()
@@ -123,15 +123,16 @@ class Documents:
 
     def remarks(self):
         """What is odd, a sentence each."""
-        said, n = [], self.odd
-        if self.problems:
-            said.append(f'{len(self.problems):,} files or folders could not be used, whole or in part, as {self.problems[0]}.')
+        said, n, bad = [], self.odd, self.problems
+        if bad:
+            said.append(f'{len(bad):,} files or folders could not be used, whole or in part, as {bad[0]}.')
         if n['lacking']:
             said.append(f'{n["lacking"]:,} rows without a text in the text field were left out.')
         if n['inline']:
-            said.append(f'{EOT} stands {n["inline"]:,} times beside other text, where it is text: documents end at lines of it alone.')
+            said.append(f'{EOT} stands {n["inline"]:,} times beside other text and was read as text: only lines of it '
+                        'alone end documents.')
         if n['like json']:
-            said.append(f'{n["like json"]:,} files look like JSON lines and were read as plain text; as .jsonl, rows are documents.')
+            said.append(f'{n["like json"]:,} files look like JSON lines and were read as plain text: name them .jsonl.')
         return said
 
 
@@ -153,10 +154,10 @@ def texts(path, text_field, documents):
             try:
                 text = rest + decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                raise ValueError(f'not {encoding.upper()} text (near byte {position + error.start:,}); convert it, as by '
-                                 'iconv -f ITS_ENCODING -t utf-8') from None
+                raise ValueError(f'not {encoding.upper()} text (near byte {position + error.start:,}); convert it '
+                                 '(iconv -f ITS_ENCODING -t utf-8)') from None
             if position == 0 and text.count('\0') > len(text) / 4:
-                raise ValueError('full of zero bytes: UTF-16 without its mark, or no text; convert it, as by iconv -f UTF-16LE')
+                raise ValueError('full of zero bytes: UTF-16 without its mark (iconv -f utf-16le -t utf-8), or no text')
             if position == 0 and text.startswith('{') and isinstance(parse(text.partition('\n')[0]), dict):
                 documents.odd['like json'] += 1
             whole = text.rfind('\n') + 1 if block else len(text)        # whole lines, lest a separator be cut in two
@@ -169,23 +170,25 @@ def texts(path, text_field, documents):
 def rows(path, text_field, documents):
     """A file of rows -> (text, True) each. Those without the field are counted, broken ones told of as a problem."""
     lacking, broken, first, fields, number = 0, 0, None, {}, 0
-    for number, (where, row) in enumerate((parquet_rows if ending(path) == '.parquet' else json_rows)(path, text_field), 1):
+    reader = parquet_rows if ending(path) == '.parquet' else json_rows
+    for number, (where, row) in enumerate(reader(path, text_field), 1):
         try:
             if not isinstance(row, dict):
-                raise ValueError('not JSON' if isinstance(row, Exception) else f'{type(row).__name__} instead of an object')
+                raise ValueError('not JSON' if isinstance(row, Exception) else f'{type(row).__name__}, not an object')
             text = row.get(text_field)
             if text is None:
                 lacking, fields = lacking + 1, fields | row
                 continue
             if not isinstance(text, str):
-                raise ValueError(f'{text_field} is {type(text).__name__} instead of text')
+                raise ValueError(f'{text_field} is {type(text).__name__}, not text')
             if re.search('[\ud800-\udfff]', text):
                 raise ValueError(f'{text_field} holds bytes that are no text')
             yield text, True
         except ValueError as error:
             broken, first = broken + 1, first or f'{where}: {error}'
     if lacking and lacking + broken == number:
-        raise ValueError(f'no row has a text in the field {text_field}; there are {", ".join(fields)}: --text_field=NAME chooses')
+        raise ValueError(f'no row has a text in the field {text_field}; there are {", ".join(fields)}: choose by '
+                         '--text_field=NAME')
     documents.odd['lacking'] += lacking
     if broken:
         documents.problems.append(f'{path}: {broken:,} of {number:,} rows are broken, the first at {first}')
@@ -201,7 +204,8 @@ def parse(line):
 
 def json_rows(path, text_field):
     file, encoding = opened(path)
-    with io.TextIOWrapper(file, encoding, 'strict' if '16' in encoding or '32' in encoding else 'surrogateescape', '\n') as lines:
+    errors = 'surrogateescape' if encoding.startswith('utf-8') else 'strict'   # a bad byte breaks its row alone
+    with io.TextIOWrapper(file, encoding, errors, '\n') as lines:
         yield from ((f'line {number:,}', parse(line)) for number, line in enumerate(lines, 1) if line.strip())
 
 
@@ -210,7 +214,7 @@ def parquet_rows(path, text_field):
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise DataError(f'{path}: reading .parquet takes pyarrow (pip install pyarrow); or convert it to .jsonl') from None
+        raise DataError(f'{path}: .parquet takes pyarrow (pip install pyarrow); or convert it to .jsonl') from None
     try:
         with ParquetFile(path) as file:
             number, names = 0, file.schema_arrow.names

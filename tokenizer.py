@@ -1,4 +1,4 @@
-"""Text <-> token ids: a byte-level BPE that is trained here, plain bytes, characters, or one of tiktoken's vocabularies.
+"""Text <-> token ids: a byte-level BPE that is trained here, bytes, characters, or one of tiktoken's vocabularies.
 
     tokenizer = make_tokenizer('bpe', 4096, texts, log=print)
     tokenizer.decode(tokenizer.encode('def f(x):')) == 'def f(x):'
@@ -27,7 +27,7 @@ PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}{1,64}|\p{N}{1,3}"
 
 
 class DataError(ValueError):
-    """The data or tokenizer asked for cannot be had (data.py raises it too): one line, what is wrong and what to type."""
+    """The data or tokenizer asked for cannot be had (data.py raises it too): one line, what is wrong, what to type."""
 
 
 class Tokenizer:
@@ -220,16 +220,21 @@ class Unpickler(pickle.Unpickler):
 
 
 def read_characters(path):
-    """nanoGPT's meta.pkl, {'vocab_size': V, 'itos': {id: character}, 'stoi': {character: id}} -> Tokenizer, else DataError."""
+    """nanoGPT's meta.pkl, {'vocab_size': V, 'itos': {id: character}, 'stoi': {character: id}} -> Tokenizer.
+
+    DataError if it is anything else.
+    """
     try:
         with open(path, 'rb') as file:
             meta = Unpickler(file).load()
         itos = [meta['itos'][i] for i in range(meta['vocab_size'])]
-        if meta != {'vocab_size': len(itos), 'itos': dict(enumerate(itos)), 'stoi': {text: i for i, text in enumerate(itos)}}:
+        stoi = {text: i for i, text in enumerate(itos)}
+        if meta != {'vocab_size': len(itos), 'itos': dict(enumerate(itos)), 'stoi': stoi} or len(stoi) < len(itos):
             raise ValueError('its tables do not agree')
         if set(map(len, itos)) != {1}:
             raise ValueError('it has longer texts than characters')
         return Tokenizer('characters', [text.encode() for text in itos])
     except Exception as error:                                  # whatever a damaged pickle makes Python raise
-        raise DataError(f'{path}: not the table of characters that nanoGPT writes ({" ".join(str(error).split())}); it would say '
-                        'what the ids mean: move it away to train without text') from None
+        reason = ' '.join(str(error).split())
+        raise DataError(f'{path}: not the table of characters that nanoGPT writes ({reason}); it would say what the '
+                        'ids mean: move it away to train without text') from None

@@ -46,7 +46,8 @@ def documents_of(folder, part):
 def split(texts):
     """data.split() of a list of texts -> (train, val) as lists of texts."""
     content, ends = b''.join(text.encode() for text in texts), np.cumsum([len(text.encode()) for text in texts])
-    digests = np.frombuffer(b''.join(hashlib.sha256(text.encode()).digest() for text in texts), np.uint8).reshape(-1, 32)
+    digests = b''.join(hashlib.sha256(text.encode()).digest() for text in texts)
+    digests = np.frombuffer(digests, np.uint8).reshape(-1, 32)
     parts, _ = data.split(content, np.append(0, ends[:-1]), ends, digests)
     return [[content[start:end].decode() for start, end in parts[part]] for part in ('train', 'val')]
 
@@ -119,7 +120,8 @@ def test_a_file_is_split_at_its_end_of_text_lines(tmp_path):
 def test_the_standard_library_makes_a_corpus_of_millions_of_tokens_without_tests(stdlib):
     folder, lines = stdlib
     corpus = Corpus(folder, max_train_tokens=500_000)
-    assert folder.name.startswith(f'stdlib-{".".join(map(str, sys.version_info[:3]))}-bpe4096-') and corpus.remarks == []
+    assert folder.name.startswith(f'stdlib-{".".join(map(str, sys.version_info[:3]))}-bpe4096-')
+    assert corpus.remarks == []
     assert corpus.meta['train']['tokens'] > 2_000_000 and corpus.vocab_size == 4096
     assert len(corpus.train) == 500_000
     train_bytes, val_bytes = (corpus.meta[part]['text_bytes'] for part in ('train', 'val'))
@@ -220,7 +222,8 @@ def test_the_validation_text_has_one_hash_whatever_the_tokenizer(prepared, texts
     said = ''.join(t + '<|endoftext|>' for t in documents_of(prepared, 'val'))
     assert bpe['val_text_sha256'] == raw['val_text_sha256'] == hashlib.sha256(said.encode()).hexdigest()
     assert bpe['vocab_sha256'] != raw['vocab_sha256'] and bpe['vocab_sha256'] == load_tokenizer(prepared).sha256()
-    cut = [Corpus(folder, max_val_tokens=300, block_size=8).describe()['val_text_sha256'] for folder in (prepared, as_bytes)]
+    cut = [Corpus(folder, max_val_tokens=300, block_size=8).describe()['val_text_sha256']
+           for folder in (prepared, as_bytes)]
     assert len({*cut, bpe['val_text_sha256']}) == 3
 
 
@@ -260,7 +263,7 @@ def test_nanogpts_files_are_used_where_they_lie(tmp_path):
 
 @pytest.mark.parametrize('alphabet', [SHAKESPEARE, '\n \u00e9\u4e2d\U0001f600ab'])
 def test_the_characters_of_meta_pkl_give_text_bytes_and_ids_back(tmp_path, alphabet):
-    """Against nanoGPT's own way: decode(ids) = ''.join(itos[i] for i in ids), encode(text) = [stoi[c] for c in text]."""
+    """Against nanoGPT's own way: decode = ''.join(itos[i] for i in ids), encode = [stoi[c] for c in text]."""
     meta, rng = characters(alphabet), random.Random(0)
     ids = [rng.randrange(len(alphabet)) for _ in range(3000)]
     source = nanogpt(tmp_path / 'x', ids, ids[:500], meta=meta)
@@ -271,14 +274,16 @@ def test_the_characters_of_meta_pkl_give_text_bytes_and_ids_back(tmp_path, alpha
     assert corpus.tokenizer_name == corpus.describe()['tokenizer'] == 'characters' and corpus.remarks == []
     assert corpus.vocab_size == len(alphabet) and corpus.eot is None
     again = Tokenizer.from_state(json.loads(json.dumps(corpus.tokenizer.state())))
-    assert again.decode(ids[:500]) == said and again.encode(said) == ids[:500] and again.sha256() == corpus.tokenizer.sha256()
+    assert again.decode(ids[:500]) == said and again.encode(said) == ids[:500]
+    assert again.sha256() == corpus.tokenizer.sha256()
     facts = corpus.describe()
     assert facts['val_bytes'] == len(said[1:].encode())
     assert facts['val_text_sha256'] == hashlib.sha256(said.encode()).hexdigest()
     with pytest.raises(DataError) as error:
         again.encode('a\u0416b')
     assert '\\u0416' in message_of(error)
-    assert Corpus(prepare(str(source), 'characters', 0, tmp_path / 'root', silent), block_size=8).tokenizer_name == 'characters'
+    folder = prepare(str(source), 'characters', 0, tmp_path / 'root', silent)
+    assert Corpus(folder, block_size=8).tokenizer_name == 'characters'
 
 
 @pytest.mark.parametrize('tokenizer', ['bytes', 'gpt2', 'cl100k_base'])
@@ -296,16 +301,18 @@ class Attack:
 
 def bad_tables():
     good = characters()
-    yield from ({**good, 'vocab_size': 64}, {**good, 'vocab_size': 66}, {**good, 'stoi': {}}, {'vocab_size': 65}, [good], 'x', None, 65)
-    yield from ({**good, 'extra': 1}, {**good, 'itos': {**good['itos'], 3: 'a'}}, {**good, 'itos': {**good['itos'], 3: 7}})
+    yield from ({**good, 'vocab_size': 64}, {**good, 'vocab_size': 66}, {**good, 'stoi': {}}, {'vocab_size': 65})
+    yield from ({**good, 'itos': {**good['itos'], 3: 'a'}}, {**good, 'itos': {**good['itos'], 3: 7}}, {**good, 'extra': 1})
+    yield from ([good], 'x', None, 65, {'vocab_size': 2, 'itos': {0: 'a', 1: 'a'}, 'stoi': {'a': 1}})
     yield from ({**good, 'extra': Attack()}, Attack(), {**good, 'vocab_size': np.int64(65)}, Counter('abc'))
     words = [f'w{i}' for i in range(65)]
     yield {'vocab_size': 65, 'itos': dict(enumerate(words)), 'stoi': {word: i for i, word in enumerate(words)}}
 
 
-@pytest.mark.parametrize('content', [*(pickle.dumps(table) for table in bad_tables()), b'', b'cos\nsystem\n(S"mkdir executed"\ntR.',
-                                     pickle.dumps(characters())[:-9], b'PK\3\4', pickle.dumps(characters(), protocol=0)[:99],
-                                     pickle.dumps(characters('\ud800ab'), protocol=2)])
+@pytest.mark.parametrize('content', [
+    *(pickle.dumps(table) for table in bad_tables()), b'', b'cos\nsystem\n(S"mkdir executed"\ntR.', b'PK\3\4',
+    pickle.dumps(characters())[:-9], pickle.dumps(characters(), protocol=0)[:99],
+    pickle.dumps(characters('\ud800ab'), protocol=2)])
 def test_a_meta_pkl_that_is_anything_else_is_refused_and_never_run(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     source = nanogpt(tmp_path / 'x', [1] * 50, [2] * 50)
@@ -358,7 +365,8 @@ def test_files_of_32_bit_ids_are_read_as_such(tmp_path, largest):
     assert corpus.train.tolist() == corpus.val.tolist() == ids and corpus.vocab_size == largest + 1
 
 
-@pytest.mark.parametrize('ids', [[1, 0] * 50, [0] * 50, list(range(65)) * 9, [50256, 3, 0, 11] * 99, [1, 0, 0, 0] * 50, [40000, 12] * 50])
+@pytest.mark.parametrize('ids', [[1, 0] * 50, [0] * 50, list(range(65)) * 9, [50256, 3, 0, 110] * 99, [1, 0, 0, 0] * 50,
+                                 [40000, 12] * 50])
 def test_files_of_16_bit_ids_are_not_taken_for_wider_ones(tmp_path, ids):
     source = nanogpt(tmp_path / 'x', ids, ids)
     assert Corpus(prepare(str(source), 'bpe', 0 + 4096, tmp_path / 'root', silent), block_size=8).train.tolist() == ids
@@ -376,7 +384,8 @@ LLM_C = np.array([20240520, 1, 900] + [0] * 253, np.int32).tobytes()
 
 @pytest.mark.parametrize('content, part', [
     (LLM_C + np.arange(900, dtype=np.uint16).tobytes(), 'llm.c'), (np.arange(900, dtype=np.int64).tobytes(), '64-bit'),
-    ((np.arange(900, dtype=np.int64) * 100).tobytes(), '64-bit'), (np.arange(65000, 70000, dtype=np.uint32).tobytes() + b'ab', 'bytes'),
+    ((np.arange(900, dtype=np.int64) * 100).tobytes(), '64-bit'),
+    (np.arange(65000, 70000, dtype=np.uint32).tobytes() + b'ab', 'bytes'),
     (np.append(np.arange(900) * 500, 2**31).astype(np.uint32).tobytes(), 'id 2,147')])
 def test_what_cannot_be_ids_is_refused(tmp_path, content, part):
     source = nanogpt(tmp_path / 'x', [], [])
@@ -415,7 +424,8 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
 
 def test_a_prepared_folder_can_be_given_as_the_dataset_with_no_other_tokenizer(prepared, texts, tmp_path):
     lines = []
-    assert prepare(str(prepared), 'bpe', 4096, 'unused', lines.append) == prepared.resolve() and 'vocabulary' in lines[0]
+    assert prepare(str(prepared), 'bpe', 4096, 'unused', lines.append) == prepared.resolve()
+    assert 'vocabulary' in lines[0]
     as_bytes = prepare(str(texts), 'bytes', 0, tmp_path, silent)
     assert prepare(str(as_bytes), 'bytes', 0, 'unused', silent) == as_bytes.resolve()
     for folder, tokenizer in ((prepared, 'bytes'), (prepared, 'gpt2'), (as_bytes, 'bpe'), (as_bytes, 'characters')):
@@ -432,7 +442,8 @@ def test_a_prepared_folder_can_be_given_as_the_dataset_with_no_other_tokenizer(p
     (lambda p: p.write_bytes(b' \n\n'), 'too little'), (lambda p: p.write_bytes(b'x'), 'too little'),
     (lambda p: p.write_bytes(b'caf\xe9'), 'not UTF-8'),
     (lambda p: (p.mkdir(), (p / 'a.txt').write_bytes(b'\xff\xfa')), 'a.txt: not UTF-8'),
-    (lambda p: p.write_bytes(b'\xff\xfea'), 'not UTF-16'), (lambda p: p.write_bytes('some text'.encode('utf-16-le')), 'zero bytes'),
+    (lambda p: p.write_bytes(b'\xff\xfea'), 'not UTF-16'),
+    (lambda p: p.write_bytes('some text'.encode('utf-16-le')), 'zero bytes'),
     (lambda p: (p.mkdir(), (p / 'a.txt').symlink_to('nowhere')), 'a.txt: cannot be read'),
     (lambda p: p.symlink_to(p), ''), (lambda p: (p.mkdir(), (p / 'a.txt').mkdir()), 'no text files')])
 def test_a_corpus_that_is_none_ends_in_message_of(tmp_path, make, part):
@@ -564,7 +575,7 @@ def test_a_changed_corpus_gets_another_folder_and_the_old_one_stays(tmp_path):
     assert first != second and any(str(first) in line and 'stay' in line for line in lines)
     assert before['train_sha256'] != after['train_sha256'] and before['vocab_sha256'] != after['vocab_sha256']
     assert before['dataset'] == after['dataset'] == 'corpus'
-    assert Corpus(prepare(str(first), 'bpe', 300, root, silent), block_size=8).describe() == before     # a run can go on with it
+    assert Corpus(prepare(str(first), 'bpe', 300, root, silent), block_size=8).describe() == before  # a run can go on
     (source / 'new.txt').unlink()
     assert prepare(str(source), 'bpe', 300, root, silent) == first
 
@@ -574,7 +585,8 @@ def test_one_text_by_two_paths_is_described_alike(tmp_path):
     for place in ('a', 'b'):
         (tmp_path / place).mkdir()
         (tmp_path / place / 'x.txt').write_text(text(1, 500), encoding='utf-8')
-        facts.append(Corpus(prepare(str(tmp_path / place / 'x.txt'), 'bpe', 300, tmp_path / f'root {place}', silent), block_size=8).describe())
+        folder = prepare(str(tmp_path / place / 'x.txt'), 'bpe', 300, tmp_path / f'root {place}', silent)
+        facts.append(Corpus(folder, block_size=8).describe())
     assert facts[0] == facts[1]
 
 

@@ -43,7 +43,7 @@ def parquet(path, rows):
 
 # ---- rows --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', ['a.jsonl', 'a.JSONL', 'a.ndjson', 'a.jsonl.gz', 'folder/a.jsonl', 'folder/deep/a.JSONL.GZ'])
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.JSONL', 'a.ndjson', 'a.jsonl.gz', 'folder/a.jsonl', 'folder/b.JSONL.GZ'])
 @pytest.mark.parametrize('field', ['text', 'content'])
 def test_each_row_of_json_is_a_document(tmp_path, name, field):
     path = tmp_path / 'in' / name
@@ -88,8 +88,9 @@ def test_rows_without_the_field_are_counted_and_said(tmp_path):
     assert read(tmp_path / 'b.parquet', tmp_path)[1].remarks == corpus.remarks
 
 
-@pytest.mark.parametrize('row', [b'{"text": "cut', b'["text"]', b'"text"', b'7', b'null', b'{"text": 7}', b'{"text": ["a"]}',
-                                 b'{"text": "\\ud83d"}', b'{"text": "\xe9"}', b'[' * 99999, b'{"text": "a"} {"text": "b"}'])
+@pytest.mark.parametrize('row', [b'{"text": "cut', b'["text"]', b'"text"', b'7', b'null', b'{"text": 7}',
+                                 b'{"text": ["a"]}', b'{"text": "\\ud83d"}', b'{"text": "\xe9"}', b'[' * 99999,
+                                 b'{"text": "a"} {"text": "b"}'])
 @pytest.mark.parametrize('lone', [True, False])
 def test_a_broken_row_is_named_by_its_line_and_left_out_when_told_so(tmp_path, row, lone):
     (tmp_path / 'in').mkdir()
@@ -101,7 +102,7 @@ def test_a_broken_row_is_named_by_its_line_and_left_out_when_told_so(tmp_path, r
     assert 'a.jsonl: 2 of 32 rows are broken, the first at line 11' in message and '--skip_bad_files=True' in message
     found, corpus = read(dataset, tmp_path, skip_bad_files=True)
     assert found == sorted(TEXTS + ['another'] * (not lone)) and 'a.jsonl: 2 of 32 rows' in corpus.remarks[0]
-    assert read(dataset, tmp_path)[1].remarks == corpus.remarks         # found again without the flag, and told of again
+    assert read(dataset, tmp_path)[1].remarks == corpus.remarks         # found again without the flag, and said again
 
 
 def test_a_row_of_parquet_that_is_no_text_is_named(tmp_path):
@@ -179,8 +180,9 @@ def test_capitals_linked_folders_and_other_endings(tmp_path):
     (inside / 'd.jsonl').write_bytes(as_rows(TEXTS[2:5]))
     found, corpus = read(inside, tmp_path)
     assert found == sorted(TEXTS[:5])
-    assert any('2 files were left out for their endings: 1 .zst, 1 none' in r or '1 none, 1 .zst' in r for r in corpus.remarks)
-    assert any('mixed' in remark and '1 .jsonl' in remark for remark in corpus.remarks) and len(corpus.remarks) == 2
+    left_out, mixed = corpus.remarks
+    assert left_out.startswith('2 files were left out') and '1 .zst' in left_out and '1 none' in left_out
+    assert 'mixed' in mixed and '1 .jsonl' in mixed
 
 
 def test_bad_files_are_all_named_and_left_out_when_told_so(tmp_path):
@@ -189,13 +191,15 @@ def test_bad_files_are_all_named_and_left_out_when_told_so(tmp_path):
     for i, content in enumerate(TEXTS):
         (folder / f'{i:02}.txt').write_text(content, encoding='utf-8')
     whole = gzip.compress(as_rows(TEXTS))
-    bad = {'latin.txt': b'caf\xe9' * 99, 'late.txt': b'fine\n' * 999 + b'\xff', 'cut.jsonl.gz': whole[:-30], 'no.txt.gz': b'no gzip',
-           'flipped.jsonl.gz': whole[:200] + b'\0\0\0\0' + whole[204:], 'other.jsonl': b'{"body": "a"}', 'wide.txt': 'abc'.encode('utf-16-le')}
+    bad = {'latin.txt': b'caf\xe9' * 99, 'late.txt': b'fine\n' * 999 + b'\xff', 'cut.jsonl.gz': whole[:-30],
+           'no.txt.gz': b'no gzip', 'flipped.jsonl.gz': whole[:200] + b'\0\0\0\0' + whole[204:],
+           'other.jsonl': b'{"body": "a"}', 'wide.txt': 'abc'.encode('utf-16-le')}
     for name, content in bad.items():
         (folder / name).write_bytes(content)
     (folder / 'gone.txt').symlink_to('nowhere')
     message, lines = refused(folder, tmp_path)
-    assert all(name in lines for name in [*bad, 'gone.txt']) and '7 more' in message and '--skip_bad_files=True' in message
+    assert all(name in lines for name in [*bad, 'gone.txt'])
+    assert '7 more' in message and '--skip_bad_files=True' in message
     found, corpus = read(folder, tmp_path, skip_bad_files=True)
     assert found == sorted(TEXTS) and '8 files' in corpus.remarks[0] and 'mixed' in corpus.remarks[1]
     assert corpus.meta['files_skipped'] == 8
@@ -211,7 +215,7 @@ def test_a_broken_parquet_file_is_named(tmp_path):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='limits the address space')
 def test_a_corpus_larger_than_memory_is_prepared(tmp_path):
-    """60 MB of text, as rows and as one lone document, by a process that may take 56 MB more than Python and numpy have."""
+    """60 MB of text, as rows and as one document, by a process that may take 56 MB more than its modules have."""
     line = 'the quick brown fox jumps over the lazy dog and so on and on\n'
     with gzip.open(tmp_path / 'rows.jsonl.gz', 'wb', 1) as file:
         for i in range(600):
@@ -225,6 +229,6 @@ def test_a_corpus_larger_than_memory_is_prepared(tmp_path):
             'folder = data.prepare(sys.argv[1], "bytes", 0, sys.argv[2], lambda line: None)\n'
             'print(data.read_meta(folder)["train"]["tokens"])\n')
     for name in ('rows.jsonl.gz', 'lone.txt'):
-        run = subprocess.run([sys.executable, '-c', code, str(tmp_path / name), str(tmp_path / 'root')], cwd=REPOSITORY, text=True,
-                             capture_output=True)
+        run = subprocess.run([sys.executable, '-c', code, str(tmp_path / name), str(tmp_path / 'root')],
+                             cwd=REPOSITORY, text=True, capture_output=True)
         assert run.returncode == 0 and int(run.stdout) > 54e6, run.stderr[-500:]

@@ -1,4 +1,4 @@
-"""tokenizer.py: the BPE against one that counts anew each time, encoding against merging by rank, any text there and back."""
+"""tokenizer.py: BPE against one that counts anew each time, encoding against merging by rank, any text and back."""
 
 import math
 import random
