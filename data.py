@@ -6,8 +6,8 @@
 
 prepare() writes data/<dataset>-<tokenizer>-<key>/: train.bin and val.bin (bare token ids), vocab.json, meta.json. The
 key changes with all that the tokens depend on: text that changed gets another folder. Corpus() verifies a folder and
-serves batches. Documents are split before anything is learned from them, be it the vocabulary: no validation text, nor a
-copy of it, is ever seen in training. Memory holds a few megabytes of the text at a time.
+serves batches. Documents are split before anything is learned from them, be it the vocabulary: no text of validation,
+nor a copy, is ever seen in training. Memory holds a few megabytes of the text at a time.
 """
 
 import hashlib

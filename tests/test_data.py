@@ -96,7 +96,7 @@ def test_the_split_does_not_depend_on_names_or_order_and_a_new_document_moves_fe
 
 
 @pytest.mark.parametrize('single', ['a line\n' * 100, 'no line end at all ' * 50, 'x' * 97 + '\nab',
-                                    'ab\n' + 'x' * 97, 'ab\n' + 'x' * 97 + '\n', 'xy', '\u4e2d\u6587' * 40])
+                                    'ab\n' + 'x' * 97, 'ab\n' + 'x' * 97 + '\n', 'xy', '\u4e2d\u6587' * 41])
 def test_a_single_text_is_cut_near_its_end_and_loses_nothing(single):
     (train,), (val,) = split([single])
     assert train + val == single and train and val
@@ -302,7 +302,7 @@ class Attack:
 def bad_tables():
     good = characters()
     yield from ({**good, 'vocab_size': 64}, {**good, 'vocab_size': 66}, {**good, 'stoi': {}}, {'vocab_size': 65})
-    yield from ({**good, 'itos': {**good['itos'], 3: 'a'}}, {**good, 'itos': {**good['itos'], 3: 7}}, {**good, 'extra': 1})
+    yield from ({**good, 'itos': good['itos'] | {3: 'a'}}, {**good, 'itos': good['itos'] | {3: 7}}, good | {'extra': 1})
     yield from ([good], 'x', None, 65, {'vocab_size': 2, 'itos': {0: 'a', 1: 'a'}, 'stoi': {'a': 1}})
     yield from ({**good, 'extra': Attack()}, Attack(), {**good, 'vocab_size': np.int64(65)}, Counter('abc'))
     words = [f'w{i}' for i in range(65)]
@@ -332,10 +332,11 @@ def test_every_pickle_protocol_of_meta_pkl_is_read(tmp_path, protocol):
 def gpt2(monkeypatch):
     """gpt2's vocabulary as far as sizes go; gpt2.online says whether it can be had."""
     def fetch(name, log):
+        state.asked += 1
         if not state.online:
             raise DataError('offline')
         return Tokenizer('gpt2', [f'<{i}>'.encode() for i in range(50256)] + [None], 'x', eot=50256)
-    state = SimpleNamespace(online=False)
+    state = SimpleNamespace(online=False, asked=0)
     monkeypatch.setattr('tokenizer.fetch_tokenizer', fetch)
     return state
 
@@ -353,7 +354,7 @@ def test_gpt2_token_files_work_without_the_vocabulary_and_get_it_when_it_can_be_
         corpus = Corpus(prepare(str(source), 'gpt2', 0, tmp_path / 'root', silent), block_size=8)
         facts = corpus.describe()
         assert facts['val_bytes'] == 3 * 19 and facts['vocab_size'] == 50257 and corpus.remarks == []
-        assert load_tokenizer(folder).decode([2]) == '<2>' and corpus.eot == 50256
+        assert load_tokenizer(folder).decode([2]) == '<2>' and corpus.eot == 50256 and gpt2.asked == 3
 
 
 @pytest.mark.parametrize('largest', [300, 50256, 65535, 65536, 100276, 200018, 2**20 - 1])
@@ -669,7 +670,7 @@ def test_a_reader_that_goes_away_ends_nothing(texts, tmp_path):
 def test_the_command_says_last_what_was_not_had(tmp_path):
     (tmp_path / '\u6a21\u578b.txt').write_text('abc abd\n' * 40)
     for _ in range(2):
-        run = command('--vocab_size=70000', f'--dataset={tmp_path}', f'--data_root={tmp_path}/root', '--text_field=x',
+        run = command('--vocab_size=70000', f'--dataset={tmp_path}/\u6a21\u578b.txt', f'--data_root={tmp_path}/root',
                       env={**os.environ, 'PYTHONIOENCODING': 'cp1252'})
         out, err = run.communicate(timeout=60)
         assert run.returncode == 0 and err == '' and 'instead of 70,000' in out.splitlines()[-1], err

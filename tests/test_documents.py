@@ -43,7 +43,7 @@ def parquet(path, rows):
 
 # ---- rows --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', ['a.jsonl', 'a.JSONL', 'a.ndjson', 'a.jsonl.gz', 'folder/a.jsonl', 'folder/b.JSONL.GZ'])
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.JSONL', 'a.ndjson', 'a.jsonl.gz', 'b/a.jsonl', 'b/c/a.JSONL.GZ'])
 @pytest.mark.parametrize('field', ['text', 'content'])
 def test_each_row_of_json_is_a_document(tmp_path, name, field):
     path = tmp_path / 'in' / name
@@ -190,7 +190,7 @@ def test_bad_files_are_all_named_and_left_out_when_told_so(tmp_path):
     folder.mkdir()
     for i, content in enumerate(TEXTS):
         (folder / f'{i:02}.txt').write_text(content, encoding='utf-8')
-    whole = gzip.compress(as_rows(TEXTS))
+    whole = gzip.compress(as_rows([f'{i} {EOT} of a file that ends too soon' for i in range(3000)]))
     bad = {'latin.txt': b'caf\xe9' * 99, 'late.txt': b'fine\n' * 999 + b'\xff', 'cut.jsonl.gz': whole[:-30],
            'no.txt.gz': b'no gzip', 'flipped.jsonl.gz': whole[:200] + b'\0\0\0\0' + whole[204:],
            'other.jsonl': b'{"body": "a"}', 'wide.txt': 'abc'.encode('utf-16-le')}
