@@ -1,0 +1,598 @@
+"""Hugging Face folders in and out: DeepSeek's own networks, and their relatives, in these files.
+
+    model = from_folder('DeepSeek-V2-Lite')             # config.json and safetensors -> LanguageModel
+    to_folder(model, tokenizer, 'mine')                 # what transformers opens, with the same logits
+    python hf.py export out/laptop/mla-s0 --out=mine    # the same for a run of train.py
+
+    config.json's architectures     attention               router
+    MixtralForCausalLM              multi-head              softmax, renormalised over the chosen
+    Qwen3MoeForCausalLM             multi-head, qk_norm     softmax, renormalised or not
+    DeepseekV2ForCausalLM           latent                  softmax, not renormalised: V2, V2-Lite
+    DeepseekV3ForCausalLM           latent                  sigmoid: V3, Moonlight, Kimi-K2
+    Mistral4ForCausalLM             latent                  softmax, renormalised or not
+
+A config.json describes a network by fields. FIELDS, FIXED and MEANS say what each family's mean here, SILENT which mean
+nothing to the numbers; any other field is an error, not a guess. A family's tensors have other names than ours, one for
+each expert, and some pair the rotary dims (i, i + d/2) where ours and DeepSeek's pair (2i, 2i + 1): layout().
+transformers and safetensors are not needed, but for peer(). All errors are ValueErrors of one line.
+"""
+import json
+import math
+import os
+import shutil
+import sys
+import warnings
+from functools import reduce
+from pathlib import Path
+from typing import NamedTuple
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python hf.py export RUN --out=FOLDER
+run = ''        # a run's folder, or a checkpoint file
+out = ''        # the folder to write; new or empty
+# ---------------------------------------------------------------------------------------------------------------------
+if __name__ == '__main__':
+    from configurator import configure, fail
+    if sys.argv[1:2] != ['export'] and not {'-h', '--help'} & set(sys.argv):
+        fail('python hf.py export RUN --out=FOLDER')
+    configure(globals(), positional='run', argv=sys.argv[2:] or sys.argv[1:])
+    if not run or not out:
+        fail(f'{"which run" if not run else "where to"}? python hf.py export {run or "RUN"} --out=FOLDER')
+
+import torch
+
+from attention import yarn_mscale
+from machine import load_whole
+from model import LanguageModel, ModelConfig
+from result import SCHEMA
+from tokenizer import EOT, Tokenizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Safetensors: 8 bytes (n, little endian), n bytes of JSON {name: {dtype, shape, data_offsets}}, then the tensors' bytes
+
+DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
+          'F8_E4M3': torch.float8_e4m3fn}
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies: the file, and the byte in it at which the tensor starts."""
+    path: Path
+    start: int
+    dtype: torch.dtype
+    shape: tuple
+
+    def read(self):
+        data = bytearray(math.prod(self.shape) * self.dtype.itemsize)
+        with open(self.path, 'rb') as file:
+            file.seek(self.start)
+            if file.readinto(data) != len(data):
+                raise ValueError(f'{self.path} was cut short while it was read')
+        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+
+
+def read_header(path):
+    """A safetensors file -> {name: Stored}. The tensors must fill the file to its end, without holes."""
+    try:
+        with open(path, 'rb') as file:
+            size, length = os.path.getsize(path), int.from_bytes(file.read(8), 'little')
+            entries = json.loads(file.read(min(length, size)))
+        entries.pop('__metadata__', None)
+        stored, end = {}, 0
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]['data_offsets']):
+            start, dtype, shape = end, DTYPES[entry['dtype']], tuple(entry['shape'])
+            end += math.prod(shape) * dtype.itemsize
+            if entry['data_offsets'] != [start, end]:
+                raise ValueError(f'{name} of shape {shape} cannot lie at {entry["data_offsets"]}')
+            stored[name] = Stored(path, 8 + length + start, dtype, shape)
+        if size != 8 + length + end:
+            raise ValueError(f'it has {size:,} bytes where its header says {8 + length + end:,}')
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{path} is damaged, or no safetensors file ({type(error).__name__}: {error})') from None
+    return stored
+
+
+def write_safetensors(path, plan):
+    """plan: {name: Theirs}, written one tensor after the other."""
+    header, end, names = {'__metadata__': {'format': 'pt'}}, 0, {dtype: name for name, dtype in DTYPES.items()}
+    for name, theirs in plan.items():
+        start, end = end, end + math.prod(theirs.shape) * theirs.dtype.itemsize
+        header[name] = {'dtype': names[theirs.dtype], 'shape': theirs.shape, 'data_offsets': [start, end]}
+    header = json.dumps(header).encode()
+    header += b' ' * (-len(header) % 8)                         # so that the tensors are aligned
+    with open(path, 'wb') as file:
+        file.write(len(header).to_bytes(8, 'little') + header)
+        for theirs in plan.values():
+            file.write(theirs.gather().flatten().view(torch.uint8).numpy())
+
+
+def read_json(path):
+    try:
+        value = json.loads(Path(path).read_text('utf-8'))
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{path} cannot be read ({error})') from None
+    if not isinstance(value, dict):
+        raise ValueError(f'{path} is no JSON object')
+    return value
+
+
+def shards(folder):
+    """-> {tensor: the file that should hold it}, or {None: the one file}."""
+    index = folder / 'model.safetensors.index.json'
+    if (folder / 'model.safetensors').is_file():
+        return {None: folder / 'model.safetensors'}
+    if not index.is_file():
+        pickles = [p.name for p in sorted(folder.glob('*')) if p.suffix in ('.bin', '.pt', '.pth')]
+        raise ValueError(f'{folder} holds no model.safetensors' + (f'; {pickles[0]} is a pickle, which can run code when '
+                         'it is read: let whoever made it save it as safetensors' if pickles else ''))
+    named = read_json(index).get('weight_map')
+    for name in named.values() if isinstance(named, dict) else [named]:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f'{index} names a shard {name!r}, which is not there')
+    return {tensor: folder / name for tensor, name in named.items()}
+
+
+def weight_files(path):
+    """-> the files that from_folder(path) reads, in a fixed order: config.json, then the weights."""
+    return [Path(path) / 'config.json', *sorted(set(shards(Path(path)).values()))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json <-> ModelConfig
+
+COMMON = {'vocab_size': 'vocab_size', 'hidden_size': 'n_embd', 'num_hidden_layers': 'n_layer', 'rms_norm_eps': 'norm_eps',
+          'num_attention_heads': 'n_head', 'max_position_embeddings': 'block_size', 'num_experts_per_tok': 'top_k',
+          'tie_word_embeddings': 'tie_embeddings'}
+MULTI_HEAD = COMMON | {'num_key_value_heads': 'n_kv_head', 'head_dim': 'head_dim'}
+LATENT = COMMON | {k: k for k in ('q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim',
+                                  'attention_bias', 'routed_scaling_factor')} | {
+    'moe_intermediate_size': 'd_ff', 'intermediate_size': 'd_ff_dense', 'n_routed_experts': 'n_expert',
+    'n_shared_experts': 'n_shared_expert', 'first_k_dense_replace': 'n_dense_layer'}
+GROUPS, RENORMALISED = {'n_group': 'n_expert_group', 'topk_group': 'top_k_group'}, {'norm_topk_prob': 'norm_topk_prob'}
+FIELDS = {                                                      # their field -> our knob
+    'MixtralForCausalLM': MULTI_HEAD | {'intermediate_size': 'd_ff', 'num_local_experts': 'n_expert'},
+    'Qwen3MoeForCausalLM': MULTI_HEAD | RENORMALISED | {
+        'moe_intermediate_size': 'd_ff', 'intermediate_size': 'd_ff_dense', 'num_experts': 'n_expert',
+        'attention_bias': 'attention_bias'},
+    'DeepseekV2ForCausalLM': LATENT | GROUPS,
+    'DeepseekV3ForCausalLM': LATENT | GROUPS | RENORMALISED,
+    'Mistral4ForCausalLM': LATENT | RENORMALISED}
+FIXED = {                                                       # fields of which this code can express but one value
+    'MixtralForCausalLM': {'sliding_window': None, 'router_jitter_noise': 0.0},
+    'Qwen3MoeForCausalLM': {'sliding_window': None, 'use_sliding_window': False, 'decoder_sparse_step': 1},
+    # norm_topk_prob: DeepSeek's code would renormalise INSTEAD of scaling, transformers' does neither
+    'DeepseekV2ForCausalLM': {'moe_layer_freq': 1, 'scoring_func': 'softmax', 'mlp_bias': False, 'norm_topk_prob': False},
+    'DeepseekV3ForCausalLM': {'moe_layer_freq': 1, 'scoring_func': 'sigmoid', 'topk_method': 'noaux_tc'},
+    'Mistral4ForCausalLM': {'moe_layer_freq': 1, 'n_group': 1, 'topk_group': 1}}
+FIXED = {family: {'hidden_act': 'silu', 'attention_dropout': 0.0} | fixed for family, fixed in FIXED.items()}
+MEANS = {                                                       # knobs that the family itself settles
+    'MixtralForCausalLM': {'attn': 'baseline', 'norm_topk_prob': True},
+    'Qwen3MoeForCausalLM': {'attn': 'baseline', 'qk_norm': True},
+    'DeepseekV2ForCausalLM': {'attn': 'mla', 'norm_topk_prob': False},
+    'DeepseekV3ForCausalLM': {'attn': 'mla', 'router': 'sigmoid'},
+    'Mistral4ForCausalLM': {'attn': 'mla'}}
+SILENT = set('''architectures auto_map model_type torch_dtype dtype transformers_version _name_or_path use_cache
+    initializer_range bos_token_id eos_token_id pad_token_id aux_loss_alpha seq_aux router_aux_loss_coef
+    output_router_logits pretraining_tp ep_size num_nextn_predict_layers quantization_config max_window_layers'''.split())
+MODEL_TYPE = {'Mixtral': 'mixtral', 'Qwen3Moe': 'qwen3_moe', 'DeepseekV2': 'deepseek_v2', 'DeepseekV3': 'deepseek_v3',
+              'Mistral4': 'mistral4'}
+ABSENT = {'tie_word_embeddings': False, 'attention_bias': False, 'head_dim': None}     # what it means to leave out a field
+NULL = {'q_lora_rank': 0, 'n_shared_experts': 0, 'n_group': 1, 'topk_group': 1, 'head_dim': None}      # to give it as null
+ROPE = {'default': (), 'linear': ('factor',), 'dynamic': ('factor',), 'yarn': (
+    'factor', 'original_max_position_embeddings', 'beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim', 'attention_factor',
+    'truncate')}
+
+
+def read_config(fields):
+    """What config.json holds -> its family, ModelConfig, whether rotary dims are paired (2i, 2i + 1).
+
+    The error names the field that is missing, unknown, or says what this code cannot express, and its value.
+    """
+    named = fields.get('architectures')
+    family = named[0] if isinstance(named, list) and named else named
+    if family not in FIELDS:
+        raise ValueError(f'architectures={named}: only {", ".join(FIELDS)} can be read')
+    left, latent = {k: v for k, v in fields.items() if k not in SILENT}, MEANS[family]['attn'] == 'mla'
+    knobs = dict(MEANS[family])
+
+    def expect(field, *values):                                 # the first is what it means to leave out the field
+        value = left.pop(field, values[0])
+        if value not in values:
+            raise ValueError(f'{field}={value!r} cannot be expressed here, only {values[0]!r}')
+        return value
+
+    for field, knob in FIELDS[family].items():
+        value = left.pop(field, ABSENT.get(field, 'absent'))
+        knobs[knob] = NULL[field] if value is None and field in NULL else value
+        if not isinstance(knobs[knob], (int, float)) and field != 'head_dim':
+            raise ValueError(f'{field} is {value!r}, not a number')
+    for field, value in FIXED[family].items():
+        expect(field, value)
+    if latent:
+        dn, dr = knobs['qk_nope_head_dim'], knobs['qk_rope_head_dim']
+        expect('num_key_value_heads', knobs['n_head'], None)
+        expect('qk_head_dim', dn + dr)
+        expect('head_dim', dn + dr if family == 'Mistral4ForCausalLM' else dr, None)
+        if family == 'DeepseekV2ForCausalLM' and expect('topk_method', 'greedy', 'group_limited_greedy') == 'greedy':
+            knobs |= {'n_expert_group': 1, 'top_k_group': 1}    # which it does not look at
+    elif family == 'Qwen3MoeForCausalLM':
+        dense = left.pop('mlp_only_layers', None) or []
+        knobs['n_dense_layer'] = len(dense)
+        if dense != list(range(len(dense))):
+            raise ValueError(f'mlp_only_layers={dense} cannot be expressed here, only the first so many layers')
+    if not knobs.get('n_dense_layer'):
+        knobs.pop('d_ff_dense', None)
+    if knobs['top_k'] == 1 and knobs['norm_topk_prob']:
+        raise ValueError('num_experts_per_tok=1 (top_k) with a weight renormalised to a constant 1 cannot be expressed here')
+    interleaved = latent and expect('rope_interleave', True, False)
+    knobs |= read_rope(left, latent, family == 'Mistral4ForCausalLM' and (dn, dr))
+    for field, value in left.items():
+        raise ValueError(f'{field}={value!r}: no such field is known here')
+    try:
+        return family, ModelConfig(**knobs), interleaved
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'the sizes make no network ({error})') from None
+
+
+def read_rope(left, latent, mistral):
+    """Takes rope_theta and rope_scaling (or both within rope_parameters) out of `left` -> our rope_ knobs."""
+    rope = {'rope_theta': left.pop('rope_theta', None)}
+    rope |= left.pop('rope_scaling', None) or left.pop('rope_parameters', None) or {}
+    kind = rope.pop('rope_type', rope.pop('type', 'default'))
+    knobs = {'rope_theta': rope.pop('rope_theta'), 'rope_scaling': kind}
+    if not isinstance(knobs['rope_theta'], (int, float)):
+        raise ValueError(f'rope_theta is {knobs["rope_theta"]}, not a number')
+    if mistral:                                                 # fields that only this family has
+        share, width = rope.pop('partial_rotary_factor', mistral[1] / sum(mistral)), sum(mistral)
+        if int(share * width) != mistral[1] or rope.pop('llama_4_scaling_beta', 0):
+            raise ValueError('llama_4_scaling_beta and another partial_rotary_factor than qk_rope_head_dim / '
+                             '(qk_nope_head_dim + qk_rope_head_dim) cannot be expressed here')
+        rope = {k: v for k, v in rope.items() if k != 'max_position_embeddings' and (k in ROPE.get(kind, ()) or kind == 'yarn')}
+    for field, value in rope.items():
+        if field not in ROPE.get(kind, ()) or field == 'truncate' and value is not True:
+            raise ValueError(f'{field}={value!r} beside rope_type={kind!r} cannot be expressed here')
+    if kind == 'default' or kind == 'linear' and rope.get('factor') == 1:
+        return knobs | {'rope_scaling': 'default'}
+    if not isinstance(rope.get('factor'), (int, float)):
+        raise ValueError(f'factor={rope.get("factor")!r} beside rope_type={kind!r} is no number')
+    knobs['rope_factor'] = factor = rope['factor']
+    if kind == 'yarn':
+        m, all_dim, amplitude = rope.get('mscale'), rope.get('mscale_all_dim'), rope.get('attention_factor')
+        if amplitude is None:                                   # transformers' way, then DeepSeek's
+            amplitude = (yarn_mscale(factor, m) / yarn_mscale(factor, all_dim) if m and all_dim else yarn_mscale(factor, 1.0))
+            theirs = yarn_mscale(factor, 1.0 if m is None else m) / yarn_mscale(factor, all_dim or 0.0)
+            if not math.isclose(amplitude, theirs):
+                raise ValueError(f'mscale={m} beside mscale_all_dim={all_dim}: transformers and DeepSeek\'s code disagree')
+        # mscale_all_dim acts on the scores as well, but not in Mixtral and Qwen3
+        knobs |= {'rope_attention_factor': amplitude, 'rope_mscale_all_dim': all_dim or 0.0 if latent else 0.0,
+                  'rope_original_context': rope.get('original_max_position_embeddings'),
+                  'rope_beta_fast': rope.get('beta_fast') or 32.0, 'rope_beta_slow': rope.get('beta_slow') or 1.0}
+    return knobs
+
+
+def write_config(c, eot=None):
+    """ModelConfig -> the nearest family, the fields of config.json. The error names a knob that this family has not."""
+    latent, renormalised = c.kv_lora_rank is not None, c.norm_topk_prob and c.top_k > 1    # as in moe.MixtureOfExperts
+    if latent:
+        name = 'DeepseekV3' if c.router == 'sigmoid' else 'Mistral4' if renormalised else 'DeepseekV2'
+    else:
+        name = 'Qwen3Moe' if c.qk_norm else 'Mixtral'
+    family, original = name + 'ForCausalLM', c.rope_original_context or c.block_size
+    fields = {field: getattr(c, knob) for field, knob in FIELDS[family].items()} | FIXED[family] | {
+        'architectures': [family], 'model_type': MODEL_TYPE[name], 'bos_token_id': None, 'eos_token_id': eot,
+        'pad_token_id': None}
+    rope = {'rope_theta': c.rope_theta, 'rope_type': c.rope_scaling}
+    if c.rope_scaling != 'default':
+        rope['factor'] = c.rope_factor
+    if c.rope_scaling == 'dynamic':
+        fields['max_position_embeddings'] = original            # which transformers takes for the original context
+    if c.rope_scaling == 'yarn':
+        temperature = yarn_mscale(c.rope_factor, c.rope_mscale_all_dim)
+        amplitude = c.rope_attention_factor or yarn_mscale(c.rope_factor, c.rope_mscale) / temperature
+        # multi-head: scores have no temperature of their own, but all dims are turned, so the amplitude does it
+        rope |= {'original_max_position_embeddings': original, 'beta_fast': c.rope_beta_fast, 'beta_slow': c.rope_beta_slow,
+                 'attention_factor': float(amplitude if latent else amplitude * temperature)}
+        if latent:
+            rope |= {'mscale': c.rope_mscale, 'mscale_all_dim': c.rope_mscale_all_dim}
+    if 'norm_topk_prob' in FIELDS[family]:
+        fields['norm_topk_prob'] = renormalised
+    if latent:
+        fields |= {'num_key_value_heads': c.n_head, 'q_lora_rank': c.q_lora_rank or None, 'rope_interleave': True}
+    if name == 'DeepseekV2':
+        fields['topk_method'] = 'greedy' if c.n_expert_group == 1 else 'group_limited_greedy'
+    elif name == 'Qwen3Moe':
+        fields['mlp_only_layers'] = list(range(c.n_dense_layer))
+    elif name == 'Mistral4':        # without scaling it crashes; the share of turned dims is rounded down, so half a dim more
+        width = c.qk_nope_head_dim + c.qk_rope_head_dim
+        rope = {'factor': 1.0, **rope, 'rope_type': c.rope_scaling.replace('default', 'linear'), 'llama_4_scaling_beta': 0.0,
+                'original_max_position_embeddings': original, 'partial_rotary_factor': (c.qk_rope_head_dim + 0.5) / width}
+    if latent and name != 'DeepseekV2' and c.n_expert < 2 * c.n_expert_group:
+        raise ValueError(f'n_expert={c.n_expert} cannot be said in a {family}, which looks at the two best of a group')
+    fields['rope_parameters'] = rope
+    # knobs that are said in another way, or mean nothing beside the others; of the rest each must come back
+    other = {'attn', 'block_size'} | ({'d_ff_dense'} if not c.n_dense_layer else set()) | (
+        {'norm_topk_prob'} if c.top_k == 1 and latent else set())
+    understood = read_config(fields)[1]
+    for knob, value in vars(c).items():
+        if knob not in other and not knob.startswith('rope_') and value != getattr(understood, knob):
+            raise ValueError(f'{knob}={value} cannot be said in a {family}, the family nearest to this model')
+    return family, fields
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors
+
+class Theirs(NamedTuple):
+    """A tensor of theirs, in terms of ours."""
+    parts: list                     # our tensors that it holds, side by side along dim 1
+    rows: object = slice(None)      # which row of ours each of its rows is
+
+    @property
+    def dtype(self):
+        return self.parts[0].dtype
+
+    @property
+    def shape(self):
+        first, *rest = self.parts[0].shape
+        return (first, *rest) if len(self.parts) == 1 else (first, len(self.parts) * rest[0], *rest[1:])
+
+    def gather(self):
+        """Ours -> theirs, on the CPU."""
+        return (torch.cat(self.parts, 1) if len(self.parts) > 1 else self.parts[0][self.rows]).cpu()
+
+    def scatter(self, tensor):
+        """Theirs -> ours, in place."""
+        for part, own in zip(self.parts, tensor.chunk(len(self.parts), 1) if len(self.parts) > 1 else [tensor]):
+            part[self.rows] = own.to(part)
+
+
+def layout(config, family, state, interleaved=True):
+    """{our name: tensor} -> {their name: Theirs}."""
+    plan, experts = {}, {'gate_proj': 'gate_proj', 'up_proj': 'up_proj', 'down_proj': 'down_proj'}
+    block = 'mlp'
+    if family == 'MixtralForCausalLM':
+        block, experts = 'block_sparse_moe', {'gate_proj': 'w1', 'up_proj': 'w3', 'down_proj': 'w2'}
+    latent = config.kv_lora_rank is not None
+
+    def halves(before, turned):     # the rows of one head, the turned ones as (0, 2, 4, ..., 1, 3, 5, ...)
+        return [*range(before), *range(before, before + turned, 2), *range(before + 1, before + turned, 2)]
+
+    if not latent:
+        heads = dict.fromkeys(('q_proj', 'k_proj', 'q_norm', 'k_norm'), halves(0, config.head_dim))
+    elif not interleaved:
+        heads = dict.fromkeys(('q_proj', 'q_b_proj'), halves(config.qk_nope_head_dim, config.qk_rope_head_dim))
+        heads['kv_a_proj_with_mqa'] = halves(config.kv_lora_rank, config.qk_rope_head_dim)
+    else:
+        heads = {}
+    for name, tensor in state.items():
+        top, *path = name.split('.')
+        if top != 'layers':
+            plan[{'embed': 'model.embed_tokens.weight', 'norm': 'model.norm.weight'}.get(top, name)] = Theirs([tensor])
+            continue
+        layer, half, part, *rest = path
+        at = f'model.layers.{layer}.'
+        if half == 'attn':
+            rows, head = slice(None), heads.get(part)
+            if head:
+                rows = (torch.arange(0, len(tensor), len(head)).unsqueeze(1) + torch.tensor(head)).flatten()
+            plan['.'.join((at + 'self_attn', part, *rest))] = Theirs([tensor], rows)
+        elif half.endswith('norm'):
+            plan[at + ('input' if half == 'attn_norm' else 'post_attention') + '_layernorm.weight'] = Theirs([tensor])
+        elif half == 'mlp' or part.startswith('shared_'):
+            inside = 'mlp.' if half == 'mlp' else 'mlp.shared_experts.'
+            plan[at + inside + part.removeprefix('shared_') + '.weight'] = Theirs([tensor])
+        elif part == 'router':
+            plan[f'{at}{block}.gate.weight'] = Theirs([tensor])
+            if latent and not config.n_shared_expert:           # transformers has them all the same, of width 0
+                for matrix, shape in (('gate', (0, config.n_embd)), ('up', (0, config.n_embd)), ('down', (config.n_embd, 0))):
+                    plan[f'{at}mlp.shared_experts.{matrix}_proj.weight'] = Theirs([tensor.new_empty(shape)])
+        elif part == 'e_score_correction_bias':
+            plan[f'{at}mlp.gate.e_score_correction_bias'] = Theirs([tensor])
+        elif family != 'Mistral4ForCausalLM':
+            plan |= {f'{at}{block}.experts.{e}.{experts[part]}.weight': Theirs([own]) for e, own in enumerate(tensor)}
+        elif part == 'down_proj':
+            plan[at + 'mlp.experts.down_proj'] = Theirs([tensor])
+        elif part == 'gate_proj':
+            plan[at + 'mlp.experts.gate_up_proj'] = Theirs([tensor, state[name.replace('gate_proj', 'up_proj')]])
+    return plan
+
+
+def from_folder(path, dtype=None, device=None):
+    """A folder of Hugging Face's -> LanguageModel, in eval mode, its weights read one by one and never held twice.
+
+    dtype: of all parameters; None: the widest in the files, for float8 bfloat16. (Biases for choosing stay float32.)
+    """
+    path = Path(path)
+    try:
+        fields = read_json(path / 'config.json')
+        family, config, interleaved = read_config(fields)
+        stored = {}
+        for file in weight_files(path)[1:]:
+            stored |= read_header(file)
+        for name, file in shards(path).items():
+            if name is not None and (name not in stored or stored[name].path != file):
+                raise ValueError(f'model.safetensors.index.json says that {name} is in {file.name}, where it is not')
+        with torch.device('meta'):
+            model = LanguageModel(config, seed=None).eval()
+        wanted = {k: v.shape for k, v in layout(config, family, model.state_dict(), interleaved).items() if 0 not in v.shape}
+        quantised = check_names(stored, wanted, config.n_layer, fields)
+        dtype = dtype or reduce(torch.promote_types, (torch.bfloat16 if name in quantised else stored[name].dtype
+                                                      for name in wanted if not name.endswith('correction_bias')))
+        state = {name: torch.empty(t.shape, dtype=torch.float32 if name.endswith('correction_bias') else dtype, device=device)
+                 for name, t in model.state_dict().items()}
+        for name, theirs in layout(config, family, state, interleaved).items():
+            if name in wanted:
+                tensor = stored[name].read()
+                if name in quantised:                           # a scale for each block of the matrix
+                    scale = stored[name + '_scale_inv'].read()
+                    for dim, size in enumerate(quantised[name]):
+                        scale = scale.repeat_interleave(size, dim).narrow(dim, 0, tensor.size(dim))
+                    tensor = tensor.float() * scale
+                theirs.scatter(tensor)
+        model.load_state_dict(state, assign=True)
+        return model
+    except OSError as error:
+        raise ValueError(f'{error.filename or path} cannot be read ({error.strerror})') from None
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}' if str(path) not in str(error) else str(error)) from None
+
+
+def check_names(stored, wanted, n_layer, fields):
+    """Every tensor of the network there, in its shape, and no other -> {float8 tensor: (rows, columns) of its blocks}."""
+    quantised, scheme = {}, fields.get('quantization_config')
+    if scheme and scheme.get('quant_method') != 'fp8':
+        raise ValueError(f'quant_method={scheme.get("quant_method")!r} of quantization_config cannot be read, only fp8')
+    # left out: multi-token prediction (V3's layer 61), which only training and speculation use, and frequencies
+    extra = tuple(f'model.layers.{n_layer + i}.' for i in range(fields.get('num_nextn_predict_layers') or 0))
+    rest = {n for n, s in stored.items() if not n.startswith(extra) and not n.endswith('rotary_emb.inv_freq') and 0 not in s.shape}
+    for name, shape in wanted.items():
+        if name not in stored:
+            raise ValueError(f'there is no {name} among the {len(stored):,} tensors')
+        if stored[name].shape != tuple(shape):
+            raise ValueError(f'{name} has shape {list(stored[name].shape)}, config.json asks for {list(shape)}')
+        rest.discard(name)
+        if stored[name].dtype == torch.float8_e4m3fn:
+            scale, block = name + '_scale_inv', (scheme or {}).get('weight_block_size')
+            if scale not in stored or not block or stored[scale].shape != tuple(-(-n // b) for n, b in zip(shape, block)):
+                raise ValueError(f'{name} is float8 without a scale for each of its blocks')
+            quantised[name] = block
+            rest.discard(scale)
+    if rest:
+        raise ValueError(f'{min(rest)} is not of this network' + (f', like {len(rest) - 1:,} more' if len(rest) > 1 else ''))
+    return quantised
+
+
+def to_folder(model, tokenizer, path):
+    """Writes what transformers opens: config.json, model.safetensors and, unless tokenizer is None, tokenizer.json.
+
+    path must not exist, or be empty; it appears when everything is written.
+    """
+    path = Path(path)
+    family, fields = write_config(model.config, tokenizer and tokenizer.eot)
+    files = {'config.json': fields | {'dtype': str(model.embed.weight.dtype).removeprefix('torch.')}}
+    if tokenizer is not None:
+        files |= {'tokenizer.json': tokenizer_json(tokenizer), 'tokenizer_config.json': {
+            'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': model.config.block_size,
+            'eos_token': EOT if tokenizer.eot is not None else None, 'clean_up_tokenization_spaces': False,
+            'split_special_tokens': True}}      # <|endoftext|> within a text is ordinary text, here as there
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f'{path} is there already; name a new folder')
+    aside = path.with_name(path.name + '.part')
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for name, value in files.items():
+            (aside / name).write_text(json.dumps(value, indent=2 if name == 'config.json' else None) + '\n', 'utf-8')
+        write_safetensors(aside / 'model.safetensors', layout(model.config, family, model.state_dict()))
+        os.replace(aside, path)
+    except OSError as error:
+        raise ValueError(f'{path} cannot be written ({error.strerror})') from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def peer(model, **options):
+    """The same network with the same weights in transformers; options as its from_pretrained takes them. ImportError."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    family, fields = write_config(model.config)
+    kind = getattr(transformers, family)
+    state = {name: theirs.gather() for name, theirs in layout(model.config, family, model.state_dict()).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                         # "Initializing zero-element tensors is a no-op": yes
+        return kind.from_pretrained(None, config=kind.config_class(**fields), state_dict=state, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+def tokenizer_json(tokenizer):
+    """A Tokenizer of tokenizer.py -> tokenizer.json, which encodes every text into the same ids.
+
+    tiktoken merges whichever neighbours make the token of the lowest rank; here each pair that makes a token is a merge of
+    its own, in the order of the tokens. Bytes are spelled as GPT-2 spells them: printable ones as themselves.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spelling = {byte: chr(byte) for byte in printable}
+    spelling |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in spelling)}
+    spell = lambda token: ''.join(spelling[byte] for byte in token)
+    ids = {token: i for i, token in enumerate(tokenizer.tokens) if token is not None}
+    merges = [[spell(token[:cut]), spell(token[cut:])] for token in sorted(ids, key=ids.get) for cut in range(1, len(token))
+              if token[:cut] in ids and token[cut:] in ids]
+    # tokenizer.encode() cuts long runs of blanks first
+    patterns = [r'\s{4096}', tokenizer.pattern] if tokenizer.pattern else []
+    splits = [{'type': 'Split', 'pattern': {'Regex': p}, 'behavior': 'Isolated', 'invert': False} for p in patterns]
+    byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
+    end = {'id': tokenizer.eot, 'content': EOT, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False,
+           'special': True}
+    return {'version': '1.0', 'added_tokens': [end] if tokenizer.eot is not None else [], 'normalizer': None,
+            'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [*splits, byte_level]}, 'post_processor': None,
+            'decoder': byte_level, 'model': {
+                'type': 'BPE', 'ignore_merges': bool(patterns), 'vocab': {spell(t): i for t, i in ids.items()}, 'merges': merges}}
+
+
+class FolderTokenizer:
+    """A folder's own tokenizer.json, by the package `tokenizers`."""
+
+    def __init__(self, path):
+        path = Path(path)
+        try:
+            from tokenizers import Tokenizer as Fast
+        except ImportError:
+            raise ValueError(f'the tokenizer of {path} needs a package: pip install tokenizers') from None
+        if not (path / 'tokenizer.json').is_file():
+            raise ValueError(f'{path} has no tokenizer.json')
+        try:
+            self.fast = Fast.from_file(str(path / 'tokenizer.json'))
+        except Exception as error:                              # the package raises nothing narrower
+            raise ValueError(f'{path / "tokenizer.json"} cannot be read ({error})') from None
+        said = read_json(path / 'tokenizer_config.json') if (path / 'tokenizer_config.json').is_file() else {}
+        self.fast.encode_special_tokens = bool(said.get('split_special_tokens'))
+        bos = said.get('bos_token')
+        bos = bos.get('content') if isinstance(bos, dict) else bos
+        self.bos = self.fast.token_to_id(bos) if bos and said.get('add_bos_token') else None
+        name = 'generation_config.json' if (path / 'generation_config.json').is_file() else 'config.json'
+        ends = read_json(path / name).get('eos_token_id')
+        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
+        self.eot, self.vocab_size = min(self.ends, default=None), self.fast.get_vocab_size()
+
+    def encode(self, text):
+        """str -> list of ids, after the token for the beginning where the folder wants one."""
+        ids = self.fast.encode(text).ids
+        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def decode(self, ids):
+        return self.fast.decode(ids, skip_special_tokens=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs of train.py
+
+def is_folder(path):
+    """Whether path is a folder of Hugging Face's rather than a run of ours."""
+    return (Path(path) / 'config.json').is_file()
+
+
+def from_run(path):
+    """A run's folder, or a checkpoint file -> LanguageModel in eval mode, Tokenizer or None."""
+    path = Path(path)
+    file = path / 'checkpoint.pt' if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f'{path} holds no checkpoint.pt' if path.is_dir() else f'{path} is not there')
+    try:
+        checkpoint = load_whole(file)
+        if checkpoint['schema'] != SCHEMA:
+            raise ValueError(f'it has schema {checkpoint["schema"]}, this program reads {SCHEMA}')
+        model = LanguageModel(ModelConfig(**checkpoint['model_config']), seed=None).eval()
+        model.load_state_dict(checkpoint['model'])
+        return model, checkpoint['tokenizer'] and Tokenizer.from_state(checkpoint['tokenizer'])
+    except Exception as error:                                  # whatever a damaged or foreign file makes torch raise
+        raise ValueError(f'{file} is no sound checkpoint of train.py ({type(error).__name__}: '
+                         f'{str(error).partition(chr(10))[0]})') from None
+
+
+if __name__ == '__main__':
+    try:
+        to_folder(*from_run(run), out)
+    except ValueError as error:
+        fail(error)
+    print(f'{out}: transformers opens it')
