@@ -12,8 +12,8 @@
     Mistral4ForCausalLM             latent                  softmax, renormalised or not
 
 A config.json describes a network by fields. FIELDS, FIXED and MEANS say what each family's mean here, SILENT which mean
-nothing to the numbers; any other field is an error, not a guess. A family's tensors have other names than ours, one for
-each expert, and some pair the rotary dims (i, i + d/2) where ours and DeepSeek's pair (2i, 2i + 1): layout().
+nothing to the numbers; any other field is an error, not a guess. The tensors have other names than ours, one for each
+expert, and some families pair the rotary dims (i, i + d/2) where ours and DeepSeek's pair (2i, 2i + 1): layout().
 transformers and safetensors are not needed, but for peer(). All errors are ValueErrors of one line.
 """
 import json
@@ -25,19 +25,6 @@ import warnings
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
-
-# ---------------------------------------------------------------------------------------------------------------------
-# python hf.py export RUN --out=FOLDER
-run = ''        # a run's folder, or a checkpoint file
-out = ''        # the folder to write; new or empty
-# ---------------------------------------------------------------------------------------------------------------------
-if __name__ == '__main__':
-    from configurator import configure, fail
-    if sys.argv[1:2] != ['export'] and not {'-h', '--help'} & set(sys.argv):
-        fail('python hf.py export RUN --out=FOLDER')
-    configure(globals(), positional='run', argv=sys.argv[2:] or sys.argv[1:])
-    if not run or not out:
-        fail(f'{"which run" if not run else "where to"}? python hf.py export {run or "RUN"} --out=FOLDER')
 
 import torch
 
@@ -109,31 +96,30 @@ def read_json(path):
     try:
         value = json.loads(Path(path).read_text('utf-8'))
     except (OSError, ValueError) as error:
-        raise ValueError(f'{path} cannot be read ({error})') from None
+        raise ValueError(f'{path} cannot be read ({getattr(error, "strerror", None) or error})') from None
     if not isinstance(value, dict):
         raise ValueError(f'{path} is no JSON object')
     return value
 
 
-def shards(folder):
-    """-> {tensor: the file that should hold it}, or {None: the one file}."""
+def find_tensors(folder):
+    """model.safetensors, or the shards that model.safetensors.index.json names -> {name: Stored}."""
     index = folder / 'model.safetensors.index.json'
     if (folder / 'model.safetensors').is_file():
-        return {None: folder / 'model.safetensors'}
+        return read_header(folder / 'model.safetensors')
     if not index.is_file():
         pickles = [p.name for p in sorted(folder.glob('*')) if p.suffix in ('.bin', '.pt', '.pth')]
         raise ValueError(f'{folder} holds no model.safetensors' + (f'; {pickles[0]} is a pickle, which can run code when '
                          'it is read: let whoever made it save it as safetensors' if pickles else ''))
-    named = read_json(index).get('weight_map')
-    for name in named.values() if isinstance(named, dict) else [named]:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f'{index} names a shard {name!r}, which is not there')
-    return {tensor: folder / name for tensor, name in named.items()}
-
-
-def weight_files(path):
-    """-> the files that from_folder(path) reads, in a fixed order: config.json, then the weights."""
-    return [Path(path) / 'config.json', *sorted(set(shards(Path(path)).values()))]
+    shard_of, stored = read_json(index).get('weight_map'), {}
+    if not isinstance(shard_of, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shard_of.values()):
+        raise ValueError(f'{index} has no weight_map of tensors and files beside it')
+    for shard in sorted(set(shard_of.values())):
+        stored |= read_header(folder / shard)
+    for name in sorted(stored.keys() | shard_of.keys()):
+        if name not in stored or stored[name].path.name != shard_of.get(name):
+            raise ValueError(f'{index} says that {name} is in {shard_of.get(name)}, which is not so')
+    return stored
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,8 +164,23 @@ MODEL_TYPE = {'Mixtral': 'mixtral', 'Qwen3Moe': 'qwen3_moe', 'DeepseekV2': 'deep
 ABSENT = {'tie_word_embeddings': False, 'attention_bias': False, 'head_dim': None}     # what it means to leave out a field
 NULL = {'q_lora_rank': 0, 'n_shared_experts': 0, 'n_group': 1, 'topk_group': 1, 'head_dim': None}      # to give it as null
 ROPE = {'default': (), 'linear': ('factor',), 'dynamic': ('factor',), 'yarn': (
-    'factor', 'original_max_position_embeddings', 'beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim', 'attention_factor',
-    'truncate')}
+    'factor', 'original_max_position_embeddings', 'beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim', 'attention_factor')}
+
+
+def expect(fields, field, *values):
+    """Takes the field out -> its value; ValueError if that is none of `values`. Absent it means the first of them."""
+    value = fields.pop(field, values[0])
+    if value not in values:
+        raise ValueError(f'{field}={value!r} cannot be expressed here, only {values[0]!r}')
+    return value
+
+
+def number(fields, field):
+    value = fields.pop(field, ABSENT.get(field, 'absent'))
+    value = NULL[field] if value is None and field in NULL else value
+    if not isinstance(value, (int, float)) and (value, field) != (None, 'head_dim'):
+        raise ValueError(f'{field} is {value!r}, not a number')
+    return value
 
 
 def read_config(fields):
@@ -192,39 +193,34 @@ def read_config(fields):
     if family not in FIELDS:
         raise ValueError(f'architectures={named}: only {", ".join(FIELDS)} can be read')
     left, latent = {k: v for k, v in fields.items() if k not in SILENT}, MEANS[family]['attn'] == 'mla'
-    knobs = dict(MEANS[family])
-
-    def expect(field, *values):                                 # the first is what it means to leave out the field
-        value = left.pop(field, values[0])
-        if value not in values:
-            raise ValueError(f'{field}={value!r} cannot be expressed here, only {values[0]!r}')
-        return value
-
-    for field, knob in FIELDS[family].items():
-        value = left.pop(field, ABSENT.get(field, 'absent'))
-        knobs[knob] = NULL[field] if value is None and field in NULL else value
-        if not isinstance(knobs[knob], (int, float)) and field != 'head_dim':
-            raise ValueError(f'{field} is {value!r}, not a number')
+    knobs = MEANS[family] | {knob: number(left, field) for field, knob in FIELDS[family].items()}
     for field, value in FIXED[family].items():
-        expect(field, value)
+        expect(left, field, value)
     if latent:
         dn, dr = knobs['qk_nope_head_dim'], knobs['qk_rope_head_dim']
-        expect('num_key_value_heads', knobs['n_head'], None)
-        expect('qk_head_dim', dn + dr)
-        expect('head_dim', dn + dr if family == 'Mistral4ForCausalLM' else dr, None)
-        if family == 'DeepseekV2ForCausalLM' and expect('topk_method', 'greedy', 'group_limited_greedy') == 'greedy':
-            knobs |= {'n_expert_group': 1, 'top_k_group': 1}    # which it does not look at
-    elif family == 'Qwen3MoeForCausalLM':
+        expect(left, 'num_key_value_heads', knobs['n_head'], None)
+        expect(left, 'qk_head_dim', dn + dr)
+        expect(left, 'head_dim', dn + dr if family == 'Mistral4ForCausalLM' else dr, None)
+    if family == 'DeepseekV2ForCausalLM' and expect(left, 'topk_method', 'greedy', 'group_limited_greedy') == 'greedy':
+        knobs |= {'n_expert_group': 1, 'top_k_group': 1}        # which it does not look at
+    if family == 'Qwen3MoeForCausalLM':
         dense = left.pop('mlp_only_layers', None) or []
         knobs['n_dense_layer'] = len(dense)
-        if dense != list(range(len(dense))):
-            raise ValueError(f'mlp_only_layers={dense} cannot be expressed here, only the first so many layers')
+        expect({'mlp_only_layers': dense}, 'mlp_only_layers', list(range(len(dense))))
     if not knobs.get('n_dense_layer'):
         knobs.pop('d_ff_dense', None)
     if knobs['top_k'] == 1 and knobs['norm_topk_prob']:
         raise ValueError('num_experts_per_tok=1 (top_k) with a weight renormalised to a constant 1 cannot be expressed here')
-    interleaved = latent and expect('rope_interleave', True, False)
-    knobs |= read_rope(left, latent, family == 'Mistral4ForCausalLM' and (dn, dr))
+    interleaved = latent and expect(left, 'rope_interleave', True, False)
+    rope = {'rope_theta': left.pop('rope_theta', None)}
+    rope |= left.pop('rope_scaling', None) or left.pop('rope_parameters', None) or {}
+    if family == 'Mistral4ForCausalLM':                         # has fields of its own there
+        expect(rope, 'llama_4_scaling_beta', 0)
+        if int(rope.pop('partial_rotary_factor', dr / (dn + dr)) * (dn + dr)) != dr:
+            raise ValueError('partial_rotary_factor must be qk_rope_head_dim / (qk_nope_head_dim + qk_rope_head_dim)')
+        if rope.get('rope_type') != 'yarn':
+            rope.pop('original_max_position_embeddings', None)
+    knobs |= read_rope(rope, latent)
     for field, value in left.items():
         raise ValueError(f'{field}={value!r}: no such field is known here')
     try:
@@ -233,35 +229,24 @@ def read_config(fields):
         raise ValueError(f'the sizes make no network ({error})') from None
 
 
-def read_rope(left, latent, mistral):
-    """Takes rope_theta and rope_scaling (or both within rope_parameters) out of `left` -> our rope_ knobs."""
-    rope = {'rope_theta': left.pop('rope_theta', None)}
-    rope |= left.pop('rope_scaling', None) or left.pop('rope_parameters', None) or {}
-    kind = rope.pop('rope_type', rope.pop('type', 'default'))
-    knobs = {'rope_theta': rope.pop('rope_theta'), 'rope_scaling': kind}
-    if not isinstance(knobs['rope_theta'], (int, float)):
-        raise ValueError(f'rope_theta is {knobs["rope_theta"]}, not a number')
-    if mistral:                                                 # fields that only this family has
-        share, width = rope.pop('partial_rotary_factor', mistral[1] / sum(mistral)), sum(mistral)
-        if int(share * width) != mistral[1] or rope.pop('llama_4_scaling_beta', 0):
-            raise ValueError('llama_4_scaling_beta and another partial_rotary_factor than qk_rope_head_dim / '
-                             '(qk_nope_head_dim + qk_rope_head_dim) cannot be expressed here')
-        rope = {k: v for k, v in rope.items() if k != 'max_position_embeddings' and (k in ROPE.get(kind, ()) or kind == 'yarn')}
-    for field, value in rope.items():
-        if field not in ROPE.get(kind, ()) or field == 'truncate' and value is not True:
-            raise ValueError(f'{field}={value!r} beside rope_type={kind!r} cannot be expressed here')
+def read_rope(rope, latent):
+    """rope_parameters, or the older rope_scaling and rope_theta -> our rope_ knobs."""
+    kind = expect(rope, 'rope_type', rope.pop('type', 'default'), *ROPE)
+    expect({'rope_type': kind}, 'rope_type', *ROPE)
+    expect(rope, 'truncate', True)
+    knobs = {'rope_theta': number(rope, 'rope_theta'), 'rope_scaling': kind}
+    for field in rope.keys() - set(ROPE[kind]):
+        raise ValueError(f'{field}={rope[field]!r} beside rope_type={kind!r} cannot be expressed here')
     if kind == 'default' or kind == 'linear' and rope.get('factor') == 1:
         return knobs | {'rope_scaling': 'default'}
-    if not isinstance(rope.get('factor'), (int, float)):
-        raise ValueError(f'factor={rope.get("factor")!r} beside rope_type={kind!r} is no number')
-    knobs['rope_factor'] = factor = rope['factor']
+    knobs['rope_factor'] = factor = number(rope, 'factor')
     if kind == 'yarn':
         m, all_dim, amplitude = rope.get('mscale'), rope.get('mscale_all_dim'), rope.get('attention_factor')
         if amplitude is None:                                   # transformers' way, then DeepSeek's
-            amplitude = (yarn_mscale(factor, m) / yarn_mscale(factor, all_dim) if m and all_dim else yarn_mscale(factor, 1.0))
-            theirs = yarn_mscale(factor, 1.0 if m is None else m) / yarn_mscale(factor, all_dim or 0.0)
-            if not math.isclose(amplitude, theirs):
-                raise ValueError(f'mscale={m} beside mscale_all_dim={all_dim}: transformers and DeepSeek\'s code disagree')
+            amplitude = yarn_mscale(factor, m) / yarn_mscale(factor, all_dim) if m and all_dim else yarn_mscale(factor, 1.0)
+            deepseek = yarn_mscale(factor, 1.0 if m is None else m) / yarn_mscale(factor, all_dim or 0.0)
+            if not math.isclose(amplitude, deepseek):
+                raise ValueError(f"mscale={m} beside mscale_all_dim={all_dim}: transformers' code and DeepSeek's disagree")
         # mscale_all_dim acts on the scores as well, but not in Mixtral and Qwen3
         knobs |= {'rope_attention_factor': amplitude, 'rope_mscale_all_dim': all_dim or 0.0 if latent else 0.0,
                   'rope_original_context': rope.get('original_max_position_embeddings'),
@@ -345,86 +330,66 @@ class Theirs(NamedTuple):
             part[self.rows] = own.to(part)
 
 
+RENAME = {'model.embed.': 'model.embed_tokens.', '.attn.': '.self_attn.', '.attn_norm.': '.input_layernorm.',
+          '.moe_norm.': '.post_attention_layernorm.', '.mlp_norm.': '.post_attention_layernorm.', '.moe.router.': '.mlp.gate.',
+          '.moe.e_score_': '.mlp.gate.e_score_', '.moe.shared_': '.mlp.shared_experts.', '.moe.': '.mlp.experts.'}
+MIXTRAL = {'.mlp.': '.block_sparse_moe.', 'gate_proj': 'w1', 'up_proj': 'w3', 'down_proj': 'w2'}
+
+
 def layout(config, family, state, interleaved=True):
-    """{our name: tensor} -> {their name: Theirs}."""
-    plan, experts = {}, {'gate_proj': 'gate_proj', 'up_proj': 'up_proj', 'down_proj': 'down_proj'}
-    block = 'mlp'
-    if family == 'MixtralForCausalLM':
-        block, experts = 'block_sparse_moe', {'gate_proj': 'w1', 'up_proj': 'w3', 'down_proj': 'w2'}
-    latent = config.kv_lora_rank is not None
+    """{our name: tensor} -> {their name: Theirs}. interleaved: whether latent attention pairs rotary dims as ours does."""
 
-    def halves(before, turned):     # the rows of one head, the turned ones as (0, 2, 4, ..., 1, 3, 5, ...)
-        return [*range(before), *range(before, before + turned, 2), *range(before + 1, before + turned, 2)]
+    def halves(before, turned):     # the rows of a head: those before as they are, the turned ones as 0, 2, 4, ..., 1, 3, 5, ...
+        return torch.tensor([*range(before), *range(before, before + turned, 2), *range(before + 1, before + turned, 2)])
 
+    plan, latent, head_of = {}, config.kv_lora_rank is not None, {}
     if not latent:
-        heads = dict.fromkeys(('q_proj', 'k_proj', 'q_norm', 'k_norm'), halves(0, config.head_dim))
+        head_of = dict.fromkeys(('q_proj', 'k_proj', 'q_norm', 'k_norm'), halves(0, config.head_dim))
     elif not interleaved:
-        heads = dict.fromkeys(('q_proj', 'q_b_proj'), halves(config.qk_nope_head_dim, config.qk_rope_head_dim))
-        heads['kv_a_proj_with_mqa'] = halves(config.kv_lora_rank, config.qk_rope_head_dim)
-    else:
-        heads = {}
-    for name, tensor in state.items():
-        top, *path = name.split('.')
-        if top != 'layers':
-            plan[{'embed': 'model.embed_tokens.weight', 'norm': 'model.norm.weight'}.get(top, name)] = Theirs([tensor])
-            continue
-        layer, half, part, *rest = path
-        at = f'model.layers.{layer}.'
-        if half == 'attn':
-            rows, head = slice(None), heads.get(part)
-            if head:
-                rows = (torch.arange(0, len(tensor), len(head)).unsqueeze(1) + torch.tensor(head)).flatten()
-            plan['.'.join((at + 'self_attn', part, *rest))] = Theirs([tensor], rows)
-        elif half.endswith('norm'):
-            plan[at + ('input' if half == 'attn_norm' else 'post_attention') + '_layernorm.weight'] = Theirs([tensor])
-        elif half == 'mlp' or part.startswith('shared_'):
-            inside = 'mlp.' if half == 'mlp' else 'mlp.shared_experts.'
-            plan[at + inside + part.removeprefix('shared_') + '.weight'] = Theirs([tensor])
-        elif part == 'router':
-            plan[f'{at}{block}.gate.weight'] = Theirs([tensor])
-            if latent and not config.n_shared_expert:           # transformers has them all the same, of width 0
-                for matrix, shape in (('gate', (0, config.n_embd)), ('up', (0, config.n_embd)), ('down', (config.n_embd, 0))):
-                    plan[f'{at}mlp.shared_experts.{matrix}_proj.weight'] = Theirs([tensor.new_empty(shape)])
-        elif part == 'e_score_correction_bias':
-            plan[f'{at}mlp.gate.e_score_correction_bias'] = Theirs([tensor])
+        head_of = dict.fromkeys(('q_proj', 'q_b_proj'), halves(config.qk_nope_head_dim, config.qk_rope_head_dim))
+        head_of['kv_a_proj_with_mqa'] = halves(config.kv_lora_rank, config.qk_rope_head_dim)
+    for ours, tensor in state.items():
+        name, head = ours if ours.startswith('lm_head') else 'model.' + ours, head_of.get(ours.split('.')[-2])
+        for old, new in (RENAME | (MIXTRAL if family == 'MixtralForCausalLM' else {})).items():
+            name = name.replace(old, new)
+        if head is not None:
+            plan[name] = Theirs([tensor], (torch.arange(0, len(tensor), len(head)).unsqueeze(1) + head).flatten())
+        elif tensor.ndim < 3 or family == 'Mistral4ForCausalLM' and ours.endswith('down_proj'):
+            plan[name] = Theirs([tensor])
         elif family != 'Mistral4ForCausalLM':
-            plan |= {f'{at}{block}.experts.{e}.{experts[part]}.weight': Theirs([own]) for e, own in enumerate(tensor)}
-        elif part == 'down_proj':
-            plan[at + 'mlp.experts.down_proj'] = Theirs([tensor])
-        elif part == 'gate_proj':
-            plan[at + 'mlp.experts.gate_up_proj'] = Theirs([tensor, state[name.replace('gate_proj', 'up_proj')]])
+            stem, _, matrix = name.rpartition('.')
+            plan |= {f'{stem}.{e}.{matrix}.weight': Theirs([own]) for e, own in enumerate(tensor)}
+        elif ours.endswith('gate_proj'):
+            plan[name.replace('gate_proj', 'gate_up_proj')] = Theirs([tensor, state[ours.replace('gate_proj', 'up_proj')]])
+    for layer in range(config.n_dense_layer, config.n_layer if latent and not config.n_shared_expert else 0):
+        for matrix, shape in (('gate', (0, config.n_embd)), ('up', (0, config.n_embd)), ('down', (config.n_embd, 0))):
+            plan[f'model.layers.{layer}.mlp.shared_experts.{matrix}_proj.weight'] = Theirs([state['norm.weight'].new_empty(shape)])
     return plan
 
 
 def from_folder(path, dtype=None, device=None):
     """A folder of Hugging Face's -> LanguageModel, in eval mode, its weights read one by one and never held twice.
 
-    dtype: of all parameters; None: the widest in the files, for float8 bfloat16. (Biases for choosing stay float32.)
+    dtype: of all parameters; None: the widest in the files, where float8 counts as bfloat16. The biases that choose experts
+    stay float32. device None: the CPU.
     """
     path = Path(path)
     try:
-        fields = read_json(path / 'config.json')
+        fields, stored = read_json(path / 'config.json'), find_tensors(path)
         family, config, interleaved = read_config(fields)
-        stored = {}
-        for file in weight_files(path)[1:]:
-            stored |= read_header(file)
-        for name, file in shards(path).items():
-            if name is not None and (name not in stored or stored[name].path != file):
-                raise ValueError(f'model.safetensors.index.json says that {name} is in {file.name}, where it is not')
         with torch.device('meta'):
             model = LanguageModel(config, seed=None).eval()
         wanted = {k: v.shape for k, v in layout(config, family, model.state_dict(), interleaved).items() if 0 not in v.shape}
-        quantised = check_names(stored, wanted, config.n_layer, fields)
-        dtype = dtype or reduce(torch.promote_types, (torch.bfloat16 if name in quantised else stored[name].dtype
-                                                      for name in wanted if not name.endswith('correction_bias')))
-        state = {name: torch.empty(t.shape, dtype=torch.float32 if name.endswith('correction_bias') else dtype, device=device)
-                 for name, t in model.state_dict().items()}
+        blocks = check_tensors(stored, wanted, config.n_layer, fields)
+        dtypes = (torch.bfloat16 if k in blocks else stored[k].dtype for k in wanted if not k.endswith('correction_bias'))
+        model.to(dtype or reduce(torch.promote_types, dtypes))
+        state = {name: torch.empty_like(tensor, device=device or 'cpu') for name, tensor in model.state_dict().items()}
         for name, theirs in layout(config, family, state, interleaved).items():
             if name in wanted:
                 tensor = stored[name].read()
-                if name in quantised:                           # a scale for each block of the matrix
+                if name in blocks:                              # one scale for each block of the matrix
                     scale = stored[name + '_scale_inv'].read()
-                    for dim, size in enumerate(quantised[name]):
+                    for dim, size in enumerate(blocks[name]):
                         scale = scale.repeat_interleave(size, dim).narrow(dim, 0, tensor.size(dim))
                     tensor = tensor.float() * scale
                 theirs.scatter(tensor)
@@ -436,29 +401,29 @@ def from_folder(path, dtype=None, device=None):
         raise ValueError(f'{path}: {error}' if str(path) not in str(error) else str(error)) from None
 
 
-def check_names(stored, wanted, n_layer, fields):
-    """Every tensor of the network there, in its shape, and no other -> {float8 tensor: (rows, columns) of its blocks}."""
-    quantised, scheme = {}, fields.get('quantization_config')
-    if scheme and scheme.get('quant_method') != 'fp8':
-        raise ValueError(f'quant_method={scheme.get("quant_method")!r} of quantization_config cannot be read, only fp8')
-    # left out: multi-token prediction (V3's layer 61), which only training and speculation use, and frequencies
-    extra = tuple(f'model.layers.{n_layer + i}.' for i in range(fields.get('num_nextn_predict_layers') or 0))
-    rest = {n for n, s in stored.items() if not n.startswith(extra) and not n.endswith('rotary_emb.inv_freq') and 0 not in s.shape}
+def check_tensors(stored, wanted, n_layer, fields):
+    """Whether every tensor is there, in its shape, and no other -> {name of a float8 one: (rows, columns) of its blocks}."""
+    blocks, scheme = {}, fields.get('quantization_config') or {}
+    if scheme.get('quant_method', 'fp8') != 'fp8':
+        raise ValueError(f'quant_method={scheme["quant_method"]!r} in quantization_config cannot be read, only fp8')
+    # left out: layers that predict a second token (V3's layer 61), of use for training and speculation, and frequencies
+    skip = tuple(f'model.layers.{n_layer + i}.' for i in range(fields.get('num_nextn_predict_layers') or 0))
+    rest = {k for k, v in stored.items() if not k.startswith(skip) and not k.endswith('rotary_emb.inv_freq') and 0 not in v.shape}
     for name, shape in wanted.items():
-        if name not in stored:
+        if name not in rest:
             raise ValueError(f'there is no {name} among the {len(stored):,} tensors')
         if stored[name].shape != tuple(shape):
-            raise ValueError(f'{name} has shape {list(stored[name].shape)}, config.json asks for {list(shape)}')
-        rest.discard(name)
+            raise ValueError(f'{name} has shape {list(stored[name].shape)}, but config.json makes it {list(shape)}')
+        rest.remove(name)
         if stored[name].dtype == torch.float8_e4m3fn:
-            scale, block = name + '_scale_inv', (scheme or {}).get('weight_block_size')
-            if scale not in stored or not block or stored[scale].shape != tuple(-(-n // b) for n, b in zip(shape, block)):
-                raise ValueError(f'{name} is float8 without a scale for each of its blocks')
-            quantised[name] = block
-            rest.discard(scale)
+            scale, block = name + '_scale_inv', scheme.get('weight_block_size')
+            if not block or scale not in rest or stored[scale].shape != tuple(-(-n // b) for n, b in zip(shape, block)):
+                raise ValueError(f'{name} is float8, but not every block of it has a scale')
+            blocks[name] = block
+            rest.remove(scale)
     if rest:
         raise ValueError(f'{min(rest)} is not of this network' + (f', like {len(rest) - 1:,} more' if len(rest) > 1 else ''))
-    return quantised
+    return blocks
 
 
 def to_folder(model, tokenizer, path):
@@ -516,6 +481,8 @@ def tokenizer_json(tokenizer):
     spelling |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in spelling)}
     spell = lambda token: ''.join(spelling[byte] for byte in token)
     ids = {token: i for i, token in enumerate(tokenizer.tokens) if token is not None}
+    if any(bytes([byte]) not in ids for byte in range(256)):
+        raise ValueError(f'the tokenizer {tokenizer.name} cannot be said in a tokenizer.json: it has no token for some bytes')
     merges = [[spell(token[:cut]), spell(token[cut:])] for token in sorted(ids, key=ids.get) for cut in range(1, len(token))
               if token[:cut] in ids and token[cut:] in ids]
     # tokenizer.encode() cuts long runs of blanks first
@@ -531,32 +498,14 @@ def tokenizer_json(tokenizer):
 
 
 class FolderTokenizer:
-    """A folder's own tokenizer.json, by the package `tokenizers`."""
+    """A folder's own tokenizer. ends: the set of ids that end a text; eot: one of them, or None."""
 
-    def __init__(self, path):
-        path = Path(path)
-        try:
-            from tokenizers import Tokenizer as Fast
-        except ImportError:
-            raise ValueError(f'the tokenizer of {path} needs a package: pip install tokenizers') from None
-        if not (path / 'tokenizer.json').is_file():
-            raise ValueError(f'{path} has no tokenizer.json')
-        try:
-            self.fast = Fast.from_file(str(path / 'tokenizer.json'))
-        except Exception as error:                              # the package raises nothing narrower
-            raise ValueError(f'{path / "tokenizer.json"} cannot be read ({error})') from None
-        said = read_json(path / 'tokenizer_config.json') if (path / 'tokenizer_config.json').is_file() else {}
-        self.fast.encode_special_tokens = bool(said.get('split_special_tokens'))
-        bos = said.get('bos_token')
-        bos = bos.get('content') if isinstance(bos, dict) else bos
-        self.bos = self.fast.token_to_id(bos) if bos and said.get('add_bos_token') else None
-        name = 'generation_config.json' if (path / 'generation_config.json').is_file() else 'config.json'
-        ends = read_json(path / name).get('eos_token_id')
-        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
-        self.eot, self.vocab_size = min(self.ends, default=None), self.fast.get_vocab_size()
+    def __init__(self, fast, bos, ends):
+        self.fast, self.bos, self.ends = fast, bos, ends
+        self.eot, self.vocab_size = min(ends, default=None), fast.get_vocab_size()
 
     def encode(self, text):
-        """str -> list of ids, after the token for the beginning where the folder wants one."""
+        """str -> list of ids, after the token of the beginning where the folder wants one."""
         ids = self.fast.encode(text).ids
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
@@ -564,13 +513,29 @@ class FolderTokenizer:
         return self.fast.decode(ids, skip_special_tokens=True)
 
 
+def open_tokenizer(path):
+    """The tokenizer.json of a folder, by the package `tokenizers` -> FolderTokenizer."""
+    path = Path(path)
+    if not (path / 'tokenizer.json').is_file():
+        raise ValueError(f'{path} has no tokenizer.json')
+    try:
+        import tokenizers
+        fast = tokenizers.Tokenizer.from_file(str(path / 'tokenizer.json'))
+    except ImportError:
+        raise ValueError(f'the tokenizer of {path} needs a package: pip install tokenizers') from None
+    except Exception as error:                                  # the package raises nothing narrower
+        raise ValueError(f'{path / "tokenizer.json"} cannot be read ({error})') from None
+    said = {}
+    for name in ('config.json', 'generation_config.json', 'tokenizer_config.json'):
+        said |= read_json(path / name) if (path / name).is_file() else {}
+    fast.encode_special_tokens = bool(said.get('split_special_tokens'))
+    bos, ends = said.get('bos_token'), said.get('eos_token_id')
+    bos = fast.token_to_id(bos.get('content') if isinstance(bos, dict) else bos) if bos and said.get('add_bos_token') else None
+    return FolderTokenizer(fast, bos, {ends} if isinstance(ends, int) else set(ends or ()))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs of train.py
-
-def is_folder(path):
-    """Whether path is a folder of Hugging Face's rather than a run of ours."""
-    return (Path(path) / 'config.json').is_file()
-
 
 def from_run(path):
     """A run's folder, or a checkpoint file -> LanguageModel in eval mode, Tokenizer or None."""
@@ -591,6 +556,16 @@ def from_run(path):
 
 
 if __name__ == '__main__':
+    from configurator import configure, fail
+    # -----------------------------------------------------------------------------------------------------------------
+    # python hf.py export RUN --out=FOLDER
+    run = ''        # a run's folder, or a checkpoint file
+    out = ''        # the folder to write: new, or empty
+    # -----------------------------------------------------------------------------------------------------------------
+    verb, *arguments = sys.argv[1:] or ['']
+    configure(globals(), positional='run', argv=arguments if verb == 'export' else ['--help'] if verb in ('-h', '--help') else [])
+    if not run or not out:
+        fail(f'python hf.py export {run or "RUN"} --out={out or "FOLDER"}')
     try:
         to_folder(*from_run(run), out)
     except ValueError as error:
