@@ -66,6 +66,8 @@ def read_header(path):
         entries.pop('__metadata__', None)
         stored, end = {}, 0
         for name, entry in sorted(entries.items(), key=lambda item: item[1]['data_offsets']):
+            if entry['dtype'] not in DTYPES:
+                raise ValueError(f'{name} has dtype {entry["dtype"]}, only {", ".join(DTYPES)} can be read')
             start, dtype, shape = end, DTYPES[entry['dtype']], tuple(entry['shape'])
             end += math.prod(shape) * dtype.itemsize
             if entry['data_offsets'] != [start, end]:
@@ -74,7 +76,7 @@ def read_header(path):
         if size != 8 + length + end:
             raise ValueError(f'it has {size:,} bytes where its header says {8 + length + end:,}')
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path} is damaged, or no safetensors file ({type(error).__name__}: {error})') from None
+        raise ValueError(f'{path} cannot be read as safetensors ({type(error).__name__}: {error})') from None
     return stored
 
 
@@ -134,52 +136,59 @@ LATENT = COMMON | {k: k for k in ('q_lora_rank', 'kv_lora_rank', 'qk_nope_head_d
     'moe_intermediate_size': 'd_ff', 'intermediate_size': 'd_ff_dense', 'n_routed_experts': 'n_expert',
     'n_shared_experts': 'n_shared_expert', 'first_k_dense_replace': 'n_dense_layer'}
 GROUPS, RENORMALISED = {'n_group': 'n_expert_group', 'topk_group': 'top_k_group'}, {'norm_topk_prob': 'norm_topk_prob'}
-FIELDS = {                                                      # their field -> our knob
-    'MixtralForCausalLM': MULTI_HEAD | {'intermediate_size': 'd_ff', 'num_local_experts': 'n_expert'},
-    'Qwen3MoeForCausalLM': MULTI_HEAD | RENORMALISED | {
-        'moe_intermediate_size': 'd_ff', 'intermediate_size': 'd_ff_dense', 'num_experts': 'n_expert',
-        'attention_bias': 'attention_bias'},
-    'DeepseekV2ForCausalLM': LATENT | GROUPS,
-    'DeepseekV3ForCausalLM': LATENT | GROUPS | RENORMALISED,
-    'Mistral4ForCausalLM': LATENT | RENORMALISED}
-FIXED = {                                                       # fields of which this code can express but one value
-    'MixtralForCausalLM': {'sliding_window': None, 'router_jitter_noise': 0.0},
-    'Qwen3MoeForCausalLM': {'sliding_window': None, 'use_sliding_window': False, 'decoder_sparse_step': 1},
-    # norm_topk_prob: DeepSeek's code would renormalise INSTEAD of scaling, transformers' does neither
-    'DeepseekV2ForCausalLM': {'moe_layer_freq': 1, 'scoring_func': 'softmax', 'mlp_bias': False, 'norm_topk_prob': False},
-    'DeepseekV3ForCausalLM': {'moe_layer_freq': 1, 'scoring_func': 'sigmoid', 'topk_method': 'noaux_tc'},
-    'Mistral4ForCausalLM': {'moe_layer_freq': 1, 'n_group': 1, 'topk_group': 1}}
-FIXED = {family: {'hidden_act': 'silu', 'attention_dropout': 0.0} | fixed for family, fixed in FIXED.items()}
-MEANS = {                                                       # knobs that the family itself settles
-    'MixtralForCausalLM': {'attn': 'baseline', 'norm_topk_prob': True},
-    'Qwen3MoeForCausalLM': {'attn': 'baseline', 'qk_norm': True},
-    'DeepseekV2ForCausalLM': {'attn': 'mla', 'norm_topk_prob': False},
-    'DeepseekV3ForCausalLM': {'attn': 'mla', 'router': 'sigmoid'},
-    'Mistral4ForCausalLM': {'attn': 'mla'}}
+EVERY = {'hidden_act': 'silu', 'attention_dropout': 0.0}
+
+
+class Family(NamedTuple):
+    model_type: str
+    means: dict         # our knobs that the family itself settles
+    fields: dict        # its field -> our knob
+    fixed: dict         # its fields of which this code can express but one value
+
+
+FAMILIES = {
+    'MixtralForCausalLM': Family(
+        'mixtral', {'attn': 'baseline', 'norm_topk_prob': True},
+        MULTI_HEAD | {'intermediate_size': 'd_ff', 'num_local_experts': 'n_expert'},
+        EVERY | {'sliding_window': None, 'router_jitter_noise': 0.0}),
+    'Qwen3MoeForCausalLM': Family(
+        'qwen3_moe', {'attn': 'baseline', 'qk_norm': True},
+        MULTI_HEAD | RENORMALISED | {'moe_intermediate_size': 'd_ff', 'intermediate_size': 'd_ff_dense',
+                                     'num_experts': 'n_expert', 'attention_bias': 'attention_bias'},
+        EVERY | {'sliding_window': None, 'use_sliding_window': False, 'decoder_sparse_step': 1}),
+    'DeepseekV2ForCausalLM': Family(
+        'deepseek_v2', {'attn': 'mla', 'norm_topk_prob': False}, LATENT | GROUPS,
+        # norm_topk_prob: DeepSeek's code would renormalise INSTEAD of scaling, transformers' would not at all
+        EVERY | {'moe_layer_freq': 1, 'scoring_func': 'softmax', 'mlp_bias': False, 'norm_topk_prob': False}),
+    'DeepseekV3ForCausalLM': Family(
+        'deepseek_v3', {'attn': 'mla', 'router': 'sigmoid'}, LATENT | GROUPS | RENORMALISED,
+        EVERY | {'moe_layer_freq': 1, 'scoring_func': 'sigmoid', 'topk_method': 'noaux_tc'}),
+    'Mistral4ForCausalLM': Family(
+        'mistral4', {'attn': 'mla'}, LATENT | RENORMALISED, EVERY | {'moe_layer_freq': 1, 'n_group': 1, 'topk_group': 1})}
 SILENT = set('''architectures auto_map model_type torch_dtype dtype transformers_version _name_or_path use_cache
     initializer_range bos_token_id eos_token_id pad_token_id aux_loss_alpha seq_aux router_aux_loss_coef
-    output_router_logits pretraining_tp ep_size num_nextn_predict_layers quantization_config max_window_layers'''.split())
-MODEL_TYPE = {'Mixtral': 'mixtral', 'Qwen3Moe': 'qwen3_moe', 'DeepseekV2': 'deepseek_v2', 'DeepseekV3': 'deepseek_v3',
-              'Mistral4': 'mistral4'}
-ABSENT = {'tie_word_embeddings': False, 'attention_bias': False, 'head_dim': None}     # what it means to leave out a field
-NULL = {'q_lora_rank': 0, 'n_shared_experts': 0, 'n_group': 1, 'topk_group': 1, 'head_dim': None}      # to give it as null
+    output_router_logits pretraining_tp ep_size max_window_layers
+    num_nextn_predict_layers'''.split())
+# what it means to leave out a field, and to give it as null
+ABSENT = {'tie_word_embeddings': False, 'attention_bias': False, 'head_dim': None, 'num_nextn_predict_layers': 0}
+NULL = {'q_lora_rank': 0, 'n_shared_experts': 0, 'n_group': 1, 'topk_group': 1, 'num_nextn_predict_layers': 0}
 ROPE = {'default': (), 'linear': ('factor',), 'dynamic': ('factor',), 'yarn': (
     'factor', 'original_max_position_embeddings', 'beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim', 'attention_factor')}
 
 
 def expect(fields, field, *values):
-    """Takes the field out -> its value; ValueError if that is none of `values`. Absent it means the first of them."""
+    """Takes a field out -> its value; ValueError if it is none of `values`. To leave it out means the first of them."""
     value = fields.pop(field, values[0])
     if value not in values:
-        raise ValueError(f'{field}={value!r} cannot be expressed here, only {values[0]!r}')
+        raise ValueError(f'{field}={value!r} cannot be expressed here, only {" or ".join(map(repr, values))}')
     return value
 
 
-def number(fields, field):
+def number(fields, field, kind=float):
     value = fields.pop(field, ABSENT.get(field, 'absent'))
     value = NULL[field] if value is None and field in NULL else value
-    if not isinstance(value, (int, float)) and (value, field) != (None, 'head_dim'):
-        raise ValueError(f'{field} is {value!r}, not a number')
+    if not isinstance(value, (int, kind)) and (value, field) != (None, 'head_dim'):
+        raise ValueError(f'{field} is {value!r}, not a {"whole " if kind is int else ""}number')
     return value
 
 
@@ -189,12 +198,13 @@ def read_config(fields):
     The error names the field that is missing, unknown, or says what this code cannot express, and its value.
     """
     named = fields.get('architectures')
-    family = named[0] if isinstance(named, list) and named else named
-    if family not in FIELDS:
-        raise ValueError(f'architectures={named}: only {", ".join(FIELDS)} can be read')
-    left, latent = {k: v for k, v in fields.items() if k not in SILENT}, MEANS[family]['attn'] == 'mla'
-    knobs = MEANS[family] | {knob: number(left, field) for field, knob in FIELDS[family].items()}
-    for field, value in FIXED[family].items():
+    family = str(named[0] if isinstance(named, list) and named else named)
+    if family not in FAMILIES:
+        raise ValueError(f'architectures={named}: only {", ".join(FAMILIES)} can be read')
+    (_, means, known, fixed), left = FAMILIES[family], {k: v for k, v in fields.items() if k not in SILENT}
+    latent, kinds = means['attn'] == 'mla', ModelConfig.__annotations__
+    knobs = means | {knob: number(left, field, float if kinds[knob] is float else int) for field, knob in known.items()}
+    for field, value in fixed.items():
         expect(left, field, value)
     if latent:
         dn, dr = knobs['qk_nope_head_dim'], knobs['qk_rope_head_dim']
@@ -204,23 +214,17 @@ def read_config(fields):
     if family == 'DeepseekV2ForCausalLM' and expect(left, 'topk_method', 'greedy', 'group_limited_greedy') == 'greedy':
         knobs |= {'n_expert_group': 1, 'top_k_group': 1}        # which it does not look at
     if family == 'Qwen3MoeForCausalLM':
-        dense = left.pop('mlp_only_layers', None) or []
-        knobs['n_dense_layer'] = len(dense)
-        expect({'mlp_only_layers': dense}, 'mlp_only_layers', list(range(len(dense))))
+        dense = left.get('mlp_only_layers') or []
+        knobs['n_dense_layer'] = len(expect(left, 'mlp_only_layers', list(range(len(dense))), None) or [])
     if not knobs.get('n_dense_layer'):
         knobs.pop('d_ff_dense', None)
     if knobs['top_k'] == 1 and knobs['norm_topk_prob']:
         raise ValueError('num_experts_per_tok=1 (top_k) with a weight renormalised to a constant 1 cannot be expressed here')
     interleaved = latent and expect(left, 'rope_interleave', True, False)
-    rope = {'rope_theta': left.pop('rope_theta', None)}
-    rope |= left.pop('rope_scaling', None) or left.pop('rope_parameters', None) or {}
-    if family == 'Mistral4ForCausalLM':                         # has fields of its own there
-        expect(rope, 'llama_4_scaling_beta', 0)
-        if int(rope.pop('partial_rotary_factor', dr / (dn + dr)) * (dn + dr)) != dr:
-            raise ValueError('partial_rotary_factor must be qk_rope_head_dim / (qk_nope_head_dim + qk_rope_head_dim)')
-        if rope.get('rope_type') != 'yarn':
-            rope.pop('original_max_position_embeddings', None)
-    knobs |= read_rope(rope, latent)
+    rope = {'rope_theta': left.pop('rope_theta', None)} | (
+        left.pop('rope_scaling', None) or left.pop('rope_parameters', None) or {})
+    knobs |= read_rope(rope, latent, (dn, dr) if family == 'Mistral4ForCausalLM' else None)
+    expect(dict(left.pop('quantization_config', None) or {}), 'quant_method', 'fp8')
     for field, value in left.items():
         raise ValueError(f'{field}={value!r}: no such field is known here')
     try:
@@ -229,11 +233,17 @@ def read_config(fields):
         raise ValueError(f'the sizes make no network ({error})') from None
 
 
-def read_rope(rope, latent):
-    """rope_parameters, or the older rope_scaling and rope_theta -> our rope_ knobs."""
-    kind = expect(rope, 'rope_type', rope.pop('type', 'default'), *ROPE)
+def read_rope(rope, latent, mistral4):
+    """rope_parameters, or the older rope_scaling and rope_theta -> our rope_ knobs. mistral4: its (dn, dr)."""
+    kind = rope.pop('rope_type', rope.pop('type', 'default'))
     expect({'rope_type': kind}, 'rope_type', *ROPE)
     expect(rope, 'truncate', True)
+    if mistral4:
+        expect(rope, 'llama_4_scaling_beta', 0)
+        if int(rope.pop('partial_rotary_factor', mistral4[1] / sum(mistral4)) * sum(mistral4)) != mistral4[1]:
+            raise ValueError('partial_rotary_factor must be qk_rope_head_dim / (qk_nope_head_dim + qk_rope_head_dim)')
+        if kind != 'yarn':                                      # written all the same, because transformers looks at it
+            rope.pop('original_max_position_embeddings', None)
     knobs = {'rope_theta': number(rope, 'rope_theta'), 'rope_scaling': kind}
     for field in rope.keys() - set(ROPE[kind]):
         raise ValueError(f'{field}={rope[field]!r} beside rope_type={kind!r} cannot be expressed here')
@@ -262,9 +272,9 @@ def write_config(c, eot=None):
     else:
         name = 'Qwen3Moe' if c.qk_norm else 'Mixtral'
     family, original = name + 'ForCausalLM', c.rope_original_context or c.block_size
-    fields = {field: getattr(c, knob) for field, knob in FIELDS[family].items()} | FIXED[family] | {
-        'architectures': [family], 'model_type': MODEL_TYPE[name], 'bos_token_id': None, 'eos_token_id': eot,
-        'pad_token_id': None}
+    model_type, _, known, fixed = FAMILIES[family]
+    fields = {field: getattr(c, knob) for field, knob in known.items()} | fixed | {
+        'architectures': [family], 'model_type': model_type, 'bos_token_id': None, 'eos_token_id': eot, 'pad_token_id': None}
     rope = {'rope_theta': c.rope_theta, 'rope_type': c.rope_scaling}
     if c.rope_scaling != 'default':
         rope['factor'] = c.rope_factor
@@ -278,7 +288,7 @@ def write_config(c, eot=None):
                  'attention_factor': float(amplitude if latent else amplitude * temperature)}
         if latent:
             rope |= {'mscale': c.rope_mscale, 'mscale_all_dim': c.rope_mscale_all_dim}
-    if 'norm_topk_prob' in FIELDS[family]:
+    if 'norm_topk_prob' in known:
         fields['norm_topk_prob'] = renormalised
     if latent:
         fields |= {'num_key_value_heads': c.n_head, 'q_lora_rank': c.q_lora_rank or None, 'rope_interleave': True}
@@ -373,10 +383,11 @@ def from_folder(path, dtype=None, device=None):
     dtype: of all parameters; None: the widest in the files, where float8 counts as bfloat16. The biases that choose experts
     stay float32. device None: the CPU.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
-        fields, stored = read_json(path / 'config.json'), find_tensors(path)
+        fields = read_json(path / 'config.json')
         family, config, interleaved = read_config(fields)
+        stored = find_tensors(path)
         with torch.device('meta'):
             model = LanguageModel(config, seed=None).eval()
         wanted = {k: v.shape for k, v in layout(config, family, model.state_dict(), interleaved).items() if 0 not in v.shape}
@@ -399,15 +410,15 @@ def from_folder(path, dtype=None, device=None):
         raise ValueError(f'{error.filename or path} cannot be read ({error.strerror})') from None
     except ValueError as error:
         raise ValueError(f'{path}: {error}' if str(path) not in str(error) else str(error)) from None
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError) as error:
+        raise ValueError(f'{path}: config.json makes no network ({str(error).splitlines()[0]})') from None
 
 
 def check_tensors(stored, wanted, n_layer, fields):
     """Whether every tensor is there, in its shape, and no other -> {name of a float8 one: (rows, columns) of its blocks}."""
-    blocks, scheme = {}, fields.get('quantization_config') or {}
-    if scheme.get('quant_method', 'fp8') != 'fp8':
-        raise ValueError(f'quant_method={scheme["quant_method"]!r} in quantization_config cannot be read, only fp8')
+    blocks, block = {}, (fields.get('quantization_config') or {}).get('weight_block_size')
     # left out: layers that predict a second token (V3's layer 61), of use for training and speculation, and frequencies
-    skip = tuple(f'model.layers.{n_layer + i}.' for i in range(fields.get('num_nextn_predict_layers') or 0))
+    skip = tuple(f'model.layers.{n_layer + i}.' for i in range(number(dict(fields), 'num_nextn_predict_layers', int)))
     rest = {k for k, v in stored.items() if not k.startswith(skip) and not k.endswith('rotary_emb.inv_freq') and 0 not in v.shape}
     for name, shape in wanted.items():
         if name not in rest:
@@ -416,7 +427,7 @@ def check_tensors(stored, wanted, n_layer, fields):
             raise ValueError(f'{name} has shape {list(stored[name].shape)}, but config.json makes it {list(shape)}')
         rest.remove(name)
         if stored[name].dtype == torch.float8_e4m3fn:
-            scale, block = name + '_scale_inv', scheme.get('weight_block_size')
+            scale = name + '_scale_inv'
             if not block or scale not in rest or stored[scale].shape != tuple(-(-n // b) for n, b in zip(shape, block)):
                 raise ValueError(f'{name} is float8, but not every block of it has a scale')
             blocks[name] = block
@@ -431,7 +442,7 @@ def to_folder(model, tokenizer, path):
 
     path must not exist, or be empty; it appears when everything is written.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     family, fields = write_config(model.config, tokenizer and tokenizer.eot)
     files = {'config.json': fields | {'dtype': str(model.embed.weight.dtype).removeprefix('torch.')}}
     if tokenizer is not None:
@@ -448,6 +459,8 @@ def to_folder(model, tokenizer, path):
         for name, value in files.items():
             (aside / name).write_text(json.dumps(value, indent=2 if name == 'config.json' else None) + '\n', 'utf-8')
         write_safetensors(aside / 'model.safetensors', layout(model.config, family, model.state_dict()))
+        if path.exists():
+            path.rmdir()                                        # it is empty; Windows replaces no folder
         os.replace(aside, path)
     except OSError as error:
         raise ValueError(f'{path} cannot be written ({error.strerror})') from None

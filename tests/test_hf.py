@@ -366,13 +366,13 @@ def header(folder, change):
 
 
 @pytest.mark.parametrize('damage, words', [
-    (lambda f: shorten(f), ('is damaged', 'bytes where its header says')),
-    (lambda f: first_shard(f).write_bytes(b''), ('is damaged',)),
-    (lambda f: first_shard(f).write_bytes(b'\xff' * 100), ('is damaged',)),
-    (lambda f: first_shard(f).write_bytes(first_shard(f).read_bytes() + b'x'), ('is damaged',)),
-    (lambda f: header(f, lambda text: text.replace('"F32"', '"Q4"', 1)), ('is damaged', 'Q4')),
-    (lambda f: header(f, lambda text: text.replace('[0,', '[4,', 1)), ('is damaged', 'cannot lie at')),
-    (lambda f: header(f, lambda text: '[]'), ('is damaged',)),
+    (lambda f: shorten(f), ('cannot be read as safetensors', 'bytes where its header says')),
+    (lambda f: first_shard(f).write_bytes(b''), ('cannot be read as safetensors',)),
+    (lambda f: first_shard(f).write_bytes(b'\xff' * 100), ('cannot be read as safetensors',)),
+    (lambda f: first_shard(f).write_bytes(first_shard(f).read_bytes() + b'x'), ('cannot be read as safetensors',)),
+    (lambda f: header(f, lambda text: text.replace('"F32"', '"Q4"', 1)), ('cannot be read as safetensors', 'Q4')),
+    (lambda f: header(f, lambda text: text.replace('[0,', '[4,', 1)), ('cannot be read as safetensors', 'cannot lie at')),
+    (lambda f: header(f, lambda text: '[]'), ('cannot be read as safetensors',)),
     (lambda f: first_shard(f).unlink(), ('model-00001', 'No such file')),
     (lambda f: index(f, lambda m: m.pop('lm_head.weight') and None), ('index.json', 'lm_head.weight')),
     (lambda f: index(f, lambda m: m.update({'model.none': first_shard(f).name})), ('index.json', 'model.none')),
@@ -440,7 +440,7 @@ def test_rotary_positions_that_cannot_be_expressed_are_refused(family, rope):
 
 
 def test_every_field_that_decides_is_needed():
-    for field in hf.FIELDS['DeepseekV3ForCausalLM'].keys() - hf.ABSENT.keys():
+    for field in hf.FAMILIES['DeepseekV3ForCausalLM'].fields.keys() - hf.ABSENT.keys():
         with pytest.raises(ValueError, match=field):
             hf.read_config({k: v for k, v in SMALL['v3'].items() if k != field})
 
