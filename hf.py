@@ -111,10 +111,10 @@ def find_tensors(folder):
         return read_header(folder / 'model.safetensors')
     if not index.is_file():
         pickles = [p.name for p in sorted(folder.glob('*')) if p.suffix in ('.bin', '.pt', '.pth')]
-        raise ValueError(f'{folder} holds no model.safetensors' + (f'; {pickles[0]} is a pickle, which can run code when '
-                         'it is read: let whoever made it save it as safetensors' if pickles else ''))
+        raise ValueError(f'{folder} holds no model.safetensors' + (f'; {pickles[0]} is a pickle, which can run code '
+                         'when it is read: let whoever made it save it as safetensors' if pickles else ''))
     shard_of, stored = read_json(index).get('weight_map'), {}
-    if not isinstance(shard_of, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shard_of.values()):
+    if not isinstance(shard_of, dict) or not all(s and s == Path(str(s)).name for s in shard_of.values()):
         raise ValueError(f'{index} has no weight_map of tensors and files beside it')
     for shard in sorted(set(shard_of.values())):
         stored |= read_header(folder / shard)
@@ -127,9 +127,9 @@ def find_tensors(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # config.json <-> ModelConfig
 
-COMMON = {'vocab_size': 'vocab_size', 'hidden_size': 'n_embd', 'num_hidden_layers': 'n_layer', 'rms_norm_eps': 'norm_eps',
+COMMON = {'vocab_size': 'vocab_size', 'hidden_size': 'n_embd', 'num_hidden_layers': 'n_layer',
           'num_attention_heads': 'n_head', 'max_position_embeddings': 'block_size', 'num_experts_per_tok': 'top_k',
-          'tie_word_embeddings': 'tie_embeddings'}
+          'rms_norm_eps': 'norm_eps', 'tie_word_embeddings': 'tie_embeddings'}
 MULTI_HEAD = COMMON | {'num_key_value_heads': 'n_kv_head', 'head_dim': 'head_dim'}
 LATENT = COMMON | {k: k for k in ('q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim',
                                   'attention_bias', 'routed_scaling_factor')} | {
@@ -164,7 +164,8 @@ FAMILIES = {
         'deepseek_v3', {'attn': 'mla', 'router': 'sigmoid'}, LATENT | GROUPS | RENORMALISED,
         EVERY | {'moe_layer_freq': 1, 'scoring_func': 'sigmoid', 'topk_method': 'noaux_tc'}),
     'Mistral4ForCausalLM': Family(
-        'mistral4', {'attn': 'mla'}, LATENT | RENORMALISED, EVERY | {'moe_layer_freq': 1, 'n_group': 1, 'topk_group': 1})}
+        'mistral4', {'attn': 'mla'}, LATENT | RENORMALISED,
+        EVERY | {'moe_layer_freq': 1, 'n_group': 1, 'topk_group': 1})}
 SILENT = set('''architectures auto_map model_type torch_dtype dtype transformers_version _name_or_path use_cache
     initializer_range bos_token_id eos_token_id pad_token_id aux_loss_alpha seq_aux router_aux_loss_coef
     output_router_logits pretraining_tp ep_size max_window_layers
@@ -172,8 +173,9 @@ SILENT = set('''architectures auto_map model_type torch_dtype dtype transformers
 # what it means to leave out a field, and to give it as null
 ABSENT = {'tie_word_embeddings': False, 'attention_bias': False, 'head_dim': None, 'num_nextn_predict_layers': 0}
 NULL = {'q_lora_rank': 0, 'n_shared_experts': 0, 'n_group': 1, 'topk_group': 1, 'num_nextn_predict_layers': 0}
-ROPE = {'default': (), 'linear': ('factor',), 'dynamic': ('factor',), 'yarn': (
-    'factor', 'original_max_position_embeddings', 'beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim', 'attention_factor')}
+ROPE = {'default': (), 'linear': ('factor',), 'dynamic': ('factor',),                  # fields of each kind
+        'yarn': ('factor', 'original_max_position_embeddings', 'beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim',
+                 'attention_factor')}
 
 
 def expect(fields, field, *values):
@@ -201,9 +203,11 @@ def read_config(fields):
     family = str(named[0] if isinstance(named, list) and named else named)
     if family not in FAMILIES:
         raise ValueError(f'architectures={named}: only {", ".join(FAMILIES)} can be read')
-    (_, means, known, fixed), left = FAMILIES[family], {k: v for k, v in fields.items() if k not in SILENT}
+    _, means, known, fixed = FAMILIES[family]
+    left = {field: value for field, value in fields.items() if field not in SILENT}
     latent, kinds = means['attn'] == 'mla', ModelConfig.__annotations__
-    knobs = means | {knob: number(left, field, float if kinds[knob] is float else int) for field, knob in known.items()}
+    knobs = means | {knob: number(left, field, float if kinds[knob] is float else int)
+                     for field, knob in known.items()}
     for field, value in fixed.items():
         expect(left, field, value)
     if latent:
@@ -211,15 +215,16 @@ def read_config(fields):
         expect(left, 'num_key_value_heads', knobs['n_head'], None)
         expect(left, 'qk_head_dim', dn + dr)
         expect(left, 'head_dim', dn + dr if family == 'Mistral4ForCausalLM' else dr, None)
-    if family == 'DeepseekV2ForCausalLM' and expect(left, 'topk_method', 'greedy', 'group_limited_greedy') == 'greedy':
-        knobs |= {'n_expert_group': 1, 'top_k_group': 1}        # which it does not look at
+    if family == 'DeepseekV2ForCausalLM':
+        if expect(left, 'topk_method', 'greedy', 'group_limited_greedy') == 'greedy':       # does not look at groups
+            knobs |= {'n_expert_group': 1, 'top_k_group': 1}
     if family == 'Qwen3MoeForCausalLM':
-        dense = left.get('mlp_only_layers') or []
-        knobs['n_dense_layer'] = len(expect(left, 'mlp_only_layers', list(range(len(dense))), None) or [])
+        knobs['n_dense_layer'] = len(left.get('mlp_only_layers') or [])
+        expect(left, 'mlp_only_layers', list(range(knobs['n_dense_layer'])), None)
     if not knobs.get('n_dense_layer'):
         knobs.pop('d_ff_dense', None)
     if knobs['top_k'] == 1 and knobs['norm_topk_prob']:
-        raise ValueError('num_experts_per_tok=1 (top_k) with a weight renormalised to a constant 1 cannot be expressed here')
+        raise ValueError('num_experts_per_tok=1 (top_k) with a weight renormalised to 1 cannot be expressed here')
     interleaved = latent and expect(left, 'rope_interleave', True, False)
     rope = {'rope_theta': left.pop('rope_theta', None)} | (
         left.pop('rope_scaling', None) or left.pop('rope_parameters', None) or {})
@@ -240,8 +245,9 @@ def read_rope(rope, latent, mistral4):
     expect(rope, 'truncate', True)
     if mistral4:
         expect(rope, 'llama_4_scaling_beta', 0)
-        if int(rope.pop('partial_rotary_factor', mistral4[1] / sum(mistral4)) * sum(mistral4)) != mistral4[1]:
-            raise ValueError('partial_rotary_factor must be qk_rope_head_dim / (qk_nope_head_dim + qk_rope_head_dim)')
+        share, (dn, dr) = rope.pop('partial_rotary_factor', None), mistral4
+        if share is not None and int(share * (dn + dr)) != dr:
+            raise ValueError(f'partial_rotary_factor={share} of {dn + dr} dims are not qk_rope_head_dim={dr}')
         if kind != 'yarn':                                      # written all the same, because transformers looks at it
             rope.pop('original_max_position_embeddings', None)
     knobs = {'rope_theta': number(rope, 'rope_theta'), 'rope_scaling': kind}
@@ -252,11 +258,10 @@ def read_rope(rope, latent, mistral4):
     knobs['rope_factor'] = factor = number(rope, 'factor')
     if kind == 'yarn':
         m, all_dim, amplitude = rope.get('mscale'), rope.get('mscale_all_dim'), rope.get('attention_factor')
-        if amplitude is None:                                   # transformers' way, then DeepSeek's
-            amplitude = yarn_mscale(factor, m) / yarn_mscale(factor, all_dim) if m and all_dim else yarn_mscale(factor, 1.0)
-            deepseek = yarn_mscale(factor, 1.0 if m is None else m) / yarn_mscale(factor, all_dim or 0.0)
-            if not math.isclose(amplitude, deepseek):
-                raise ValueError(f"mscale={m} beside mscale_all_dim={all_dim}: transformers' code and DeepSeek's disagree")
+        if amplitude is None:                                   # DeepSeek's way, and transformers'
+            amplitude = yarn_mscale(factor, 1.0 if m is None else m) / yarn_mscale(factor, all_dim or 0.0)
+            if not (m and all_dim) and not math.isclose(amplitude, yarn_mscale(factor, 1.0)):
+                raise ValueError(f"mscale={m} beside mscale_all_dim={all_dim}: transformers and DeepSeek differ")
         # mscale_all_dim acts on the scores as well, but not in Mixtral and Qwen3
         knobs |= {'rope_attention_factor': amplitude, 'rope_mscale_all_dim': all_dim or 0.0 if latent else 0.0,
                   'rope_original_context': rope.get('original_max_position_embeddings'),
@@ -274,7 +279,8 @@ def write_config(c, eot=None):
     family, original = name + 'ForCausalLM', c.rope_original_context or c.block_size
     model_type, _, known, fixed = FAMILIES[family]
     fields = {field: getattr(c, knob) for field, knob in known.items()} | fixed | {
-        'architectures': [family], 'model_type': model_type, 'bos_token_id': None, 'eos_token_id': eot, 'pad_token_id': None}
+        'architectures': [family], 'model_type': model_type, 'eos_token_id': eot, 'bos_token_id': None,
+        'pad_token_id': None}
     rope = {'rope_theta': c.rope_theta, 'rope_type': c.rope_scaling}
     if c.rope_scaling != 'default':
         rope['factor'] = c.rope_factor
@@ -284,7 +290,8 @@ def write_config(c, eot=None):
         temperature = yarn_mscale(c.rope_factor, c.rope_mscale_all_dim)
         amplitude = c.rope_attention_factor or yarn_mscale(c.rope_factor, c.rope_mscale) / temperature
         # multi-head: scores have no temperature of their own, but all dims are turned, so the amplitude does it
-        rope |= {'original_max_position_embeddings': original, 'beta_fast': c.rope_beta_fast, 'beta_slow': c.rope_beta_slow,
+        rope |= {'original_max_position_embeddings': original, 'beta_fast': c.rope_beta_fast,
+                 'beta_slow': c.rope_beta_slow,
                  'attention_factor': float(amplitude if latent else amplitude * temperature)}
         if latent:
             rope |= {'mscale': c.rope_mscale, 'mscale_all_dim': c.rope_mscale_all_dim}
@@ -296,17 +303,17 @@ def write_config(c, eot=None):
         fields['topk_method'] = 'greedy' if c.n_expert_group == 1 else 'group_limited_greedy'
     elif name == 'Qwen3Moe':
         fields['mlp_only_layers'] = list(range(c.n_dense_layer))
-    elif name == 'Mistral4':        # without scaling it crashes; the share of turned dims is rounded down, so half a dim more
-        width = c.qk_nope_head_dim + c.qk_rope_head_dim
-        rope = {'factor': 1.0, **rope, 'rope_type': c.rope_scaling.replace('default', 'linear'), 'llama_4_scaling_beta': 0.0,
-                'original_max_position_embeddings': original, 'partial_rotary_factor': (c.qk_rope_head_dim + 0.5) / width}
+    elif name == 'Mistral4':
+        if c.rope_scaling == 'default':                         # with which it crashes
+            rope |= {'rope_type': 'linear', 'factor': 1.0}
+        share = (c.qk_rope_head_dim + 0.5) / (c.qk_nope_head_dim + c.qk_rope_head_dim)      # it rounds down
+        rope |= {'partial_rotary_factor': share, 'original_max_position_embeddings': original,
+                 'llama_4_scaling_beta': 0.0}
     if latent and name != 'DeepseekV2' and c.n_expert < 2 * c.n_expert_group:
-        raise ValueError(f'n_expert={c.n_expert} cannot be said in a {family}, which looks at the two best of a group')
+        raise ValueError(f'n_expert={c.n_expert} cannot be said in a {family}, which looks at the best two of a group')
     fields['rope_parameters'] = rope
-    # knobs that are said in another way, or mean nothing beside the others; of the rest each must come back
-    other = {'attn', 'block_size'} | ({'d_ff_dense'} if not c.n_dense_layer else set()) | (
-        {'norm_topk_prob'} if c.top_k == 1 and latent else set())
-    understood = read_config(fields)[1]
+    understood = read_config(fields)[1]                         # all must come back, but what is said in another way
+    other = ['attn', 'block_size'] + ['d_ff_dense'] * (not c.n_dense_layer) + ['norm_topk_prob'] * (c.top_k == 1)
     for knob, value in vars(c).items():
         if knob not in other and not knob.startswith('rope_') and value != getattr(understood, knob):
             raise ValueError(f'{knob}={value} cannot be said in a {family}, the family nearest to this model')
@@ -341,16 +348,18 @@ class Theirs(NamedTuple):
 
 
 RENAME = {'model.embed.': 'model.embed_tokens.', '.attn.': '.self_attn.', '.attn_norm.': '.input_layernorm.',
-          '.moe_norm.': '.post_attention_layernorm.', '.mlp_norm.': '.post_attention_layernorm.', '.moe.router.': '.mlp.gate.',
-          '.moe.e_score_': '.mlp.gate.e_score_', '.moe.shared_': '.mlp.shared_experts.', '.moe.': '.mlp.experts.'}
+          '.moe_norm.': '.post_attention_layernorm.', '.mlp_norm.': '.post_attention_layernorm.',
+          '.moe.router.': '.mlp.gate.', '.moe.e_score_': '.mlp.gate.e_score_', '.moe.shared_': '.mlp.shared_experts.',
+          '.moe.': '.mlp.experts.'}
 MIXTRAL = {'.mlp.': '.block_sparse_moe.', 'gate_proj': 'w1', 'up_proj': 'w3', 'down_proj': 'w2'}
 
 
 def layout(config, family, state, interleaved=True):
-    """{our name: tensor} -> {their name: Theirs}. interleaved: whether latent attention pairs rotary dims as ours does."""
+    """{our name: tensor} -> {their name: Theirs}. interleaved: whether theirs pairs rotary dims (2i, 2i + 1)."""
 
-    def halves(before, turned):     # the rows of a head: those before as they are, the turned ones as 0, 2, 4, ..., 1, 3, 5, ...
-        return torch.tensor([*range(before), *range(before, before + turned, 2), *range(before + 1, before + turned, 2)])
+    def halves(before, turned):     # our rows in a head of theirs: the turned ones are 0, 2, 4, ..., 1, 3, 5, ...
+        end = before + turned
+        return torch.tensor([*range(before), *range(before, end, 2), *range(before + 1, end, 2)])
 
     plan, latent, head_of = {}, config.kv_lora_rank is not None, {}
     if not latent:
@@ -370,18 +379,21 @@ def layout(config, family, state, interleaved=True):
             stem, _, matrix = name.rpartition('.')
             plan |= {f'{stem}.{e}.{matrix}.weight': Theirs([own]) for e, own in enumerate(tensor)}
         elif ours.endswith('gate_proj'):
-            plan[name.replace('gate_proj', 'gate_up_proj')] = Theirs([tensor, state[ours.replace('gate_proj', 'up_proj')]])
-    for layer in range(config.n_dense_layer, config.n_layer if latent and not config.n_shared_expert else 0):
-        for matrix, shape in (('gate', (0, config.n_embd)), ('up', (0, config.n_embd)), ('down', (config.n_embd, 0))):
-            plan[f'model.layers.{layer}.mlp.shared_experts.{matrix}_proj.weight'] = Theirs([state['norm.weight'].new_empty(shape)])
+            both = Theirs([tensor, state[ours.replace('gate_proj', 'up_proj')]])
+            plan[name.replace('gate_proj', 'gate_up_proj')] = both
+    if latent and not config.n_shared_expert:                   # theirs has them all the same, of width 0
+        for layer in range(config.n_dense_layer, config.n_layer):
+            for matrix, shape in ('gate', (0, config.n_embd)), ('up', (0, config.n_embd)), ('down', (config.n_embd, 0)):
+                none = state['norm.weight'].new_empty(shape)
+                plan[f'model.layers.{layer}.mlp.shared_experts.{matrix}_proj.weight'] = Theirs([none])
     return plan
 
 
 def from_folder(path, dtype=None, device=None):
     """A folder of Hugging Face's -> LanguageModel, in eval mode, its weights read one by one and never held twice.
 
-    dtype: of all parameters; None: the widest in the files, where float8 counts as bfloat16. The biases that choose experts
-    stay float32. device None: the CPU.
+    dtype: of all parameters; None: the widest in the files, where float8 counts as bfloat16. The biases that choose
+    experts stay float32. device None: the CPU.
     """
     path = Path(path).expanduser()
     try:
@@ -390,10 +402,11 @@ def from_folder(path, dtype=None, device=None):
         stored = find_tensors(path)
         with torch.device('meta'):
             model = LanguageModel(config, seed=None).eval()
-        wanted = {k: v.shape for k, v in layout(config, family, model.state_dict(), interleaved).items() if 0 not in v.shape}
+        plan = layout(config, family, model.state_dict(), interleaved)
+        wanted = {name: theirs.shape for name, theirs in plan.items() if 0 not in theirs.shape}
         blocks = check_tensors(stored, wanted, config.n_layer, fields)
-        dtypes = (torch.bfloat16 if k in blocks else stored[k].dtype for k in wanted if not k.endswith('correction_bias'))
-        model.to(dtype or reduce(torch.promote_types, dtypes))
+        model.to(dtype or reduce(torch.promote_types, (torch.bfloat16 if name in blocks else stored[name].dtype
+                                                       for name in wanted if not name.endswith('correction_bias'))))
         state = {name: torch.empty_like(tensor, device=device or 'cpu') for name, tensor in model.state_dict().items()}
         for name, theirs in layout(config, family, state, interleaved).items():
             if name in wanted:
@@ -415,11 +428,13 @@ def from_folder(path, dtype=None, device=None):
 
 
 def check_tensors(stored, wanted, n_layer, fields):
-    """Whether every tensor is there, in its shape, and no other -> {name of a float8 one: (rows, columns) of its blocks}."""
+    """ValueError unless all tensors are there, in shape, and no other -> {float8 tensor: its blocks' shape}."""
     blocks, block = {}, (fields.get('quantization_config') or {}).get('weight_block_size')
-    # left out: layers that predict a second token (V3's layer 61), of use for training and speculation, and frequencies
-    skip = tuple(f'model.layers.{n_layer + i}.' for i in range(number(dict(fields), 'num_nextn_predict_layers', int)))
-    rest = {k for k, v in stored.items() if not k.startswith(skip) and not k.endswith('rotary_emb.inv_freq') and 0 not in v.shape}
+    # left out: layers that predict a second token (V3's layer 61), for training and speculation; rotary frequencies
+    extra = min(number(dict(fields), 'num_nextn_predict_layers', int), len(stored))
+    skip = tuple(f'model.layers.{n_layer + i}.' for i in range(extra))
+    rest = {name for name, tensor in stored.items()
+            if not name.startswith(skip) and not name.endswith('rotary_emb.inv_freq') and 0 not in tensor.shape}
     for name, shape in wanted.items():
         if name not in rest:
             raise ValueError(f'there is no {name} among the {len(stored):,} tensors')
@@ -433,7 +448,8 @@ def check_tensors(stored, wanted, n_layer, fields):
             blocks[name] = block
             rest.remove(scale)
     if rest:
-        raise ValueError(f'{min(rest)} is not of this network' + (f', like {len(rest) - 1:,} more' if len(rest) > 1 else ''))
+        more = f', like {len(rest) - 1:,} more' if len(rest) > 1 else ''
+        raise ValueError(f'{min(rest)} is not of this network{more}')
     return blocks
 
 
@@ -450,6 +466,8 @@ def to_folder(model, tokenizer, path):
             'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': model.config.block_size,
             'eos_token': EOT if tokenizer.eot is not None else None, 'clean_up_tokenization_spaces': False,
             'split_special_tokens': True}}      # <|endoftext|> within a text is ordinary text, here as there
+    if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(f'the model has {model.config.vocab_size:,} tokens, its tokenizer {tokenizer.vocab_size:,}')
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f'{path} is there already; name a new folder')
     aside = path.with_name(path.name + '.part')
@@ -469,7 +487,7 @@ def to_folder(model, tokenizer, path):
 
 
 def peer(model, **options):
-    """The same network with the same weights in transformers; options as its from_pretrained takes them. ImportError."""
+    """The same network with the same weights in transformers; options: of from_pretrained. ImportError without it."""
     import transformers
     transformers.logging.set_verbosity_error()
     family, fields = write_config(model.config)
@@ -486,8 +504,8 @@ def peer(model, **options):
 def tokenizer_json(tokenizer):
     """A Tokenizer of tokenizer.py -> tokenizer.json, which encodes every text into the same ids.
 
-    tiktoken merges whichever neighbours make the token of the lowest rank; here each pair that makes a token is a merge of
-    its own, in the order of the tokens. Bytes are spelled as GPT-2 spells them: printable ones as themselves.
+    tiktoken merges whichever neighbours make the token of the lowest rank; here each pair that makes a token is a merge
+    of its own, in the order of the tokens. Bytes are spelled as GPT-2 spells them: printable ones as themselves.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spelling = {byte: chr(byte) for byte in printable}
@@ -495,19 +513,19 @@ def tokenizer_json(tokenizer):
     spell = lambda token: ''.join(spelling[byte] for byte in token)
     ids = {token: i for i, token in enumerate(tokenizer.tokens) if token is not None}
     if any(bytes([byte]) not in ids for byte in range(256)):
-        raise ValueError(f'the tokenizer {tokenizer.name} cannot be said in a tokenizer.json: it has no token for some bytes')
-    merges = [[spell(token[:cut]), spell(token[cut:])] for token in sorted(ids, key=ids.get) for cut in range(1, len(token))
+        raise ValueError(f'the tokenizer {tokenizer.name} cannot be written: it has no token for some bytes')
+    merges = [f'{spell(token[:cut])} {spell(token[cut:])}' for token in ids for cut in range(1, len(token))
               if token[:cut] in ids and token[cut:] in ids]
     # tokenizer.encode() cuts long runs of blanks first
     patterns = [r'\s{4096}', tokenizer.pattern] if tokenizer.pattern else []
     splits = [{'type': 'Split', 'pattern': {'Regex': p}, 'behavior': 'Isolated', 'invert': False} for p in patterns]
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
-    end = {'id': tokenizer.eot, 'content': EOT, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False,
-           'special': True}
-    return {'version': '1.0', 'added_tokens': [end] if tokenizer.eot is not None else [], 'normalizer': None,
-            'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [*splits, byte_level]}, 'post_processor': None,
-            'decoder': byte_level, 'model': {
-                'type': 'BPE', 'ignore_merges': bool(patterns), 'vocab': {spell(t): i for t, i in ids.items()}, 'merges': merges}}
+    end = {'id': tokenizer.eot, 'content': EOT, 'special': True, **dict.fromkeys(
+        ('single_word', 'lstrip', 'rstrip', 'normalized'), False)}
+    return {'version': '1.0', 'added_tokens': [end] if tokenizer.eot is not None else [],
+            'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [*splits, byte_level]}, 'decoder': byte_level,
+            'model': {'type': 'BPE', 'ignore_merges': bool(patterns), 'merges': merges,
+                      'vocab': {spell(token): i for token, i in ids.items()}}}
 
 
 class FolderTokenizer:
@@ -542,9 +560,9 @@ def open_tokenizer(path):
     for name in ('config.json', 'generation_config.json', 'tokenizer_config.json'):
         said |= read_json(path / name) if (path / name).is_file() else {}
     fast.encode_special_tokens = bool(said.get('split_special_tokens'))
-    bos, ends = said.get('bos_token'), said.get('eos_token_id')
-    bos = fast.token_to_id(bos.get('content') if isinstance(bos, dict) else bos) if bos and said.get('add_bos_token') else None
-    return FolderTokenizer(fast, bos, {ends} if isinstance(ends, int) else set(ends or ()))
+    bos, ends = said.get('bos_token') if said.get('add_bos_token') else None, said.get('eos_token_id')
+    bos = bos['content'] if isinstance(bos, dict) else bos
+    return FolderTokenizer(fast, bos and fast.token_to_id(bos), {ends} if isinstance(ends, int) else set(ends or ()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,8 +576,8 @@ def from_run(path):
         raise ValueError(f'{path} holds no checkpoint.pt' if path.is_dir() else f'{path} is not there')
     try:
         checkpoint = load_whole(file)
-        if checkpoint['schema'] != SCHEMA:
-            raise ValueError(f'it has schema {checkpoint["schema"]}, this program reads {SCHEMA}')
+        if checkpoint['schema'] > SCHEMA:
+            raise ValueError(f'it has schema {checkpoint["schema"]}, this program reads up to {SCHEMA}')
         model = LanguageModel(ModelConfig(**checkpoint['model_config']), seed=None).eval()
         model.load_state_dict(checkpoint['model'])
         return model, checkpoint['tokenizer'] and Tokenizer.from_state(checkpoint['tokenizer'])
@@ -575,10 +593,13 @@ if __name__ == '__main__':
     run = ''        # a run's folder, or a checkpoint file
     out = ''        # the folder to write: new, or empty
     # -----------------------------------------------------------------------------------------------------------------
+    usage = 'python hf.py export RUN --out=FOLDER'
     verb, *arguments = sys.argv[1:] or ['']
-    configure(globals(), positional='run', argv=arguments if verb == 'export' else ['--help'] if verb in ('-h', '--help') else [])
+    if verb not in ('export', '-h', '--help'):
+        fail(usage)
+    configure(globals(), positional='run', argv=arguments if verb == 'export' else [verb])
     if not run or not out:
-        fail(f'python hf.py export {run or "RUN"} --out={out or "FOLDER"}')
+        fail(usage)
     try:
         to_folder(*from_run(run), out)
     except ValueError as error:

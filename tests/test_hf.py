@@ -1,6 +1,6 @@
 """hf.py against transformers and safetensors, implementations that are not ours: the same files, the same logits.
 
-Networks of every family, small, with random weights, are written by transformers beside a config.json as it is published
+Small networks of every family, with random weights, are written by transformers beside a config.json as it is published
 but for the sizes. No published weights are read here.
 """
 import json
@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies
 
-from conftest import REPOSITORY, one_line
+from conftest import REPOSITORY, flags, one_line
 import hf
 from model import LanguageModel, ModelConfig
 from tokenizer import make_tokenizer
@@ -28,12 +28,13 @@ pytestmark = pytest.mark.filterwarnings('ignore:Initializing zero-element')
 # ---------------------------------------------------------------------------------------------------------------------
 # config.json of the published models, whole
 
-DEEPSEEK = json.loads('''{"attention_bias": false, "attention_dropout": 0.0, "auto_map": {"AutoConfig":
-    "configuration_deepseek.DeepseekV3Config"}, "aux_loss_alpha": 0.001, "bos_token_id": 0, "eos_token_id": 1, "hidden_act":
-    "silu", "initializer_range": 0.02, "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_layer_freq": 1,
-    "pretraining_tp": 1, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_theta": 10000,
-    "seq_aux": true, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.33.1",
-    "use_cache": true, "v_head_dim": 128}''')
+DEEPSEEK = json.loads('''
+    {"attention_bias": false, "attention_dropout": 0.0, "auto_map": {"AutoConfig":
+    "configuration_deepseek.DeepseekV3Config"}, "aux_loss_alpha": 0.001, "bos_token_id": 0, "eos_token_id": 1,
+    "hidden_act": "silu", "initializer_range": 0.02, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+    "moe_layer_freq": 1, "pretraining_tp": 1, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+    "rope_theta": 10000, "seq_aux": true, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1", "use_cache": true, "v_head_dim": 128}''')
 FLOAT8 = {'activation_scheme': 'dynamic', 'fmt': 'e4m3', 'quant_method': 'fp8', 'weight_block_size': [128, 128]}
 
 
@@ -43,54 +44,59 @@ def yarn(factor, mscale, **more):
 
 
 V2_LITE = DEEPSEEK | {
-    'architectures': ['DeepseekV2ForCausalLM'], 'model_type': 'deepseek_v2', 'hidden_size': 2048, 'intermediate_size': 10944,
-    'moe_intermediate_size': 1408, 'first_k_dense_replace': 1, 'n_group': 1, 'topk_group': 1, 'n_routed_experts': 64,
-    'n_shared_experts': 2, 'norm_topk_prob': False, 'num_attention_heads': 16, 'num_key_value_heads': 16, 'num_experts_per_tok': 6,
-    'num_hidden_layers': 27, 'q_lora_rank': None, 'rope_scaling': yarn(40, 0.707), 'routed_scaling_factor': 1.0,
-    'scoring_func': 'softmax', 'topk_method': 'greedy', 'vocab_size': 102400}
+    'architectures': ['DeepseekV2ForCausalLM'], 'model_type': 'deepseek_v2', 'hidden_size': 2048, 'intermediate_size':
+    10944, 'moe_intermediate_size': 1408, 'first_k_dense_replace': 1, 'n_group': 1, 'topk_group': 1,
+    'n_routed_experts': 64, 'n_shared_experts': 2, 'norm_topk_prob': False, 'num_attention_heads': 16,
+    'num_key_value_heads': 16, 'num_experts_per_tok': 6, 'num_hidden_layers': 27, 'q_lora_rank': None, 'rope_scaling':
+    yarn(40, 0.707), 'routed_scaling_factor': 1.0, 'scoring_func': 'softmax', 'topk_method': 'greedy', 'vocab_size':
+    102400}
 V2 = V2_LITE | {
     'hidden_size': 5120, 'intermediate_size': 12288, 'moe_intermediate_size': 1536, 'n_group': 8, 'topk_group': 3,
-    'n_routed_experts': 160, 'num_attention_heads': 128, 'num_key_value_heads': 128, 'num_hidden_layers': 60, 'q_lora_rank': 1536,
-    'routed_scaling_factor': 16.0, 'topk_method': 'group_limited_greedy'}
+    'n_routed_experts': 160, 'num_attention_heads': 128, 'num_key_value_heads': 128, 'num_hidden_layers': 60,
+    'q_lora_rank': 1536, 'routed_scaling_factor': 16.0, 'topk_method': 'group_limited_greedy'}
 V3 = DEEPSEEK | {
-    'architectures': ['DeepseekV3ForCausalLM'], 'model_type': 'deepseek_v3', 'hidden_size': 7168, 'intermediate_size': 18432,
-    'moe_intermediate_size': 2048, 'first_k_dense_replace': 3, 'n_group': 8, 'topk_group': 4, 'n_routed_experts': 256,
-    'n_shared_experts': 1, 'norm_topk_prob': True, 'num_attention_heads': 128, 'num_key_value_heads': 128, 'num_experts_per_tok': 8,
-    'num_hidden_layers': 61, 'num_nextn_predict_layers': 1, 'q_lora_rank': 1536, 'rope_scaling': yarn(40, 1.0), 'ep_size': 1,
-    'routed_scaling_factor': 2.5, 'scoring_func': 'sigmoid', 'topk_method': 'noaux_tc', 'vocab_size': 129280,
-    'quantization_config': FLOAT8}
+    'architectures': ['DeepseekV3ForCausalLM'], 'model_type': 'deepseek_v3', 'hidden_size': 7168, 'intermediate_size':
+    18432, 'moe_intermediate_size': 2048, 'first_k_dense_replace': 3, 'n_group': 8, 'topk_group': 4,
+    'n_routed_experts': 256, 'n_shared_experts': 1, 'norm_topk_prob': True, 'num_attention_heads': 128,
+    'num_key_value_heads': 128, 'num_experts_per_tok': 8, 'num_hidden_layers': 61, 'num_nextn_predict_layers': 1,
+    'q_lora_rank': 1536, 'rope_scaling': yarn(40, 1.0), 'ep_size': 1, 'routed_scaling_factor': 2.5, 'scoring_func':
+    'sigmoid', 'topk_method': 'noaux_tc', 'vocab_size': 129280, 'quantization_config': FLOAT8}
 MOONLIGHT = {k: v for k, v in V3.items() if k != 'quantization_config'} | {
-    'hidden_size': 2048, 'intermediate_size': 11264, 'moe_intermediate_size': 1408, 'first_k_dense_replace': 1, 'n_group': 1,
-    'topk_group': 1, 'n_routed_experts': 64, 'n_shared_experts': 2, 'num_attention_heads': 16, 'num_key_value_heads': 16,
-    'num_experts_per_tok': 6, 'num_hidden_layers': 27, 'num_nextn_predict_layers': 0, 'q_lora_rank': None, 'rope_scaling': None,
-    'rope_theta': 50000.0, 'rms_norm_eps': 1e-05, 'routed_scaling_factor': 2.446, 'vocab_size': 163840,
-    'max_position_embeddings': 8192, 'bos_token_id': 163584, 'eos_token_id': 163585}
+    'hidden_size': 2048, 'intermediate_size': 11264, 'moe_intermediate_size': 1408, 'first_k_dense_replace': 1,
+    'n_group': 1, 'topk_group': 1, 'n_routed_experts': 64, 'n_shared_experts': 2, 'num_attention_heads': 16,
+    'num_key_value_heads': 16, 'num_experts_per_tok': 6, 'num_hidden_layers': 27, 'num_nextn_predict_layers': 0,
+    'q_lora_rank': None, 'rope_scaling': None, 'rope_theta': 50000.0, 'rms_norm_eps': 1e-05, 'routed_scaling_factor':
+    2.446, 'vocab_size': 163840, 'max_position_embeddings': 8192, 'bos_token_id': 163584, 'eos_token_id': 163585}
 KIMI_K2 = V3 | {
     'model_type': 'kimi_k2', 'n_group': 1, 'topk_group': 1, 'n_routed_experts': 384, 'num_attention_heads': 64,
     'num_key_value_heads': 64, 'first_k_dense_replace': 1, 'num_nextn_predict_layers': 0, 'rope_theta': 50000.0,
-    'routed_scaling_factor': 2.827, 'rope_scaling': yarn(32.0, 1.0, beta_fast=1.0, beta_slow=1.0), 'vocab_size': 163840,
-    'max_position_embeddings': 131072, 'bos_token_id': 163584, 'eos_token_id': [163585, 163586]}
-MIXTRAL = json.loads('''{"architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
-    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings":
-    32768, "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32,
-    "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": false, "rms_norm_eps": 1e-05, "rope_theta":
-    1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
-    "transformers_version": "4.36.0.dev0", "use_cache": true, "vocab_size": 32000}''')
-QWEN3 = json.loads('''{"architectures": ["Qwen3MoeForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id":
-    151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
-    "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
-    "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": true,
-    "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
-    "output_router_logits": false, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000.0, "router_aux_loss_coef":
-    0.001, "sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.51.0",
-    "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}''')
+    'routed_scaling_factor': 2.827, 'rope_scaling': yarn(32.0, 1.0, beta_fast=1.0, beta_slow=1.0), 'vocab_size':
+    163840, 'max_position_embeddings': 131072, 'bos_token_id': 163584, 'eos_token_id': [163585, 163586]}
+MIXTRAL = json.loads('''
+    {"architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+    "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": false,
+    "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": null,
+    "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": true,
+    "vocab_size": 32000}''')
+QWEN3 = json.loads('''
+    {"architectures": ["Qwen3MoeForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id":
+    151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size":
+    2048, "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers":
+    48, "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": true,
+    "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+    "num_key_value_heads": 4, "output_router_logits": false, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta":
+    1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": null, "tie_word_embeddings": false, "torch_dtype":
+    "bfloat16", "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false, "vocab_size":
+    151936}''')
 
 
 @pytest.mark.parametrize('published, total, active, cached', [      # cached: numbers per token and layer
     (V2_LITE, 15.7e9, 2.4e9, 576), (V2, 236e9, 21e9, 576), (V3, 671e9, 37e9, 576), (MOONLIGHT, 16.0e9, 3e9, 576),
     (KIMI_K2, 1.03e12, 32e9, 576), (MIXTRAL, 46.7e9, 12.9e9, 2 * 8 * 128), (QWEN3, 30.5e9, 3.3e9, 2 * 4 * 128)],
     ids=['V2-Lite', 'V2', 'V3', 'Moonlight', 'Kimi-K2', 'Mixtral-8x7B', 'Qwen3-30B-A3B'])
-def test_published_configs_give_the_published_numbers_of_parameters_and_cached_numbers(published, total, active, cached):
+def test_published_configs_give_the_published_sizes_of_model_and_cache(published, total, active, cached):
     family, config, _ = hf.read_config(published)
     with torch.device('meta'):
         model = LanguageModel(config, seed=None)
@@ -104,9 +110,10 @@ def test_published_configs_give_the_published_numbers_of_parameters_and_cached_n
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks of these families, small
 
-LATENT = {'hidden_size': 32, 'intermediate_size': 40, 'moe_intermediate_size': 24, 'kv_lora_rank': 16, 'qk_nope_head_dim': 8,
-          'qk_rope_head_dim': 8, 'v_head_dim': 12, 'n_routed_experts': 16, 'num_attention_heads': 4, 'num_key_value_heads': 4,
-          'num_experts_per_tok': 3, 'num_hidden_layers': 3, 'first_k_dense_replace': 1, 'vocab_size': 97,
+LATENT = {'hidden_size': 32, 'intermediate_size': 40, 'moe_intermediate_size': 24, 'kv_lora_rank': 16,
+          'qk_nope_head_dim': 8, 'qk_rope_head_dim': 8, 'v_head_dim': 12, 'n_routed_experts': 16,
+          'num_attention_heads': 4, 'num_key_value_heads': 4, 'num_experts_per_tok': 3,
+          'num_hidden_layers': 3, 'first_k_dense_replace': 1, 'vocab_size': 97,
           'max_position_embeddings': 640, 'bos_token_id': 0, 'eos_token_id': 1}
 HEADS = {'hidden_size': 32, 'intermediate_size': 24, 'num_attention_heads': 4, 'num_hidden_layers': 2, 'vocab_size': 97,
          'max_position_embeddings': 640}
@@ -121,12 +128,14 @@ SMALL = {
     'mixtral, multi-head': MIXTRAL | HEADS | {'num_key_value_heads': 4},
     'mixtral, grouped-query': MIXTRAL | HEADS | {'num_key_value_heads': 2},
     'mixtral, multi-query': MIXTRAL | HEADS | {'num_key_value_heads': 1},
-    'mixtral, wide heads, yarn, tied': MIXTRAL | HEADS | {'num_key_value_heads': 2, 'head_dim': 12, 'tie_word_embeddings': True,
-                                                          'rope_scaling': yarn(8, 0.5, original_max_position_embeddings=16)},
+    'mixtral, wide heads, yarn, tied': MIXTRAL | HEADS | {
+        'num_key_value_heads': 2, 'head_dim': 12, 'tie_word_embeddings': True,
+        'rope_scaling': yarn(8, 0.5, original_max_position_embeddings=16)},
     'qwen3': QWEN3 | HEADS | {'head_dim': 12, 'num_key_value_heads': 2, 'num_experts': 8, 'num_experts_per_tok': 3,
                               'moe_intermediate_size': 16},
     'qwen3, biases, dense layer': QWEN3 | HEADS | {
-        'head_dim': 8, 'num_key_value_heads': 4, 'num_experts': 8, 'num_experts_per_tok': 3, 'moe_intermediate_size': 16,
+        'head_dim': 8, 'num_key_value_heads': 4, 'num_experts': 8, 'num_experts_per_tok': 3,
+        'moe_intermediate_size': 16,
         'attention_bias': True, 'mlp_only_layers': [0], 'norm_topk_prob': False},
     'v2-lite': V2_LITE | LATENT | short(V2_LITE),
     'v2': V2 | LATENT | short(V2) | {'q_lora_rank': 20, 'n_group': 8, 'topk_group': 3},
@@ -134,7 +143,8 @@ SMALL = {
     'v3, half-split, biases, no layer of experts': V3 | LATENT | {
         'q_lora_rank': 20, 'n_group': 4, 'topk_group': 2, 'rope_interleave': False, 'attention_bias': True,
         'first_k_dense_replace': 3, 'rope_scaling': None},
-    'v3, half-split': V3 | LATENT | short(V3) | {'q_lora_rank': None, 'n_group': 4, 'topk_group': 2, 'rope_interleave': False},
+    'v3, half-split': V3 | LATENT | short(V3) | {'q_lora_rank': None, 'n_group': 4, 'topk_group': 2,
+                                                 'rope_interleave': False},
     'moonlight': MOONLIGHT | LATENT,
     'kimi-k2': KIMI_K2 | LATENT | short(KIMI_K2) | {'q_lora_rank': 20},
     'mistral4': json.loads(transformers.Mistral4Config(**LATENT, q_lora_rank=20, rope_parameters=yarn(
@@ -224,12 +234,16 @@ YARN = dict(rope_scaling='yarn', rope_factor=40.0, rope_original_context=256)
 
 @pytest.mark.parametrize('router', ['sigmoid', 'softmax'])
 @pytest.mark.parametrize('knobs', [
-    dict(attn='lora'), dict(attn='enhanced'), dict(attn='mla'), dict(attn='mla', n_shared_expert=2), dict(attn='enhanced', q_lora_rank=0),
-    dict(attn='lora', **YARN, rope_beta_fast=16.0, rope_beta_slow=2.0), dict(attn='mla', **YARN, rope_mscale=0.707, rope_mscale_all_dim=0.707),
+    dict(attn='lora'), dict(attn='enhanced'), dict(attn='mla'), dict(attn='mla', n_shared_expert=2),
+    dict(attn='enhanced', q_lora_rank=0),
+    dict(attn='lora', **YARN, rope_beta_fast=16.0, rope_beta_slow=2.0),
+    dict(attn='mla', **YARN, rope_mscale=0.707, rope_mscale_all_dim=0.707),
     dict(attn='enhanced', **YARN, rope_mscale=1.0, rope_mscale_all_dim=0.5, qk_rope_head_dim=32, rope_theta=1000.0),
     dict(attn='lora', **YARN, rope_attention_factor=0.8, rope_mscale_all_dim=0.5),
-    dict(attn='mla', rope_scaling='dynamic', rope_factor=4.0, rope_original_context=256), dict(attn='mla', rope_scaling='linear', rope_factor=2.0),
-    dict(attn='mla', routed_scaling_factor=2.5, top_k=2, norm_eps=1e-3), dict(attn='mla', norm_topk_prob=False, n_expert_group=4, top_k_group=2),
+    dict(attn='mla', rope_scaling='dynamic', rope_factor=4.0, rope_original_context=256),
+    dict(attn='mla', rope_scaling='linear', rope_factor=2.0),
+    dict(attn='mla', routed_scaling_factor=2.5, top_k=2, norm_eps=1e-3),
+    dict(attn='mla', norm_topk_prob=False, n_expert_group=4, top_k_group=2),
     dict(attn='mla', top_k=1, tie_embeddings=False, n_dense_layer=1)], ids=str)
 def test_latent_attention_gives_the_logits_of_its_peer(knobs, router):
     same_logits_as_its_peer(ModelConfig(**{**SIZES, **knobs}, router=router))
@@ -238,7 +252,8 @@ def test_latent_attention_gives_the_logits_of_its_peer(knobs, router):
 @pytest.mark.parametrize('knobs', [
     dict(attn='baseline'), dict(attn='gqa', rope_scaling='linear', rope_factor=2.0, tie_embeddings=False),
     dict(attn='mqa', rope_scaling='dynamic', rope_factor=4.0, rope_original_context=256), dict(attn='gqa', head_dim=24),
-    dict(attn='gqa', **YARN, rope_mscale=0.7, rope_mscale_all_dim=0.4), dict(attn='baseline', qk_norm=True, norm_eps=1e-3),
+    dict(attn='gqa', **YARN, rope_mscale=0.7, rope_mscale_all_dim=0.4),
+    dict(attn='baseline', qk_norm=True, norm_eps=1e-3),
     dict(attn='gqa', qk_norm=True, attention_bias=True, norm_topk_prob=False, n_dense_layer=1, **YARN)], ids=str)
 def test_multi_head_attention_gives_the_logits_of_its_peer(knobs):
     same_logits_as_its_peer(ModelConfig(**{**SIZES, **knobs}))
@@ -252,10 +267,13 @@ def same_logits_as_its_peer(config):
 
 
 @pytest.mark.parametrize('knob, knobs', [
-    ('router', dict(router='sigmoid')), ('n_shared_expert', dict(n_shared_expert=1)), ('attention_bias', dict(attention_bias=True)),
-    ('norm_topk_prob', dict(norm_topk_prob=False)), ('routed_scaling_factor', dict(routed_scaling_factor=2.0)), ('top_k', dict(top_k=1)),
+    ('router', dict(router='sigmoid')), ('n_shared_expert', dict(n_shared_expert=1)),
+    ('attention_bias', dict(attention_bias=True)),
+    ('norm_topk_prob', dict(norm_topk_prob=False)), ('routed_scaling_factor', dict(routed_scaling_factor=2.0)),
+    ('top_k', dict(top_k=1)),
     ('n_dense_layer', dict(n_dense_layer=1)), ('n_expert_group', dict(n_expert_group=2, top_k_group=2)),
-    ('n_expert_group', dict(attn='mla', n_expert_group=2, top_k_group=2)), ('n_expert', dict(attn='mla', n_expert=1, top_k=1, router='sigmoid'))])
+    ('n_expert_group', dict(attn='mla', n_expert_group=2, top_k_group=2)),
+    ('n_expert', dict(attn='mla', n_expert=1, top_k=1, router='sigmoid'))])
 def test_what_no_family_has_is_refused_by_the_name_of_the_knob(knob, knobs, tmp_path):
     with pytest.raises(ValueError, match=knob) as error:
         hf.to_folder(LanguageModel(ModelConfig(**{**SIZES, **knobs})), None, tmp_path / 'x')
@@ -301,7 +319,7 @@ def test_multi_token_prediction_and_frequencies_are_left_out(folder):
                                                                      'self_attn.o_proj.weight')}
     extra['model.layers.0.self_attn.rotary_emb.inv_freq'] = torch.ones(4)
     safetensors.save_file(extra, folder / 'more.safetensors')
-    edit(folder / 'model.safetensors.index.json', lambda index: index['weight_map'].update(dict.fromkeys(extra, 'more.safetensors')))
+    index(folder, lambda shard_of: shard_of.update(dict.fromkeys(extra, 'more.safetensors')))
     found = hf.from_folder(folder).state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -312,7 +330,8 @@ def test_float8_blocks_are_widened_by_their_scales(tmp_path):
     for name, matrix in plain.items():
         if matrix.ndim == 2 and '_proj' in name:                # as DeepSeek: embedding, head, router and norms are not
             rows, columns = -(-matrix.size(0) // 16), -(-matrix.size(1) // 16)
-            scale, low, wide = torch.rand(rows, columns) + 0.5, (matrix * 4).to(torch.float8_e4m3fn), torch.empty_like(matrix)
+            scale, wide = torch.rand(rows, columns) + 0.5, torch.empty_like(matrix)
+            low = (matrix * 4).to(torch.float8_e4m3fn)
             for i in range(matrix.size(0)):
                 for j in range(0, matrix.size(1), 16):
                     wide[i, j:j + 16] = low[i, j:j + 16].float() * scale[i // 16, j // 16]
@@ -323,14 +342,16 @@ def test_float8_blocks_are_widened_by_their_scales(tmp_path):
     folder = tmp_path / 'float8'
     folder.mkdir()
     safetensors.save_file(stored, folder / 'model.safetensors', metadata={'format': 'pt'})
-    (folder / 'config.json').write_text(json.dumps(SMALL['v3'] | {'quantization_config': FLOAT8 | {'weight_block_size': [16, 16]}}))
+
+    def say(scheme):
+        (folder / 'config.json').write_text(json.dumps(SMALL['v3'] | {'quantization_config': scheme}))
+    say(FLOAT8 | {'weight_block_size': [16, 16]})
     hf.to_folder(hf.from_folder(folder), None, tmp_path / 'back')
     back = tensors(tmp_path / 'back')
     assert all(torch.equal(back[name], expected[name]) for name in expected)
-    for config, word in (({'quant_method': 'int4'}, 'int4'), (None, 'scale'), (FLOAT8, 'scale')):
-        (folder / 'config.json').write_text(json.dumps(SMALL['v3'] | {'quantization_config': config}))
-        with pytest.raises(ValueError, match=word):
-            hf.from_folder(folder)
+    for scheme, word in (({'quant_method': 'int4'}, 'int4'), (None, 'scale'), (FLOAT8, 'scale')):
+        say(scheme)
+        refused(folder, word)
 
 
 def saved(folder, config):
@@ -371,15 +392,18 @@ def header(folder, change):
     (lambda f: first_shard(f).write_bytes(b'\xff' * 100), ('cannot be read as safetensors',)),
     (lambda f: first_shard(f).write_bytes(first_shard(f).read_bytes() + b'x'), ('cannot be read as safetensors',)),
     (lambda f: header(f, lambda text: text.replace('"F32"', '"Q4"', 1)), ('cannot be read as safetensors', 'Q4')),
-    (lambda f: header(f, lambda text: text.replace('[0,', '[4,', 1)), ('cannot be read as safetensors', 'cannot lie at')),
+    (lambda f: header(f, lambda text: text.replace('[0,', '[4,', 1)),
+     ('cannot be read as safetensors', 'cannot lie at')),
     (lambda f: header(f, lambda text: '[]'), ('cannot be read as safetensors',)),
     (lambda f: first_shard(f).unlink(), ('model-00001', 'No such file')),
     (lambda f: index(f, lambda m: m.pop('lm_head.weight') and None), ('index.json', 'lm_head.weight')),
     (lambda f: index(f, lambda m: m.update({'model.none': first_shard(f).name})), ('index.json', 'model.none')),
-    (lambda f: index(f, lambda m: m.update({'lm_head.weight': m['model.norm.weight'] if m['model.norm.weight'] != m['lm_head.weight']
-                                            else first_shard(f).name})), ('index.json', 'lm_head.weight')),
-    (lambda f: index(f, lambda m: m.update({'lm_head.weight': '../' + first_shard(f).name})), ('index.json', 'weight_map')),
-    (lambda f: edit(f / 'model.safetensors.index.json', lambda content: {'metadata': {}}), ('index.json', 'weight_map')),
+    (lambda f: index(f, lambda m: m.update({'lm_head.weight': sorted({*m.values()} - {m['lm_head.weight']})[0]})),
+     ('index.json', 'lm_head.weight')),
+    (lambda f: index(f, lambda m: m.update({'lm_head.weight': '../' + first_shard(f).name})),
+     ('index.json', 'weight_map')),
+    (lambda f: edit(f / 'model.safetensors.index.json', lambda content: {'metadata': {}}),
+     ('index.json', 'weight_map')),
     (lambda f: (f / 'model.safetensors.index.json').write_text('{'), ('index.json', 'cannot be read')),
     (lambda f: (f / 'config.json').write_bytes(b'\xff'), ('config.json', 'cannot be read')),
     (lambda f: (f / 'config.json').write_text('[]'), ('config.json', 'no JSON object')),
@@ -399,7 +423,8 @@ def refused(folder, *words):
 
 @pytest.mark.parametrize('change, words', [
     (lambda t: t.update({'model.layers.9.x': torch.ones(1)}), ('model.layers.9.x is not of this network',)),
-    (lambda t: t.update({'model.layers.0.mlp.up_proj.bias': torch.ones(1), 'z': torch.ones(1)}), ('mlp.up_proj.bias', 'like 1 more')),
+    (lambda t: t.update({'model.layers.0.mlp.up_proj.bias': torch.ones(1), 'z': torch.ones(1)}),
+     ('mlp.up_proj.bias', 'like 1 more')),
     (lambda t: t.pop('lm_head.weight'), ('there is no lm_head.weight',)),
     (lambda t: t.update({'lm_head.weight': torch.ones(96, 32)}), ('lm_head.weight has shape [96, 32]', '[97, 32]'))])
 def test_missing_surplus_and_misshapen_tensors_are_named(tmp_path, change, words):
@@ -411,11 +436,16 @@ def test_missing_surplus_and_misshapen_tensors_are_named(tmp_path, change, words
 
 
 @pytest.mark.parametrize('family, field, value', [
-    ('v3', 'index_topk', 2048), ('v3', 'hidden_act', 'gelu'), ('v3', 'scoring_func', 'softmax'), ('v3', 'topk_method', 'greedy'),
-    ('v3', 'moe_layer_freq', 2), ('v3', 'num_key_value_heads', 2), ('v3', 'head_dim', 64), ('v3', 'attention_dropout', 0.1),
-    ('v3', 'kv_lora_rank', None), ('v3', 'hidden_size', '32'), ('v3', 'hidden_size', 33), ('v3', 'num_hidden_layers', -1),
-    ('v3', 'num_experts_per_tok', 1), ('v3', 'rope_theta', None), ('v3', 'architectures', ['DeepseekV32ForCausalLM']), ('v3', 'architectures', None),
-    ('v2', 'norm_topk_prob', True), ('v2', 'topk_method', 'noaux_tc'), ('v2', 'mlp_bias', True), ('mistral4', 'n_group', 2),
+    ('v3', 'index_topk', 2048), ('v3', 'hidden_act', 'gelu'), ('v3', 'scoring_func', 'softmax'),
+    ('v3', 'topk_method', 'greedy'),
+    ('v3', 'moe_layer_freq', 2), ('v3', 'num_key_value_heads', 2), ('v3', 'head_dim', 64),
+    ('v3', 'attention_dropout', 0.1),
+    ('v3', 'kv_lora_rank', None), ('v3', 'hidden_size', '32'), ('v3', 'hidden_size', 33),
+    ('v3', 'num_hidden_layers', -1),
+    ('v3', 'num_experts_per_tok', 1), ('v3', 'rope_theta', None), ('v3', 'architectures', ['DeepseekV32ForCausalLM']),
+    ('v3', 'architectures', None),
+    ('v2', 'norm_topk_prob', True), ('v2', 'topk_method', 'noaux_tc'), ('v2', 'mlp_bias', True),
+    ('mistral4', 'n_group', 2),
     ('mixtral, multi-head', 'sliding_window', 4096), ('mixtral, multi-head', 'router_jitter_noise', 0.1),
     ('qwen3', 'mlp_only_layers', [1]), ('qwen3', 'use_sliding_window', True), ('qwen3', 'decoder_sparse_step', 2)])
 def test_a_config_that_cannot_be_expressed_is_refused_by_field_and_value(family, field, value):
@@ -427,16 +457,39 @@ def test_a_config_that_cannot_be_expressed_is_refused_by_field_and_value(family,
 
 
 @pytest.mark.parametrize('family, rope', [
-    ('v3', {'rope_type': 'llama3', 'factor': 8.0}), ('v3', {'type': 'longrope'}), ('v3', yarn(40, 1.0, truncate=False)), ('v3', {'type': 'linear'}),
-    ('v3', {'type': 'linear', 'factor': 2.0, 'mscale_all_dim': 1.0}), ('v3', {'type': 'yarn'}), ('v3', yarn(40, 1.0, odd=1)),
-    ('v3', {'type': 'yarn', 'factor': 40, 'mscale': 0.707}), ('v3', {'type': 'yarn', 'factor': 40, 'mscale_all_dim': 1.0}),
+    ('v3', {'rope_type': 'llama3', 'factor': 8.0}), ('v3', {'type': 'longrope'}),
+    ('v3', yarn(40, 1.0, truncate=False)), ('v3', {'type': 'linear'}),
+    ('v3', {'type': 'linear', 'factor': 2.0, 'mscale_all_dim': 1.0}), ('v3', {'type': 'yarn'}),
+    ('v3', yarn(40, 1.0, odd=1)),
+    ('v3', {'type': 'yarn', 'factor': 40, 'mscale': 0.707}),
+    ('v3', {'type': 'yarn', 'factor': 40, 'mscale_all_dim': 1.0}),
     ('mistral4', yarn(40, 1.0, llama_4_scaling_beta=0.1)), ('mistral4', yarn(40, 1.0, partial_rotary_factor=0.25)),
     ('mixtral, multi-head', {'type': 'linear', 'factor': 2.0, 'partial_rotary_factor': 0.5})])
 def test_rotary_positions_that_cannot_be_expressed_are_refused(family, rope):
-    fields = {k: v for k, v in SMALL[family].items() if k != 'rope_parameters'} | {'rope_scaling': rope, 'rope_theta': 10000.0}
+    fields = {k: v for k, v in SMALL[family].items() if not k.startswith('rope_p')}
+    fields |= {'rope_scaling': rope, 'rope_theta': 10000.0}
     with pytest.raises(ValueError, match='|'.join([*rope, 'rope_type', 'factor'])) as error:
         hf.read_config(fields)
     assert '\n' not in str(error.value)
+
+
+def test_whatever_stands_in_a_field_is_read_or_refused_in_one_line(folder):
+    config = SMALL['v3']
+    places = [(field,) for field in config]
+    places += [(field, inner) for field in ('rope_scaling', 'quantization_config') for inner in config[field]]
+    refusals = 0
+    for place in places:
+        for value in ('x', [1], {'a': 1}, -1, 1.5):
+            broken = json.loads(json.dumps(config))
+            inner = broken if len(place) == 1 else broken[place[0]]
+            inner[place[-1]] = value
+            (folder / 'config.json').write_text(json.dumps(broken))
+            try:
+                hf.from_folder(folder)
+            except ValueError as error:
+                refusals += 1
+                assert '\n' not in str(error), (place, value)
+    assert refusals > 3 * len(places)
 
 
 def test_every_field_that_decides_is_needed():
@@ -478,10 +531,11 @@ print((peak() - before) / sum(p.nbytes for p in model.parameters()))
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='ru_maxrss is in other units')
 def test_weights_are_never_held_twice_and_no_optional_package_is_imported(tmp_path):
-    config = ModelConfig(vocab_size=100, n_embd=256, n_head=4, n_layer=2, n_expert=64, d_ff=512, attn='mla')      # 202 MB
+    config = ModelConfig(vocab_size=100, n_embd=256, n_head=4, n_layer=2, n_expert=32, d_ff=512, attn='mla')   # 103 MB
     hf.to_folder(LanguageModel(config, seed=None), None, tmp_path / 'wide')
-    ratio = subprocess.run([sys.executable, '-c', MEMORY, tmp_path / 'wide'], cwd=REPOSITORY, capture_output=True, text=True)
-    assert float(ratio.stdout) < 1.2, ratio.stderr
+    ratio = subprocess.run([sys.executable, '-c', MEMORY, tmp_path / 'wide'], cwd=REPOSITORY, capture_output=True,
+                           text=True)
+    assert float(ratio.stdout) < 1.4, ratio.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -490,19 +544,24 @@ def test_weights_are_never_held_twice_and_no_optional_package_is_imported(tmp_pa
 @pytest.fixture(scope='module', params=['bpe', 'bytes'])
 def exported(request, tmp_path_factory):
     """A tokenizer of ours, and the folder that it was written to."""
-    texts = [path.read_text('utf-8') for path in sorted(REPOSITORY.glob('*.py'))[:6]] + ['the \u00e9t\u00e9 \u4e2d\u6587 ' * 20]
+    texts = [path.read_text('utf-8') for path in sorted(REPOSITORY.glob('*.py'))[:6]]
+    texts += ['the \u00e9t\u00e9 \u4e2d\u6587 ' * 20]
     tokenizer = make_tokenizer(request.param, 700, texts, log=lambda line: None)
     folder = tmp_path_factory.mktemp('tokenizer') / 'x'
     hf.to_folder(LanguageModel(ModelConfig(**SIZES | {'vocab_size': tokenizer.vocab_size})), tokenizer, folder)
-    return SimpleNamespace(ours=tokenizer, theirs=transformers.AutoTokenizer.from_pretrained(folder), again=hf.open_tokenizer(folder))
+    return SimpleNamespace(ours=tokenizer, theirs=transformers.AutoTokenizer.from_pretrained(folder),
+                           again=hf.open_tokenizer(folder))
 
 
-TEXTS = ['', 'def f(x):\n\treturn x', '<|endoftext|>', 'a<|endoftext|>b <|endoftext|>', ' ' * 4096 + 'x', ' ' * 5000, '\n' * 130 + 'x',
-         "it's IT'S we'LL '\u017f \u017f", '\u4e2d\u6587 \U0001f600\u200d e\u0301 \u0661\u0662', '\r\n\r\n  x\u2003y\x85\xa0z', '1234567.89', 'x' * 300]
+TEXTS = ['', 'def f(x):\n\treturn x', '<|endoftext|>', 'a<|endoftext|>b <|endoftext|>', ' ' * 4096 + 'x', ' ' * 5000,
+         '\n' * 130 + 'x',
+         "it's IT'S we'LL '\u017f \u017f", '\u4e2d\u6587 \U0001f600\u200d e\u0301 \u0661\u0662',
+         '\r\n\r\n  x\u2003y\x85\xa0z', '1234567.89', 'x' * 300]
 
 
 @settings(max_examples=150, deadline=None)
-@given(text=strategies.sampled_from(TEXTS) | strategies.text(strategies.characters(exclude_categories=['Cs'])) | strategies.text('ab \n\'sS1'))
+@given(text=strategies.sampled_from(TEXTS) | strategies.text('ab \n\'sS1')
+       | strategies.text(strategies.characters(exclude_categories=['Cs'])))
 def test_the_exported_tokenizer_encodes_and_decodes_as_ours(exported, text):
     ids = exported.ours.encode(text)
     assert exported.theirs(text)['input_ids'] == ids == exported.again.encode(text)
@@ -520,12 +579,14 @@ def test_a_folders_tokenizer_puts_the_beginning_in_front_and_knows_several_ends(
     content = hf.tokenizer_json(exported.ours)
     content['added_tokens'] += [dict(content['added_tokens'][0], id=exported.ours.vocab_size, content='<s>')]
     (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
-    (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'add_bos_token': True, 'bos_token': {'content': '<s>'}}))
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'add_bos_token': True,
+                                                                'bos_token': {'content': '<s>'}}))
     (tmp_path / 'config.json').write_text(json.dumps({'eos_token_id': 7}))
     (tmp_path / 'generation_config.json').write_text(json.dumps({'eos_token_id': [9, 8]}))
     tokenizer, bos = hf.open_tokenizer(tmp_path), exported.ours.vocab_size
     assert tokenizer.encode('ab') == [bos, *exported.ours.encode('ab')] == tokenizer.encode('<s>ab')
-    assert tokenizer.ends == {8, 9} and tokenizer.eot == 8 and tokenizer.decode([bos, *exported.ours.encode('ab')]) == 'ab'
+    assert tokenizer.decode([bos, *exported.ours.encode('ab')]) == 'ab'
+    assert tokenizer.ends == {8, 9} and tokenizer.eot == 8
     (tmp_path / 'tokenizer.json').write_text('{')
     with pytest.raises(ValueError, match='tokenizer.json cannot be read'):
         hf.open_tokenizer(tmp_path)
@@ -544,28 +605,33 @@ def export(*arguments, monkeypatch, capfd):
     return SimpleNamespace(code=code, **dict(zip(('out', 'err'), capfd.readouterr())))
 
 
-@pytest.mark.parametrize('knobs', [dict(attn='mla', tokenizer='bpe', vocab_size=300), dict(attn='gqa')], ids=['mla, bpe', 'gqa, bytes'])
+@pytest.mark.parametrize('knobs', [dict(attn='mla', tokenizer='bpe', vocab_size=300), dict(attn='gqa')],
+                         ids=['mla, bpe', 'gqa, bytes'])
 def test_a_run_exported_goes_on_with_the_same_text_in_transformers(train, tmp_path, monkeypatch, capfd, knobs):
     run = train(max_steps=60, eval_interval=60, **knobs)
     assert run.code == 0, run.err
     result = export('export', run.folder, f'--out={tmp_path / "out"}', monkeypatch=monkeypatch, capfd=capfd)
     assert result.code == 0, result.err
     prompt = 'the cat'
-    sample = subprocess.run([sys.executable, 'sample.py', run.folder, f'--prompt={prompt}', '--temperature=0', '--max_new_tokens=24',
-                             '--device=cpu', '--dtype=float32', '--compile=False'], cwd=REPOSITORY, capture_output=True, text=True)
+    sample = subprocess.run([sys.executable, 'sample.py', run.folder, f'--prompt={prompt}', *flags(
+        temperature=0, max_new_tokens=24, device='cpu', dtype='float32', compile=False)],
+        cwd=REPOSITORY, capture_output=True, text=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
     kind = json.loads((tmp_path / 'out' / 'config.json').read_text())['architectures'][0]
     model = getattr(transformers, kind).from_pretrained(tmp_path / 'out')
     ids = model.generate(**tokenizer(prompt, return_tensors='pt'), max_new_tokens=24, do_sample=False)
     text = tokenizer.decode(ids[0], skip_special_tokens=True)
-    assert len(text) > len(prompt) + 10 and sample.stdout.rstrip('\n') == text.rstrip('\n'), (sample.stdout, text, sample.stderr)
+    assert len(text) > len(prompt) + 10
+    assert sample.stdout.rstrip('\n') == text.rstrip('\n'), sample.stderr
     again = export('export', run.folder, f'--out={tmp_path / "out"}', monkeypatch=monkeypatch, capfd=capfd)
     one_line(again, 'is there already')
 
 
 @pytest.mark.parametrize('arguments, words', [
-    ([], ['hf.py export RUN --out=FOLDER']), (['import', 'x'], ['hf.py export RUN --out=FOLDER']), (['export', 'x'], ['hf.py export x --out=FOLDER']),
-    (['export', 'nowhere', '--out=x'], ['nowhere is not there']), (['export', '.', '--out=x'], ['holds no checkpoint.pt']),
+    ([], ['hf.py export RUN --out=FOLDER']), (['import', 'x'], ['hf.py export RUN --out=FOLDER']),
+    (['export', 'x'], ['hf.py export RUN --out=FOLDER']),
+    (['export', 'nowhere', '--out=x'], ['nowhere is not there']),
+    (['export', '.', '--out=x'], ['holds no checkpoint.pt']),
     (['export', 'README.md', '--out=x'], ['README.md is no sound checkpoint'])], ids=str)
 def test_bad_command_lines_end_in_one_line(arguments, words, monkeypatch, capfd):
     monkeypatch.chdir(REPOSITORY)
