@@ -524,7 +524,7 @@ def tokenizer_json(tokenizer):
         ('single_word', 'lstrip', 'rstrip', 'normalized'), False)}
     return {'version': '1.0', 'added_tokens': [end] if tokenizer.eot is not None else [],
             'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [*splits, byte_level]}, 'decoder': byte_level,
-            'model': {'type': 'BPE', 'ignore_merges': bool(patterns), 'merges': merges,
+            'model': {'type': 'BPE', 'ignore_merges': True, 'merges': merges,
                       'vocab': {spell(token): i for token, i in ids.items()}}}
 
 
