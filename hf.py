@@ -424,7 +424,7 @@ def from_folder(path, dtype=None, device=None):
     except ValueError as error:
         raise ValueError(f'{path}: {error}' if str(path) not in str(error) else str(error)) from None
     except (ArithmeticError, AttributeError, RuntimeError, TypeError) as error:
-        raise ValueError(f'{path}: config.json makes no network ({str(error).splitlines()[0]})') from None
+        raise ValueError(f'{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})') from None
 
 
 def check_tensors(stored, wanted, n_layer, fields):
@@ -456,7 +456,7 @@ def check_tensors(stored, wanted, n_layer, fields):
 def to_folder(model, tokenizer, path):
     """Writes what transformers opens: config.json, model.safetensors and, unless tokenizer is None, tokenizer.json.
 
-    path must not exist, or be empty; it appears when everything is written.
+    path must not exist, or be empty; it appears when everything is written. -> the class in transformers
     """
     path = Path(path).expanduser()
     family, fields = write_config(model.config, tokenizer and tokenizer.eot)
@@ -480,6 +480,7 @@ def to_folder(model, tokenizer, path):
         if path.exists():
             path.rmdir()                                        # it is empty; Windows replaces no folder
         os.replace(aside, path)
+        return family
     except OSError as error:
         raise ValueError(f'{path} cannot be written ({error.strerror})') from None
     finally:
@@ -601,7 +602,9 @@ if __name__ == '__main__':
     if not run or not out:
         fail(usage)
     try:
-        to_folder(*from_run(run), out)
+        model, tokenizer = from_run(run)
+        family = to_folder(model, tokenizer, out)
     except ValueError as error:
         fail(error)
-    print(f'{out}: transformers opens it')
+    print(f'{out}: open it with transformers.{family}.from_pretrained' + (
+        '' if tokenizer else '; without a tokenizer, for the run keeps none'))
