@@ -8,9 +8,9 @@
     python bench.py --variants=mla --peer=none --plain=each                 what is each fast form of kernels.py worth?
 
 Every combination of variant, library, dtype, sizes and --plain is a side. All sides take turns in one process, in
-rounds that go from the first side to the last and back alternately, and with them a matrix product of the machine's own:
-drift hits all alike. A figure is the median over the rounds with minimum and maximum, a ratio that of the quotients
-within a round. Prints Markdown; writes it, and JSON with every single timing.
+rounds that go from the first side to the last and back alternately, and with them a matrix product of the machine's
+own: drift hits all alike. A figure is the median over the rounds with minimum and maximum, a ratio that of the
+quotients within a round. Prints Markdown; writes it, and JSON with every single timing.
 """
 import os
 from pathlib import Path
@@ -219,11 +219,11 @@ def config_of(row, block_size):
 
 def build(row, block_size):
     progress(f'building {label(row)}')
-    c = config_of(row, block_size)
-    if row['library'] == 'ours':
-        return LanguageModel(c).to(device)
-    from peers import build_peer
-    return build_peer(c).to(device)
+    model = LanguageModel(config_of(row, block_size))
+    if row['library'] != 'ours':
+        import hf                                               # here: what it loads is no memory of ours
+        model = hf.peer(model)
+    return model.to(device)
 
 
 def outline(row, block_size):
@@ -394,8 +394,8 @@ def task_train():
     parts = dict.fromkeys(part for r in ours for part in r['parts'])
     text += '\n\n' + table(ours, {part: lambda r, part=part: f'{r["parts"].get(part, 0):.1%}' for part in parts})
     return machine, rows, text, [
-        f'An update is {tokens_in_update} random tokens: forward, loss, backward, clip, fused AdamW. In bfloat16 are the '
-        'products, by autocast; weights, moments and gradients are float32.',
+        f'An update is {tokens_in_update} random tokens: forward, loss, backward, clip, fused AdamW. In bfloat16 are '
+        'the products, by autocast; weights, moments and gradients are float32.',
         "of matrix rate: model FLOPs (LanguageModel.flops_per_token) at the machine's own product in the same dtype.",
         'peak GB: of a process that does a few updates of one side alone; on a CPU with Python and all it loads.',
         "Second table: shares of an update under torch's profiler, not compiled, by the module in which an operator or "
@@ -484,7 +484,7 @@ def task_decode():
                 'cache_bytes_per_token': row['cache_bytes'] / (batch * (row['prompt'] + new_tokens))}
     text = table(rows, {
         'prefill tokens/s': lambda r: show(r['prefill_tokens_per_second']),
-        'prefill to its best': lambda r: show(r['prefill_speed'].get('to its best'), '.2f'),
+        **({'prefill to its best': lambda r: show(r['prefill_speed'].get('to its best'), '.2f')} if peer != 'none' else {}),
         'decode tokens/s': lambda r: show(r['decode_tokens_per_second'], ',.1f'),
         'ms/token': lambda r: show(r['ms_per_token'], '.2f'), 'least ms': lambda r: f'{r["least_ms"]:.2f}',
         **speeds(rows, 'decode'), 'cache B/token': lambda r: f'{r["cache_bytes_per_token"]:,.0f}',
@@ -538,9 +538,8 @@ def main():
     machine, rows, text, notes = task_train() if task == 'train' else task_decode()
     progress()
     if peer != 'none':
-        notes.append('transformers: DeepseekV3, which routes by sigmoid, for latent attention, Mixtral otherwise, both '
-                     'without auxiliary losses; in brackets the experts implementation, the fastest in a trial of that '
-                     'side. best: the faster of its dtypes.')
+        notes.append('transformers: the same networks with the same weights, without auxiliary losses; in brackets the '
+                     'experts implementation, the fastest in a trial of that side. best: the faster of its dtypes.')
     env = environment(device) | {'transformers': version}
     giga = lambda name: show({k: v / 1e9 for k, v in machine[name].items()}, ',.1f')
     text += (f'\n\n{env["device_name"]}, {env["threads"]} threads, torch {env["torch"]}{", compiled" * compile}, '
