@@ -389,15 +389,17 @@ class ExpertsByHand(torch.autograd.Function):
     def forward(ctx, x, weights, gate, up, down, low, order, sizes, with_grad):
         gate, up, down = low
         x_low, y = x.to(gate.dtype), torch.zeros_like(x, dtype=weights.dtype)
-        padded = [-(-n // ROWS_AT_ONCE) * ROWS_AT_ONCE for n in sizes] if gate.dtype == torch.bfloat16 else sizes
-        place = torch.arange(len(order)) + torch.tensor(padded).cumsum(0).sub_(torch.tensor(padded)).sub_(
-            torch.tensor(sizes).cumsum(0).sub_(torch.tensor(sizes))).repeat_interleave(torch.tensor(sizes))
+        multiple = ROWS_AT_ONCE if gate.dtype == torch.bfloat16 else 1
+        padded = [-(-n // multiple) * multiple for n in sizes]
+        start, padded_start = (torch.tensor([0, *n[:-1]]).cumsum(0) for n in (sizes, padded))
+        # (M,) where each copy stands once every network's rows are filled up
+        place = torch.arange(len(order)) + (padded_start - start).repeat_interleave(torch.tensor(sizes))
         w = weights.new_zeros(sum(padded), 1)                           # (M', 1), 0 in rows that only fill up
         w[place, 0] = weights[order]
         rows_of = order.new_zeros(sum(padded))                          # (M',) whose copy stands at each sorted row
         rows_of[place] = order // (len(order) // len(x))
         # without a backward: one network at a time; with one, always the same size, lest the heap fill with holes
-        kept = len(order) + len(sizes) * (ROWS_AT_ONCE - 1) if with_grad else max(padded)
+        kept = len(order) + len(sizes) * (multiple - 1) if with_grad else max(padded)
         g, u = x_low.new_empty(kept, gate.size(1)), x_low.new_empty(kept, gate.size(1))
         space = x_low.new_empty(max(padded), gate.size(1))              # for h, of every network in turn
         for e, s in segments(padded):
@@ -438,7 +440,9 @@ class ExpertsByHand(torch.autograd.Function):
         return dx, d_weights, d_gate, d_up, d_down, None, None, None, None
 
 
-ROWS_AT_ONCE = 64
+# In bfloat16 a network's rows are filled up with rows of weight 0 to a multiple of this: oneDNN generates code for every new
+# number of rows, which takes as long as several products, and is slow with odd ones
+ROWS_AT_ONCE = 128
 
 
 def product_into(out, a, b):
