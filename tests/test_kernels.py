@@ -1,0 +1,444 @@
+"""kernels.py: the plain form of every computation against torch's own function or a loop, and the fast form against the
+same, forward and in all gradients, at odd shapes, in every dtype that runs.
+
+Inputs are numbers that bfloat16 holds exactly, so that one reference in float64 serves all dtypes. Tolerances are relative
+to the largest number compared: 1e-12 in float64, 1e-5 in float32, 2e-2 in bfloat16 and under autocast to it; gradients may
+have twice that. Everything is called through the public functions: what is fast behind them may change.
+"""
+import copy
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from model import LanguageModel, ModelConfig
+from tensors import BF16, F32, F64, Record, close, gradients, numbers, randomise, token_ids
+
+PRECISIONS = {'float64': (F64, 1e-12), 'float32': (F32, 1e-5), 'bfloat16': (BF16, 2e-2), 'autocast': (F32, 2e-2)}
+WIDE = ('rms_norm', 'weight'), ('rotate', 'angles'), ('experts', 'weights')    # never below float32, as in the model
+
+
+@pytest.fixture(autouse=True)
+def everything_fast_again():
+    yield
+    kernels.use('fast')
+
+
+def exact(*shape, seed=1, std=1.0):
+    """Numbers that bfloat16 holds exactly, in float64."""
+    return numbers(*shape, seed=seed, std=std).bfloat16().double()
+
+
+def case(name, reference, options, view=lambda x: x, **tensors):
+    """One call of kernels.<name>: tensors are what is differentiated, the first of them seen through `view`; options are
+    the other arguments. `reference` is the same function of both, in float64."""
+    return SimpleNamespace(name=name, reference=reference, tensors=tensors, options=options, view=view, cached=None)
+
+
+def call(c, function, leaves, options):
+    """-> the function's results, always as a tuple."""
+    named = dict(zip(c.tensors, leaves))
+    first = next(iter(named))
+    out = function(**{**named, first: c.view(named[first])}, **options)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def run(c, precision, form=None):
+    """-> (results of kernels.<name> in this precision and form, the leaves that they were made from)."""
+    dtype = PRECISIONS[precision][0]
+    cast = {k: t.to(kernels.wide(dtype) if (c.name, k) in WIDE else dtype) if getattr(t, 'dtype', None) == F64 else t
+            for k, t in {**c.tensors, **c.options}.items()}
+    leaves = [cast.pop(k).clone().requires_grad_() for k in c.tensors]
+    if form:
+        kernels.use(form)
+    with torch.autocast('cpu', dtype=BF16, enabled=precision == 'autocast'):
+        return call(c, getattr(kernels, c.name), leaves, cast), leaves
+
+
+def expected(c):
+    """-> the reference's results and gradients, worked out once."""
+    if c.cached is None:
+        leaves = [t.clone().requires_grad_() for t in c.tensors.values()]
+        out = call(c, c.reference, leaves, c.options)
+        c.cached = [out[0].detach(), *out[1:]], gradients(out[0], leaves)
+    return c.cached
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The references
+
+def turned_by_matrices(x, angles):
+    cos, sin = angles.unbind(-1)
+    R = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2)           # (..., T, width/2, 2, 2)
+    return torch.einsum('...ij,...j->...i', R.expand(*x.shape[:-1], -1, 2, 2), x.unflatten(-1, (-1, 2))).flatten(-2)
+
+
+def attention_row_by_row(q, k, v, scale, mask):
+    (B, H, T, _), S, out = q.shape, k.size(2), []
+    for b, h, t in itertools.product(range(B), range(H), range(T)):
+        g = h // (H // k.size(1))
+        sees = (torch.arange(S) <= t if isinstance(mask, str) else torch.ones(S, dtype=torch.bool) if mask is None else
+                mask.expand(B, 1, T, S)[b, 0, t])
+        e = torch.exp(scale * (k[b, g, sees] @ q[b, h, t]))
+        out.append(e @ v[b, g, sees] / e.sum())
+    return torch.stack(out).view(B, H, T, -1)
+
+
+def loss_of_whole_logits(x, weight, targets):
+    logits = x @ weight.T
+    return (F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum'),
+            sum(int(row.argmax()) == t for row, t in zip(logits, targets.tolist())))
+
+
+def networks_row_by_row(x, weights, gate, up, down, chosen):
+    rows = []
+    for n, row in enumerate(x):
+        y = torch.zeros_like(row)
+        for choice, e in enumerate(chosen[n].tolist()):
+            g = gate[e] @ row
+            y = y + weights[n, choice] * (down[e] @ (g / (1 + torch.exp(-g)) * (up[e] @ row)))
+        rows.append(y)
+    return torch.stack(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cases
+
+def norm_case(*shape, eps=1e-6, view=lambda x: x):
+    x = exact(*shape)
+    return case('rms_norm', lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps), dict(eps=eps), view,
+                x=x, weight=exact(view(x).size(-1), seed=2))
+
+
+def rotation_case(*shape, angles=(), view=lambda x: x):
+    x = exact(*shape)
+    a = numbers(*angles, view(x).size(-2), view(x).size(-1) // 2, seed=3, std=3.0)
+    return case('rotate', turned_by_matrices, dict(angles=1.3 * torch.stack((a.cos(), a.sin()), -1)), view, x=x)
+
+
+def attention_case(mask, H, G, T, S, d, dv, B=2):
+    """mask: causal, none, all rows alike (1, 1, T, S) or each its own (B, 1, T, S); a row sees at least one."""
+    sees = torch.rand(1 if mask == 'alike' else B, 1, T, S, generator=torch.Generator().manual_seed(5)) < 0.6
+    sees[..., 0] = True
+    options = dict(scale=0.7 / math.sqrt(d), mask={'causal': 'causal', 'none': None}.get(mask, sees))
+    return case('attention', attention_row_by_row, options,
+                q=exact(B, H, T, d), k=exact(B, G, S, d, seed=2), v=exact(B, G, S, dv, seed=3))
+
+
+def loss_case(N, V, C, padding):
+    x, weight, targets = exact(N, C), exact(V, C, seed=2), token_ids(N, vocab=V)
+    targets[::3] = (x @ weight.T).argmax(1)[::3]            # some are right
+    targets[list(padding)] = -1
+    return case('cross_entropy', loss_of_whole_logits, dict(targets=targets), x=x, weight=weight)
+
+
+def experts_case(chosen, E=5, C=8, width=16):
+    chosen = torch.tensor(chosen)
+    N, k = chosen.shape
+    return case('experts', networks_row_by_row, dict(chosen=chosen), x=exact(N, C), weights=exact(N, k, seed=6).abs(),
+                gate=exact(E, width, C, seed=2, std=0.5), up=exact(E, width, C, seed=3, std=0.5),
+                down=exact(E, C, width, seed=4, std=0.5))
+
+
+def choices(N, k, E):
+    return torch.rand(N, E, generator=torch.Generator().manual_seed(0)).topk(k).indices.tolist()
+
+
+heads_first = lambda x: x.transpose(1, 2)                                   # as the layers make them
+CASES = {
+    'norm': norm_case(2, 5, 8), 'norm of one vector': norm_case(1, 33), 'norm of heads': norm_case(2, 5, 3, 8, view=heads_first),
+    'norm with an epsilon that counts': norm_case(7, 9, eps=0.5), 'norm of a part': norm_case(2, 5, 13, view=lambda x: x[..., 3:]),
+    'norm of half precision width': norm_case(1, 3, 5, 64),
+    'rotation': rotation_case(2, 3, 5, 8), 'rotation of heads': rotation_case(2, 5, 3, 8, view=heads_first),
+    'rotation, angles by row': rotation_case(2, 3, 5, 8, angles=(2, 1)), 'rotation of one pair': rotation_case(1, 1, 4, 2),
+    'rotation at odd strides': rotation_case(2, 3, 5, 13, view=lambda x: x[..., :12]),
+    'rotation at an odd offset': rotation_case(2, 1, 5, 14, view=lambda x: x[..., 3:13]),
+    'rotation of one token': rotation_case(3, 2, 1, 16),
+    'causal': attention_case('causal', 4, 4, 9, 9, 8, 8), 'causal, one token': attention_case('causal', 4, 2, 1, 1, 8, 8),
+    'causal, grouped': attention_case('causal', 6, 3, 7, 7, 8, 8), 'causal, one key head': attention_case('causal', 4, 1, 7, 7, 16, 16),
+    'causal, wide values': attention_case('causal', 2, 2, 7, 7, 6, 11), 'causal, narrow values': attention_case('causal', 4, 2, 7, 7, 12, 5),
+    'causal, long': attention_case('causal', 2, 1, 135, 135, 12, 8, B=1), 'causal, 64': attention_case('causal', 2, 2, 64, 64, 8, 8, B=1),
+    'one query': attention_case('none', 4, 4, 1, 9, 8, 8), 'one query, grouped, wide values': attention_case('none', 4, 2, 1, 9, 8, 11),
+    'one query, one key head': attention_case('none', 6, 1, 1, 70, 12, 12), 'all see all': attention_case('none', 4, 2, 3, 9, 8, 6),
+    'one query, masked': attention_case('alike', 4, 1, 1, 9, 8, 5), 'one query, masks by row': attention_case('own', 4, 2, 1, 9, 8, 8),
+    'masked': attention_case('alike', 4, 2, 3, 9, 8, 10), 'masks by row': attention_case('own', 4, 4, 5, 9, 8, 8),
+    'masks by row, one key head, long': attention_case('own', 2, 1, 67, 131, 8, 6),
+    'loss': loss_case(11, 13, 6, (0, 4, 5, 10)), 'loss without padding': loss_case(5, 7, 4, ()), 'loss of one': loss_case(1, 13, 3, ()),
+    'loss of a large vocabulary': loss_case(40, 5003, 16, (7, 39)), 'loss in parts': loss_case(7, 2 ** 19 + 3, 2, (1, 6)),
+    'experts': experts_case(choices(70, 2, 4), E=4), 'experts, few rows': experts_case(choices(9, 2, 5)),
+    'experts, some empty': experts_case([[3, 1], [1, 3], [3, 1]]),
+    'experts, one choice': experts_case(choices(11, 1, 5)), 'experts, all rows to the last': experts_case([[4]] * 9),
+    'experts, all to the first': experts_case([[0]] * 3), 'experts, all chosen': experts_case(choices(4, 5, 5)),
+    'experts, one row': experts_case([[2, 4]]),
+    'experts, odd widths': experts_case(choices(9, 3, 6), E=6, C=7, width=5), 'one expert': experts_case([[0]] * 6, E=1),
+    **{f'few rows: {n}': case('linear', lambda x, w: torch.einsum('ni,oi->no', x, w), {}, x=exact(n, 5), w=exact(7, 5, seed=2))
+       for n in (1, 2, 8, 9)},
+}
+each = pytest.mark.parametrize('name', CASES)
+
+
+@pytest.mark.parametrize('precision', PRECISIONS)
+@each
+def test_plain_and_fast_are_the_reference_forward_and_in_all_gradients(name, precision):
+    c, (dtype, tolerance) = CASES[name], PRECISIONS[precision]
+    results, grads = expected(c)
+    for form in ('plain', 'fast'):
+        out, leaves = run(c, precision, form)
+        if c.name == 'cross_entropy':
+            assert out[0].dtype == kernels.wide(dtype) and not out[1].requires_grad
+            assert abs(out[1] - results[1]) <= (tolerance > 1e-3)           # in bfloat16 two logits may be equal
+        elif precision != 'autocast':
+            assert out[0].dtype == dtype
+        close(out[0], results[0], tolerance)
+        for ours, leaf, theirs in zip(gradients(out[0], leaves), leaves, grads):
+            assert ours.dtype == leaf.dtype
+            if theirs.abs().max() > 1e-12:
+                close(ours, theirs, 2 * tolerance)
+            else:                                           # one token attends to itself, whatever the score
+                assert ours.abs().max() <= tolerance
+        with torch.no_grad():                               # evaluation and decoding: other ways, the same numbers
+            again, _ = run(c, precision, form)
+            close(again[0], results[0], tolerance)
+        again, _ = run(c, precision, form)
+        assert torch.equal(again[0], out[0])                # the same bits every time
+
+
+@pytest.mark.parametrize('weights_first', [True, False])
+def test_on_either_make_of_processor_few_rows_are_multiplied_to_the_same_numbers(weights_first, monkeypatch):
+    monkeypatch.setattr(kernels, 'WEIGHTS_FIRST', weights_first)
+    for c in (c for c in CASES.values() if c.name in ('linear', 'experts')):
+        with torch.no_grad():
+            close(run(c, 'float32')[0][0], expected(c)[0][0], 1e-5)
+    x, w, out = numbers(3, 5, dtype=F32), numbers(7, 5, dtype=F32), torch.empty(3, 7)
+    assert kernels.linear(x, w, out=out) is out
+    close(out, x @ w.T, 1e-6)
+
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+def test_grouped_products_give_the_same_forward_and_in_all_gradients(precision, monkeypatch):
+    """What a GPU and torch.compile take."""
+    monkeypatch.setattr(kernels, 'grouped_serves', lambda *_: True)
+    for name, c in CASES.items():
+        if c.name == 'experts' and 'odd' not in name:       # its strides are no multiples of 16 bytes
+            monkeypatch.setattr(torch.Tensor, 'tolist', None)               # without waiting for the device
+            out, leaves = run(c, precision)
+            for ours, theirs in zip([out[0], *gradients(out[0], leaves)], [expected(c)[0][0], *expected(c)[1]]):
+                close(ours, theirs, 2 * PRECISIONS[precision][1])
+            monkeypatch.undo()
+            monkeypatch.setattr(kernels, 'grouped_serves', lambda *_: True)
+
+
+def test_grouped_products_are_asked_only_for_what_they_take(monkeypatch):
+    """On a GPU and in torch.compile, where it knows bfloat16 alone; no float64, strides of multiples of 16 bytes."""
+    class Rows(SimpleNamespace):
+        __len__ = lambda self: self.count
+
+    def serves(dtype, C=8, width=8, cuda=False, count=33):
+        return kernels.grouped_serves(Rows(is_cuda=cuda, count=count), torch.empty(2, width, C, device='meta'), dtype)
+    assert not serves(BF16) and not serves(F32)             # eager on a CPU: one after the other is faster
+    with torch.no_grad():                                   # but for few tokens, though not on AMD
+        for amd in (False, True):
+            monkeypatch.setattr(kernels, 'WEIGHTS_FIRST', amd)
+            assert serves(F32, count=32) != amd and not serves(F32) and not serves(F64, count=8)
+    assert not serves(F32, count=8)                         # with gradients
+    assert serves(BF16, cuda=True) and serves(F32, cuda=True) and serves(F32, 4, 12, cuda=True) and not serves(F64, cuda=True)
+    assert not serves(F32, 6, 8, cuda=True) and not serves(F32, 8, 6, cuda=True) and not serves(BF16, 12, 8, cuda=True)
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+    assert serves(BF16) and serves(BF16, cuda=True) and not serves(F32) and not serves(F32, cuda=True)
+
+
+def test_without_anything_to_predict_the_loss_and_its_gradients_are_zero():
+    for form in ('plain', 'fast'):
+        kernels.use(form)
+        x, weight = numbers(5, 4).requires_grad_(), numbers(7, 4, seed=2).requires_grad_()
+        nll, correct = kernels.cross_entropy(x, weight, torch.full((5,), -1))
+        assert nll == 0 and correct == 0 and not any(g.any() for g in torch.autograd.grad(nll, (x, weight)))
+
+
+@each
+def test_plain_forms_pass_gradcheck_to_the_second_order_and_fast_ones_to_the_first(name):
+    c = CASES[name]
+    if sum(t.numel() for t in c.tensors.values()) > 3000:
+        pytest.skip('as in the smaller cases')
+    for form, check in (('plain', torch.autograd.gradcheck), ('plain', torch.autograd.gradgradcheck), ('fast', torch.autograd.gradcheck)):
+        kernels.use(form)
+        leaves = [t.clone().requires_grad_() for t in c.tensors.values()]
+
+        def function(*leaves):
+            return call(c, getattr(kernels, c.name), leaves, c.options)[0]
+        assert check(function, leaves, fast_mode=True, atol=1e-7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# use()
+
+def operations(name):
+    """What runs, by name, for the first case of this kernel."""
+    with Record() as record:
+        run(next(c for c in CASES.values() if c.name == name), 'float32')
+    return [operation for operation, _, _ in record.made]
+
+
+def test_use_switches_each_computation_by_its_name_and_no_other(monkeypatch):
+    monkeypatch.setattr(kernels, 'WEIGHTS_FIRST', True)     # else a product of few rows is plain anyway
+    ran = {}
+    for form in ('plain', 'fast'):
+        kernels.use(form)
+        ran[form] = {name: operations(name) for name in kernels.NAMES}
+    assert all(ran['plain'][name] != ran['fast'][name] for name in kernels.NAMES)
+    for one, (form, other) in itertools.product(kernels.NAMES, (('fast', 'plain'), ('plain', 'fast'))):
+        kernels.use(form, **{one: other})
+        for name in kernels.NAMES:
+            assert operations(name) == ran[other if name == one else form][name], (one, name)
+    kernels.use()
+    assert {name: operations(name) for name in kernels.NAMES} == ran['fast']
+
+
+@pytest.mark.parametrize('form, exceptions, words', [('quick', {}, 'quick'), ('fast', dict(norm='plain'), 'norm'),
+                                                     ('plain', dict(rotate=True), 'rotate')], ids=str)
+def test_a_form_or_a_name_that_there_is_not_is_refused_in_one_line_and_changes_nothing(form, exceptions, words):
+    kernels.use('fast', rms_norm='plain')
+    before = [operations(name) for name in kernels.NAMES]
+    with pytest.raises(ValueError, match=words) as error:
+        kernels.use(form, **exceptions)
+    assert '\n' not in str(error.value) and 'rms_norm' in str(error.value)
+    assert [operations(name) for name in kernels.NAMES] == before
+
+
+def small_model(**knobs):
+    sizes = dict(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8, d_ff=6, n_expert=3, top_k=2, attn='mla',
+                 qk_rope_head_dim=4, n_shared_expert=1, n_dense_layer=1)
+    return randomise(LanguageModel(ModelConfig(**{**sizes, **knobs})))
+
+
+@pytest.mark.parametrize('precision', PRECISIONS)
+def test_a_whole_model_gives_the_same_losses_and_gradients_plain_and_fast(precision):
+    dtype, tolerance = PRECISIONS[precision]
+    model, results = small_model(top_k=3), {}               # all experts chosen: no choice can differ
+    model = model.for_decoding(dtype) if dtype == BF16 else model.to(dtype)
+    for form in ('plain', 'fast'):
+        kernels.use(form)
+        model.zero_grad()
+        with torch.autocast('cpu', dtype=BF16, enabled=precision == 'autocast'):
+            out = model(token_ids(2, 8, vocab=11), token_ids(2, 8, vocab=11, seed=2))
+        (out.nll + out.balance_loss + out.z_loss).backward()
+        results[form] = [out.nll, out.balance_loss, out.z_loss, out.entropy, *(p.grad.clone() for p in model.parameters())]
+    for plain, fast in zip(*results.values()):
+        close(fast, plain, 3 * tolerance)
+
+
+def test_plain_a_model_has_second_derivatives_and_works_under_torch_func():
+    """Second derivative: of the gradient along a direction, against differences of gradients."""
+    kernels.use('plain')
+    model = small_model().double()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    tokens, targets = token_ids(3, 6, vocab=11), token_ids(3, 6, vocab=11, seed=2)
+    loss = lambda w, t=tokens, y=targets: torch.func.functional_call(model, w, (t, y)).nll
+    gradient = torch.func.grad(loss)
+    model(tokens, targets).nll.backward()
+    for name, p in model.named_parameters():
+        close(gradient(weights)[name], p.grad, 1e-12)
+    direction = {name: numbers(*p.shape, seed=i) for i, (name, p) in enumerate(weights.items())}
+    moved = lambda step: {name: w + step * direction[name] for name, w in weights.items()}
+    _, slope = torch.func.jvp(loss, (weights,), (direction,))
+    close(slope, sum((direction[name] * p.grad).sum() for name, p in model.named_parameters()), 1e-12)
+    _, curvature = torch.func.jvp(gradient, (weights,), (direction,))
+    up, down = gradient(moved(1e-6)), gradient(moved(-1e-6))
+    for name in weights:
+        close(curvature[name], (up[name] - down[name]) / 2e-6, 1e-5)
+    once = torch.autograd.grad(model(tokens, targets).nll, list(model.parameters()), create_graph=True)
+    twice = torch.autograd.grad(sum((g * d).sum() for g, d in zip(once, direction.values())), list(model.parameters()))
+    for ours, theirs in zip(twice, curvature.values()):
+        close(ours, theirs, 1e-10)
+
+
+def test_plain_a_model_of_dense_layers_gives_each_sequences_own_gradient_under_vmap():
+    kernels.use('plain')
+    model = small_model(n_dense_layer=2).double()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    tokens, targets = token_ids(3, 1, 6, vocab=11), token_ids(3, 1, 6, vocab=11, seed=2)
+    loss = lambda w, t, y: torch.func.functional_call(model, w, (t, y)).nll
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, tokens, targets)
+    for i in range(3):
+        for name, alone in torch.func.grad(loss)(weights, tokens[i], targets[i]).items():
+            close(each[name][i], alone, 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copies in another dtype, memory
+
+@pytest.mark.parametrize('change', ['adamw', 'sgd', 'muon', 'load_state_dict', 'in place', 'another tensor', 'double and back'])
+def test_weights_cast_once_are_cast_again_after_whatever_changes_them(change):
+    """Under autocast a model gives the numbers of a new one with the same weights, after every change."""
+    model = small_model(n_dense_layer=0, tie_embeddings=False)
+    tokens, targets = token_ids(2, 8, vocab=11), token_ids(2, 8, vocab=11, seed=2)
+    optimizers = {'adamw': lambda: model.configure_optimizers(0.1), 'muon': lambda: model.configure_optimizers(0.1, muon=True),
+                  'sgd': lambda: [torch.optim.SGD(model.parameters(), 0.1)]}.get(change, list)()
+
+    def logits(model, grad=True):
+        with torch.autocast('cpu', dtype=BF16), torch.set_grad_enabled(grad):
+            return model(tokens).detach()
+    before = logits(model)
+    for _ in range(3):
+        with torch.autocast('cpu', dtype=BF16):
+            model(tokens, targets).nll.backward()
+        other = small_model(n_dense_layer=0, tie_embeddings=False)
+        with torch.no_grad():
+            if optimizers:
+                for optimizer in optimizers:
+                    optimizer.step()
+            elif change == 'load_state_dict':
+                other.load_state_dict({name: 1.5 * t for name, t in model.state_dict().items()})
+                model.load_state_dict(other.state_dict())
+            for p in model.parameters():
+                if change == 'in place':
+                    p.mul_(1.5)
+                elif change == 'another tensor':
+                    p.data = 1.5 * p.data
+        if change == 'double and back':
+            model.double()
+            with torch.no_grad():
+                model.embed.weight.mul_(1.5)
+                model.layers[0].moe.down_proj.mul_(1.5)
+            model.float()
+        after = logits(model)
+        new = copy.deepcopy(other)
+        new.load_state_dict(model.state_dict())
+        assert torch.equal(after, logits(new)) and torch.equal(logits(model, False), logits(new, False))
+        assert (after - before).abs().max() > 1e-2 * before.abs().max()
+        before = after
+
+
+def test_the_experts_are_cast_once_per_update_however_many_micro_batches_it_has():
+    model, tokens = small_model(n_dense_layer=0), token_ids(2, 8, vocab=11)
+    def casts():
+        with torch.autocast('cpu', dtype=BF16), Record() as record:
+            for _ in range(3):
+                model(tokens, tokens).nll.backward()
+        return sum(made == ('aten._to_copy.default', (3, 6, 8), BF16) for made in record.made)
+    optimizer, = model.configure_optimizers(0.1)
+    for _ in range(2):
+        first, second = casts(), casts()
+        assert (first, second) == (4, 0)                    # gate and up of two layers; nothing changed in between
+        optimizer.step()
+
+
+def test_neither_scores_nor_logits_nor_copies_of_all_networks_ever_exist_whole():
+    """Plain they do: the instrument works."""
+    T, V, tokens = 509, 20011, 600
+    q, k, v = (numbers(1, 4, T, 16, dtype=F32, seed=i).requires_grad_() for i in range(3))
+    x, weight, targets = numbers(tokens, 4, dtype=F32).requires_grad_(), numbers(V, 4, dtype=F32).requires_grad_(), token_ids(tokens, vocab=V)
+    largest = {}
+    for form in ('plain', 'fast'):
+        kernels.use(form)
+        with Record() as attention:
+            kernels.attention(q, k, v, 0.25, 'causal').sum().backward()
+        with Record() as loss:
+            kernels.cross_entropy(x, weight, targets)[0].backward()
+        largest[form] = attention.largest(), loss.largest()
+    assert largest['plain'][0] >= 4 * T * T and largest['plain'][1] >= tokens * V
+    assert largest['fast'][0] < 2 * T * T and 2 ** 20 < largest['fast'][1] <= 2 ** 21
