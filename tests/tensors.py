@@ -20,7 +20,7 @@ def token_ids(*shape, vocab=31, seed=1):
 
 def close(a, b, tolerance):
     """Within `tolerance` of the largest number, which must be no zero."""
-    a, b = (torch.as_tensor(t).detach().cpu().to(F64) for t in (a, b))
+    a, b = (t.detach().cpu().to(F64) if isinstance(t, torch.Tensor) else torch.as_tensor(t, dtype=F64) for t in (a, b))
     assert a.shape == b.shape, (a.shape, b.shape)
     assert torch.isfinite(a).all() and torch.isfinite(b).all() and b.abs().max() > 0
     assert (a - b).abs().max() <= tolerance * b.abs().max(), ((a - b).abs().max() / b.abs().max()).item()
