@@ -97,16 +97,10 @@ def test_parameters_flops_and_cache_are_the_closed_forms(attn, size):
 def test_experiment_1_has_the_numbers_that_the_published_code_has_per_layer():
     """C = 384, 8 heads, 8 experts of 1536: attention 589,824, experts and router 9,440,256 (8 x 3 matrices + 3,072)."""
     assert ModelConfig() == ModelConfig(**EXPERIMENT_1)
-    counts = {attn: empty_model(attn=attn).parameter_counts() for attn in VARIANTS}
-    assert {attn: c['params_attention'] // 6 for attn, c in counts.items()} == {
-        'baseline': 589_824, 'gqa': 4 * 384 * 384 // 2 + 2 * 384 * 96, 'mqa': 2 * 384 * 384 + 2 * 384 * 48,
-        'lora': 384 * 32 + 32 + 32 * 8 * 48 + 384 * 96 + 64 + 64 * 8 * 64 + 384 * 384,
-        'enhanced': 384 * 32 + 32 + 32 * 8 * 80 + 384 * 96 + 64 + 64 * 8 * 96 + 384 * 384 + 32 + 96 + 384,
-        'mla': 384 * 8 * 72 + 384 * 120 + 96 + 96 * 8 * 96 + 384 * 384}
-    for c in counts.values():
-        assert c['params_embedding'] == 4096 * 384 and c['params_router'] == 6 * 8 * 384
-        assert c['params_experts'] == 6 * 8 * 3 * 384 * 1536
-        assert c['params_total'] - c['params_active'] == 6 * 6 * 3 * 384 * 1536  # 6 of 8 experts stand idle in 6 layers
+    counts = empty_model().parameter_counts()
+    assert counts['params_attention'] == 6 * 589_824 and counts['params_embedding'] == 4096 * 384
+    assert counts['params_router'] == 6 * 8 * 384 and counts['params_experts'] == 6 * 8 * 3 * 384 * 1536
+    assert counts['params_total'] - counts['params_active'] == 6 * 6 * 3 * 384 * 1536   # 6 of 8 experts idle in 6 layers
 
 
 def test_deepseek_v3s_attention_has_its_published_size():
@@ -598,25 +592,16 @@ def test_the_same_input_gives_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
-def test_initial_numbers_do_not_depend_on_the_device_nor_on_the_default_dtype(monkeypatch):
-    here = LanguageModel(ModelConfig(**TINY), seed=3)
+def test_initial_numbers_depend_neither_on_the_device_nor_on_the_default_dtype():
+    here = list(LanguageModel(ModelConfig(**TINY), seed=3).parameters())
     if torch.cuda.is_available():
         with torch.device('cuda'):
-            there = LanguageModel(ModelConfig(**TINY), seed=3)
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(there.parameters(), here.parameters()))
-    drawn, normal = [], torch.Tensor.normal_
-    def watched(t, *arguments, generator=None):
-        drawn.extend([t.device.type] if generator else [])
-        return normal(t, *arguments, generator=generator)
-    monkeypatch.setattr(torch.Tensor, 'normal_', watched)
-    with torch.device('meta'):
-        LanguageModel(ModelConfig(**TINY), seed=3)
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(LanguageModel(ModelConfig(**TINY), seed=3).parameters(), here))
     torch.set_default_dtype(F64)
     try:
-        wide = LanguageModel(ModelConfig(**TINY), seed=3)
+        assert all(torch.equal(a, b.double()) for a, b in zip(LanguageModel(ModelConfig(**TINY), seed=3).parameters(), here))
     finally:
         torch.set_default_dtype(F32)
-    assert set(drawn) == {'cpu'} and all(torch.equal(a, b.double()) for a, b in zip(wide.parameters(), here.parameters()))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
