@@ -1,4 +1,4 @@
-"""What the tests of the network share: numbers from a seed, closeness, weights that all show, what ran and how large."""
+"""What the tests of the network share: numbers from a seed, closeness, weights that all show, a record of what ran."""
 import subprocess
 import sys
 

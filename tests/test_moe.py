@@ -69,8 +69,8 @@ def reference_experts(layer, x, knobs):
 
 KNOBS = [dict(), dict(top_k=1), dict(top_k=6), dict(top_k=3, routed_scaling_factor=2.5), dict(n_shared_expert=2),
          dict(n_shared_expert=1, routed_scaling_factor=1.7), dict(n_expert=1, top_k=1), dict(n_expert=16, top_k=4),
-         dict(norm_topk_prob=False, routed_scaling_factor=2.5), dict(n_expert_group=2), dict(n_expert_group=3, top_k_group=2),
-         dict(n_expert=16, top_k=4, n_expert_group=4, top_k_group=2), dict(n_expert=16, top_k=3, n_expert_group=8, top_k_group=7)]
+         dict(norm_topk_prob=False, routed_scaling_factor=2.5), dict(n_expert_group=2),
+         dict(n_expert_group=3, top_k_group=2), dict(n_expert=16, top_k=4, n_expert_group=4, top_k_group=2)]
 every_knob = pytest.mark.parametrize('knobs', KNOBS, ids=str)
 
 
@@ -96,20 +96,6 @@ def test_a_layer_is_its_tokens_one_by_one_forward_and_in_all_gradients(router, k
         y, routing = layer(x, with_balance=False)
         close(y, expected, 1e-12)
     assert routing is None
-
-
-@both_routers
-@pytest.mark.parametrize('knobs', [dict(top_k=1), dict(top_k=2), dict(top_k=4), dict(norm_topk_prob=False, n_expert_group=2)], ids=str)
-def test_the_layer_passes_gradcheck_with_both_losses(router, knobs):
-    layer, x = experts(router, C=4, d_ff=3, n_expert=4, n_shared_expert=1, **knobs), numbers(1, 3, 4, std=2.0)
-    scores = layer.router(x) if router == 'softmax' else layer.router(x).sigmoid() + layer.e_score_correction_bias
-    assert scores.sort(-1).values.diff(dim=-1).min() > 1e-3                 # away from ties, where choices jump
-    names, weights = zip(*layer.named_parameters())
-
-    def function(x, *tensors):
-        y, routing = torch.func.functional_call(layer, dict(zip(names, tensors)), (x,))
-        return y, routing.balance_loss, routing.z_loss
-    assert torch.autograd.gradcheck(function, (x.requires_grad_(), *weights), atol=1e-8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,10 +153,11 @@ def test_routing_is_float32_under_autocast_and_chooses_as_the_float32_model(rout
 def test_the_selection_bias_is_saved_is_no_parameter_and_stays_float32_in_a_bfloat16_model():
     layer, other = experts('sigmoid', F32), experts('sigmoid', F32, seed=5)
     bias = layer.e_score_correction_bias.clone()
-    assert 'e_score_correction_bias' not in dict(layer.named_parameters()) and not layer.e_score_correction_bias.requires_grad
+    assert 'e_score_correction_bias' not in dict(layer.named_parameters())
     assert not torch.equal(other.e_score_correction_bias, bias)
     other.load_state_dict(layer.state_dict())
-    assert torch.equal(other.e_score_correction_bias, bias) and 'e_score_correction_bias' not in experts('softmax').state_dict()
+    assert torch.equal(other.e_score_correction_bias, bias)
+    assert 'e_score_correction_bias' not in experts('softmax').state_dict()
     for cast in (layer.bfloat16(), layer.half(), layer.to(BF16), layer.to('cpu', BF16)):
         assert cast.e_score_correction_bias.dtype == F32 and torch.equal(cast.e_score_correction_bias, bias)
     assert layer.router.weight.dtype == BF16
@@ -232,7 +219,7 @@ def test_the_balance_loss_has_the_values_worked_out_by_hand():
     assert balance_of(collapsed, 1) == pytest.approx(2.8, rel=1e-13)
     turn_about = torch.eye(4, dtype=F64)[None]                              # every expert once: even load
     assert balance_of(turn_about, 1) == pytest.approx(1.0, abs=1e-13)
-    p = torch.zeros(2, 6, 2, dtype=F64)                                     # two sequences, collapsed beside each other:
+    p = torch.zeros(2, 6, 2, dtype=F64)                                     # two collapsed sequences, side by side:
     p[0, :, 0] = p[1, :, 1] = 1.0                                           # pooled they would look even
     assert balance_of(p, 1) == pytest.approx(2.0, rel=1e-13)
 
@@ -298,7 +285,7 @@ def test_the_selection_bias_evens_out_a_skewed_load_within_range_over_rate_updat
     centred = torch.zeros(8)
     for step in range(200):                                                 # scores lie within 1: 1 / rate
         chosen, _, routing = layers[1].route(z)
-        assert torch.equal(chosen, (z.sigmoid() + centred).topk(2, dim=-1).indices)     # Moonlight's centred form chooses the same
+        assert torch.equal(chosen, (z.sigmoid() + centred).topk(2, dim=-1).indices)         # Moonlight's form: the same
         sign = torch.sign(routing.load.float().mean() - routing.load)
         centred += rate * (sign - sign.mean())
         layers[1].update_bias(routing.load, rate)
@@ -331,31 +318,3 @@ def test_the_worked_example_tells_the_truth():
         entropy, most = re.search(r'entropy (\S+) of at most (\S+)', text).groups()
         assert 0 < float(entropy) < float(most) == pytest.approx(math.log(4), abs=1e-3)
     assert 'one update: ' + ', '.join(f'{0.001 * np.sign(4 - n):+.3f}' for n in load) in text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# On a GPU
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-@both_routers
-@every_knob
-@pytest.mark.parametrize('dtype, tolerance', [(BF16, 4e-2), (F32, 1e-3)], ids=str)
-def test_grouped_products_on_cuda_are_close_to_the_loop_on_the_cpu(router, knobs, dtype, tolerance):
-    # weights that bfloat16 holds exactly and a router in float32, so that no choice differs
-    layer = experts(router, dtype, C=16, d_ff=32, **knobs).double()
-    x = numbers(2, 9, 16, dtype=dtype).double().requires_grad_()
-    expected = reference_experts(layer, x, knobs)
-    by_loop = gradients(expected, [x, *layer.parameters()])
-    low, y = layer.to('cuda', dtype), x.detach().to('cuda', dtype).requires_grad_()
-    out, routing = low(y)
-    close(out, expected, tolerance)
-    for ours, theirs in zip(gradients(out, [y, *low.parameters()]), by_loop):
-        if theirs.abs().max() > 1e-12:
-            close(ours, theirs, 2 * tolerance)
-
-
-@pytest.mark.skipif(not torch.backends.mps.is_available(), reason='needs an Apple GPU')
-@both_routers
-def test_experts_on_mps_are_close_to_the_loop_on_the_cpu(router):
-    layer, x = experts(router), numbers(2, 9, 8)
-    close(layer.float().to('mps')(x.float().to('mps'))[0], reference_experts(layer.cpu().double(), x, {}), 1e-4)
