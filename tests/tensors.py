@@ -61,7 +61,7 @@ class Record(TorchDispatchMode):
         return max(torch.Size(shape).numel() for _, shape, _ in self.made)
 
 
-def printed_by(script):
-    """What `python script` says on stdout; it must end well within a minute."""
-    return subprocess.run([sys.executable, script], cwd=REPOSITORY, check=True, capture_output=True, text=True,
+def printed_by(*arguments):
+    """What `python arguments` says on stdout; it must end well within a minute."""
+    return subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, check=True, capture_output=True, text=True,
                           timeout=60).stdout
