@@ -529,7 +529,7 @@ def test_the_training_step_is_one_graph_that_is_captured_once(attn, dynamo):
     Captured, not compiled: seconds matter. All experts chosen: no rounding makes another choice."""
     model, graphs = random_model(attn, F32, n_layer=1, top_k=4), dynamo('aot_eager')
     with torch.autocast('cpu', dtype=BF16):
-        check_compiled(model, torch.compile(model, backend=graphs, fullgraph=True), 5e-2)
+        check_compiled(model, torch.compile(model, backend=graphs, fullgraph=True), 8e-2)
     assert graphs.frame_count == 1
 
 
