@@ -102,8 +102,10 @@ def rotate(x, angles):
     pairs = x.unflatten(-1, (-1, 2))                                    # (B, heads, T, width/2, 2)
     if _fast['rotate'] and by_hand(x):
         # a pair is a complex number, turning it a product with e^(ia): one pass over memory instead of eight
-        pairs = torch.view_as_complex(pairs.to(angles.dtype).contiguous())
-        return torch.view_as_real(pairs * torch.view_as_complex(angles)).flatten(-2).to(x.dtype)
+        pairs = pairs.to(angles.dtype).contiguous()
+        pairs = pairs.clone() if pairs.storage_offset() % 2 else pairs      # one token's key behind a latent of odd rank
+        turned = torch.view_as_complex(pairs) * torch.view_as_complex(angles)
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
     (even, odd), (cos, sin) = pairs.unbind(-1), angles.unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
@@ -138,7 +140,9 @@ def fast_attention(q, k, v, scale, mask):
     """
     causal = isinstance(mask, str)
     if causal and by_hand(q) and torch.is_grad_enabled() and q.size(2) > 1:
-        return BlockedAttention.apply(q, k, v, scale)
+        q, k, v = (t.to(product_dtype(t)) for t in (q, k, v))           # before autocast is off: it is in no backward
+        with no_autocast(q):
+            return BlockedAttention.apply(q, k, v, scale)
     B, H, T, _ = q.shape
     dv, dk, G = v.size(-1), k.size(-1), k.size(1)
     if dv < dk:
