@@ -118,6 +118,7 @@ import attention
 from figures import canvas
 from machine import (choose_device, choose_dtype, environment, keep_freed_memory, now, resident_gb,
                      write_atomically)
+from muon import configure_optimizers
 from model import LanguageModel, ModelConfig
 from moe import LOSS_WEIGHTS
 from stopwatch import PARTS, Stopwatch
@@ -272,7 +273,7 @@ def backward(loss, x, micro):
 
 def adamw(model):
     """AdamW as train.py has it; the peer's parameters too are matrices that decay and vectors that don't."""
-    return LanguageModel.configure_optimizers(model, 1e-4)[0]
+    return configure_optimizers(model, 1e-4)[0]
 
 
 def update_of(model, loss, lap=lambda part: None):

@@ -132,6 +132,7 @@ from machine import (choose_device, choose_dtype, environment, keep_freed_memory
                      write_atomically)
 from model import LanguageModel, ModelConfig
 from moe import LOSS_WEIGHTS
+from muon import configure_optimizers
 from result import CONTINUATION, NAME_LENGTH, SCHEMA, STATUSES, json_ready
 
 # Dense bfloat16 matrix rate in FLOP/s (vendors' data sheets), for mfu, by the whole name that the driver gives: an H100
@@ -299,7 +300,7 @@ else:
     if world_size > 1:
         model = DistributedDataParallel(model, device_ids=[local_rank] if device.type == 'cuda' else None)
 
-optimizers = raw_model.configure_optimizers(learning_rate, weight_decay, (beta1, beta2), muon=optimizer == 'muon')
+optimizers = configure_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), muon=optimizer == 'muon')
 
 # Whole tensors on the CPU, by parameter name: any number of processes, sharded or not, reads what any other wrote
 whole = StateDictOptions(full_state_dict=True, cpu_offload=True)

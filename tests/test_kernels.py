@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import kernels
 from model import LanguageModel, ModelConfig
+from muon import configure_optimizers
 from tensors import BF16, F32, F64, Record, close, gradients, numbers, printed_by, randomise, token_ids
 
 PRECISIONS = {'float64': (F64, 1e-12, 'cpu'), 'float32': (F32, 1e-5, 'cpu'),
@@ -358,8 +359,8 @@ def test_weights_cast_once_are_cast_again_after_whatever_changes_them(change):
     """Under autocast a model gives the numbers of a new one with the same weights, after every change."""
     small = lambda: small_model(n_dense_layer=0, tie_embeddings=False)
     model, tokens, targets = small(), token_ids(2, 8, vocab=11), token_ids(2, 8, vocab=11, seed=2)
-    optimizers = {'adamw': lambda: model.configure_optimizers(0.1),
-                  'muon': lambda: model.configure_optimizers(0.1, muon=True),
+    optimizers = {'adamw': lambda: configure_optimizers(model, 0.1),
+                  'muon': lambda: configure_optimizers(model, 0.1, muon=True),
                   'sgd': lambda: [torch.optim.SGD(model.parameters(), 0.1)]}.get(change, list)()
 
     def results(model):
@@ -398,7 +399,7 @@ def test_the_experts_are_cast_once_per_update_however_many_micro_batches_it_has(
             for _ in range(3):
                 model(tokens, tokens).nll.backward()
         return sum(made == ('aten._to_copy.default', (3, 6, 8), BF16) for made in record.made)
-    optimizer, = model.configure_optimizers(0.1)
+    optimizer, = configure_optimizers(model, 0.1)
     for _ in range(2):
         first, second = casts(), casts()
         assert (first, second) == (4, 0)                    # gate and up of two layers; nothing changed in between

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import model as model_file
 from attention import rope_tables
 from model import LanguageModel, ModelConfig, choose
-from muon import Muon
+from muon import Muon, configure_optimizers
 from tensors import BF16, F32, F64, close, numbers, randomise, token_ids
 
 VARIANTS = ('baseline', 'gqa', 'mqa', 'lora', 'enhanced', 'mla')
@@ -456,11 +456,11 @@ def test_every_parameter_has_one_owner_and_decays_only_if_it_is_a_matrix():
     model = random_model('enhanced', F32, **MORE)
     names = {id(p): name for name, p in model.named_parameters()}
     for muon in (False, True):
-        groups = [g for optimizer in model.configure_optimizers(0.01, muon=muon) for g in optimizer.param_groups]
+        groups = [g for optimizer in configure_optimizers(model, 0.01, muon=muon) for g in optimizer.param_groups]
         owned = [names[id(p)] for g in groups for p in g['params']]
         assert sorted(owned) == sorted(names.values())
         assert all((g['weight_decay'] > 0) == (p.ndim > 1) for g in groups for p in g['params'])
-    adamw, orthogonal = model.configure_optimizers(0.01, muon=True)
+    adamw, orthogonal = configure_optimizers(model, 0.01, muon=True)
     assert isinstance(orthogonal, Muon)
     by_muon = {names[id(p)] for g in orthogonal.param_groups for p in g['params']}
     assert by_muon == {name for name, p in model.named_parameters()
@@ -469,7 +469,7 @@ def test_every_parameter_has_one_owner_and_decays_only_if_it_is_a_matrix():
 
 def test_moments_made_ahead_give_the_bits_of_moments_made_in_the_first_step():
     ahead, lazy = random_model('enhanced', F32), random_model('enhanced', F32)
-    optimizer, = ahead.configure_optimizers(1e-2)
+    optimizer, = configure_optimizers(ahead, 1e-2)
     names, by_name = {id(p): n for n, p in ahead.named_parameters()}, dict(lazy.named_parameters())
     groups = [{**g, 'params': [by_name[names[id(p)]] for p in g['params']]} for g in optimizer.param_groups]
     for model, opt in ((ahead, optimizer), (lazy, torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True))):
