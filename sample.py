@@ -128,7 +128,7 @@ except Exception as error:                                  # whatever a damaged
 ends = getattr(tokenizer, 'ends', {tokenizer.eot})
 
 dtype = getattr(torch, choose_dtype(dtype, device))
-model = model.eval().to(device).narrow(dtype)
+model = model.eval().to(device).for_decoding(dtype)
 block_size = model.config.block_size
 for layer in model.layers:
     if isinstance(layer.attn, LatentAttention):
@@ -145,8 +145,8 @@ for number, prompt in enumerate(prompts, 1):
     if len(ids) > block_size:
         print(f'prompt {number} has {len(ids):,} tokens; the model sees the last {block_size:,}', file=sys.stderr)
     encoded.append(ids[-block_size:])
-options = {'max_new_tokens': max_new_tokens, 'temperature': temperature, 'top_k': top_k or None, 'top_p': top_p,
-           'seed': seed}
+options = {'max_new_tokens': max_new_tokens, 'temperature': temperature, 'top_k': top_k or None,
+           'top_p': top_p if top_p < 1 else None, 'seed': seed}
 
 if compile or compile is None and device.type == 'cuda':
     compiled, clock = torch.compile(model.trunk), time.perf_counter()

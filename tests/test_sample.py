@@ -203,9 +203,9 @@ def test_a_static_cache_under_compile_gives_the_same_text(lively, sample, monkey
     shapes = []
 
     def compiled(function):                                 # the real one takes a minute; tested is what it is handed
-        def wrapped(x, rope, mask, caches, slots, span):
-            shapes.append((x.shape, rope[0].shape, mask.shape, slots.shape, span))
-            return function(x, rope, mask, caches, slots, span)
+        def wrapped(x, rope, cache):
+            shapes.append((x.shape, rope[0].shape, cache.mask.shape, cache.slots.shape, cache.attended))
+            return function(x, rope, cache)
         return wrapped
     monkeypatch.setattr(torch, 'compile', compiled)
     arguments = lively, f'--prompt={PROMPT}', '--max_new_tokens=90', '--temperature=0', *ON_CPU[:2]
