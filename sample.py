@@ -171,64 +171,51 @@ def ask_to_stop(number, frame):
     signal.signal(signal.SIGINT, signal.SIG_DFL)            # a second one ends the process at once
 
 
-def generate(ids):
-    """model.generate() for the samples of one prompt."""
-    try:
-        yield from model.generate([ids] * num_samples, **options)
-    except RuntimeError as error:
-        if 'memory' not in str(error):
-            raise
-        fail(f'out of memory at {num_samples:,} samples of up to {len(ids) + max_new_tokens:,} tokens; try a smaller '
-             '--num_samples or --max_new_tokens')
-
-
 def unsure(text):
     """How many characters at the end of it may change: an unfinished one, or the beginning of `stop`."""
     whole = text.rstrip('\ufffd')
     return len(text) - len(whole) + next(n for n in range(len(stop), -1, -1) if whole.endswith(stop[:n]))
 
 
-def show(text):
-    try:
-        print(text, end='', flush=True)
-    except OSError as error:                                # a reader that is gone (`| head`), or a full disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # at exit the interpreter flushes once more
-        sys.exit() if isinstance(error, BrokenPipeError) else fail(f'the text cannot be written ({error.strerror})')
-
-
-interrupted = False
+interrupted, dashes = False, '-' * 20 + '\n'
 signal.signal(signal.SIGINT, ask_to_stop)
-dashes = '-' * 20 + '\n'
 read = reading = decoded = decoding = 0                     # tokens and seconds, of all prompts
-for number, (prompt, ids) in enumerate(zip(prompts, encoded)):
-    show(dashes * (number > 0) + prompt)
-    rows, texts, shown, clock = [[] for _ in range(num_samples)], [''] * num_samples, 0, time.perf_counter()
-    live, before = set(range(num_samples)), len(tokenizer.decode(ids))      # live: the samples that have not ended
-    for step, new in enumerate(generate(ids)):              # new (num_samples,)
-        if step == 0:                                       # the prompt gave this token, from here on it is decoding
-            read, reading, clock = read + len(ids), reading + time.perf_counter() - clock, time.perf_counter()
-        else:
-            decoded += len(live)
-        for i in sorted(live):
-            token = new[i].item()
-            if token in ends:
-                live.remove(i)
-                continue
-            rows[i].append(token)                           # a token may be half a character, and its text depend on others
-            texts[i] = tokenizer.decode(ids + rows[i])[before:]
-            if stop and stop in texts[i]:
-                texts[i] = texts[i].partition(stop)[0]
-                live.remove(i)
-        last = interrupted or step + 1 == max_new_tokens or not live
-        sure = len(texts[0]) - (unsure(texts[0]) if 0 in live and not last else 0)
-        show(texts[0][shown:sure])
-        shown = sure
-        if last:
+try:
+    for number, (prompt, ids) in enumerate(zip(prompts, encoded)):
+        print(dashes * (number > 0) + prompt, end='', flush=True)
+        rows, texts, shown, clock = [[] for _ in range(num_samples)], [''] * num_samples, 0, time.perf_counter()
+        live, before = set(range(num_samples)), len(tokenizer.decode(ids))  # live: the samples that have not ended
+        for step, new in enumerate(model.generate([ids] * num_samples, **options)):     # new (num_samples,)
+            if step == 0:                                   # the prompt gave this token, from here on it is decoding
+                read, reading, clock = read + len(ids), reading + time.perf_counter() - clock, time.perf_counter()
+            else:
+                decoded += len(live)
+            for i in sorted(live):
+                rows[i].append(new[i].item())
+                if rows[i][-1] in ends:
+                    live.remove(i)
+                    continue
+                texts[i] = tokenizer.decode(ids + rows[i])[before:]         # a token may be half a character
+                if stop and stop in texts[i]:
+                    texts[i] = texts[i].partition(stop)[0]
+                    live.remove(i)
+            last = interrupted or not live or step + 1 == max_new_tokens
+            sure = len(texts[0]) - (unsure(texts[0]) if 0 in live and not last else 0)
+            print(texts[0][shown:sure], end='', flush=True)
+            shown = sure
+            if last:
+                break
+        decoding += time.perf_counter() - clock
+        print('\n' + ''.join(f'{dashes}{prompt}{text}\n' for text in texts[1:]), end='', flush=True)
+        if interrupted:
             break
-    decoding += time.perf_counter() - clock
-    show('\n' + ''.join(f'{dashes}{prompt}{text}\n' for text in texts[1:]))
-    if interrupted:
-        break
+except OSError as error:                                    # a reader that is gone (`| head`), or a full disk
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # at exit the interpreter flushes once more
+    sys.exit() if isinstance(error, BrokenPipeError) else fail(f'the text cannot be written ({error.strerror})')
+except RuntimeError as error:
+    if 'memory' not in str(error):
+        raise
+    fail(f'out of memory at {num_samples:,} samples of up to {max_new_tokens:,} tokens; ask for fewer')
 
 each = model.cache_bytes_per_token(dtype)
 slots = min(block_size, max(map(len, encoded)) + max_new_tokens)            # what generate() allocates for each sample

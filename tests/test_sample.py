@@ -550,7 +550,7 @@ def test_out_of_memory_is_one_line(trained, sample, monkeypatch):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB')
     monkeypatch.setattr(LanguageModel, 'new_cache', new_cache)
     run = sample(trained, *ON_CPU, '--num_samples=2000', '--max_new_tokens=9')
-    assert run.code == 2 and run.err.count('\n') == 1 and '2,000 samples of up to 10 tokens' in run.err
+    assert run.code == 2 and run.err.count('\n') == 1 and '2,000 samples of up to 9 tokens' in run.err
 
 
 def test_a_prompt_file_that_is_not_utf_8_is_one_line(trained, sample, tmp_path):
