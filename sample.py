@@ -16,8 +16,7 @@ from configurator import configure, fail
 # What is continued
 run = ''                        # a run's folder, a checkpoint file, or a folder of Hugging Face's (config.json and
                                 # safetensors)
-checkpoint: Literal['last', 'best'] = 'last'    # of a run's folder: checkpoint.pt, or checkpoint-best.pt, from its
-                                # lowest validation loss
+checkpoint: Literal['last', 'best'] = 'last'    # of a run's folder; best: that of the lowest validation loss
 prompt = ''                     # the text as it stands; FILE:path: the text of that file; LINES:path: each of its lines
                                 # is a prompt, but for blank ones; the path -: standard input, to its end. A FILE keeps
                                 # its last line end (printf, not echo). Empty: the start of a new text
@@ -63,7 +62,10 @@ if not run:
 path = Path(run).expanduser()
 published = (path / 'config.json').is_file()                # a folder of Hugging Face's
 if path.is_dir() and not published:
-    path /= 'checkpoint.pt' if checkpoint == 'last' else 'checkpoint-best.pt'
+    best = checkpoint == 'best' and (path / 'best.pt').exists()
+    if checkpoint == 'best' and not best:
+        print(f'{run} has no best.pt: the last checkpoint is the best that was kept', file=sys.stderr)
+    path /= 'best.pt' if best else 'checkpoint.pt'
 if not path.exists():
     fail(f'{path} is not there: no such run folder, or nothing was saved in it yet')
 if max_new_tokens < 1 or num_samples < 1:
@@ -94,37 +96,27 @@ if not prompts:
 
 import torch
 
+import hf
 from attention import LatentAttention
 from machine import choose_device, choose_dtype, load_whole
-from model import LanguageModel, ModelConfig
-from result import SCHEMA
-from tokenizer import DataError, Tokenizer, fetch_tokenizer
+from tokenizer import fetch_tokenizer
 
 device = choose_device(device)
 try:
     if published:
-        import hf
-        model, tokenizer = hf.from_folder(path), hf.open_tokenizer(path)
+        model, tokenizer = hf.from_folder(path, device=device), hf.open_tokenizer(path)
     else:
-        content = load_whole(path)
-        if content['schema'] not in range(1, SCHEMA + 1):
-            fail(f'{path} has schema {content["schema"]}, this program reads 1 to {SCHEMA}')
-        model = LanguageModel(ModelConfig(**content['model_config']))
-        model.load_state_dict(content['model'])
-        name, state = content['config']['tokenizer'], content['tokenizer']
-        if state is None and name in ('bpe', 'unknown'):
-            fail(f'{path} has no tokenizer, so there is no text: its run was given tokens of an unknown vocabulary; train '
-                 'it with --tokenizer=NAME')
-        # one that could not be had when the run began may be there by now
-        tokenizer = Tokenizer.from_state(state) if state else fetch_tokenizer(name, lambda line: None)
-        if tokenizer.vocab_size != model.config.vocab_size:
-            fail(f'{path} has {model.config.vocab_size:,} tokens, its tokenizer {tokenizer.vocab_size:,}')
-        del content
-except DataError as error:
+        model, tokenizer = hf.from_run(path)
+    if tokenizer is None:
+        name = load_whole(path)['config']['tokenizer']
+        if name in ('bpe', 'unknown'):
+            raise ValueError(f'{path} has no tokenizer, so there is no text: its run was given tokens of an unknown '
+                             'vocabulary; train it with --tokenizer=NAME')
+        tokenizer = fetch_tokenizer(name, lambda line: None)            # out of reach in training, maybe not by now
+    if tokenizer.vocab_size > model.config.vocab_size or not published and tokenizer.vocab_size < model.config.vocab_size:
+        raise ValueError(f'{path} has {model.config.vocab_size:,} tokens, its tokenizer {tokenizer.vocab_size:,}')
+except ValueError as error:
     fail(str(error).partition(', or take')[0])              # another tokenizer is no way out here
-except Exception as error:                                  # whatever a damaged or foreign file makes them raise
-    fail(error if published else
-         f'{path} is damaged, or no checkpoint of train.py ({type(error).__name__}: {str(error)[:150]})')
 ends = getattr(tokenizer, 'ends', {tokenizer.eot})
 
 dtype = getattr(torch, choose_dtype(dtype, device))
@@ -142,6 +134,8 @@ for number, prompt in enumerate(prompts, 1):
         ids = tokenizer.encode(prompt) or (tokenizer.encode('\n') if tokenizer.eot is None else [tokenizer.eot])
     except ValueError as error:                             # a vocabulary of characters may lack one
         fail(f'prompt {number}: {error}')
+    if not ids:
+        fail(f'prompt {number} has no token in this vocabulary; give another --prompt')
     if len(ids) > block_size:
         print(f'prompt {number} has {len(ids):,} tokens; the model sees the last {block_size:,}', file=sys.stderr)
     encoded.append(ids[-block_size:])

@@ -18,6 +18,7 @@ import torch
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import attention
+import hf
 from model import LanguageModel, ModelConfig
 from result import SCHEMA
 from tokenizer import Tokenizer
@@ -268,6 +269,12 @@ def test_a_prompt_that_a_vocabulary_cannot_say_is_one_line(trained, sample, monk
     one_line(sample(trained, *ON_CPU, '--prompt=\U0001f600'), 'prompt 1: there is no \U0001f600')
 
 
+def test_a_prompt_without_a_token_is_one_line(trained, sample, monkeypatch, tmp_path):
+    monkeypatch.setattr(Tokenizer, 'encode', lambda self, text: [])     # a folder's may leave out what it does not know
+    path = changed(trained, tmp_path, tokenizer=lambda state: {**state, 'eot': None})
+    one_line(sample(path, *ON_CPU, '--prompt=\U0001f600'), 'prompt 1 has no token in this vocabulary')
+
+
 def test_a_vocabulary_that_was_out_of_reach_in_training_is_looked_for_again(lively, sample, monkeypatch, tmp_path):
     tokenizer, arguments = load(lively)[1], (*GREEDY, f'--prompt={PROMPT}', '--max_new_tokens=20')
     path = changed(lively, tmp_path, tokenizer=None, config=lambda c: {**c, 'tokenizer': 'gpt2'})
@@ -324,11 +331,13 @@ def test_paths_may_begin_at_home(trained, sample, monkeypatch, tmp_path):
 
 def test_the_best_checkpoint_is_taken_when_asked_for(trained, lively, sample, tmp_path):
     (tmp_path / 'checkpoint.pt').write_bytes((trained / 'checkpoint.pt').read_bytes())
-    one_line(sample(tmp_path, '--checkpoint=best'), 'checkpoint-best.pt is not there')
-    (tmp_path / 'checkpoint-best.pt').write_bytes(lively.read_bytes())
-    for which, path in (('last', trained), ('best', lively)):
-        arguments = *GREEDY, f'--prompt={PROMPT}', '--max_new_tokens=9'
-        assert sample(tmp_path, f'--checkpoint={which}', *arguments).out == sample(path, *arguments).out
+    arguments = *GREEDY, f'--prompt={PROMPT}', '--max_new_tokens=9'
+    last, best = sample(trained, *arguments).out, sample(lively, *arguments).out
+    run = sample(tmp_path, '--checkpoint=best', *arguments)             # where the last is the best, no other is kept
+    assert run.out == last and 'no best.pt: the last checkpoint is the best' in run.err
+    (tmp_path / 'best.pt').write_bytes(lively.read_bytes())
+    assert sample(tmp_path, '--checkpoint=best', *arguments).out == best != last
+    assert sample(tmp_path, *arguments).out == last
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,6 +369,52 @@ def test_a_stop_text_does_not_hold_back_what_cannot_become_it(sample, tmp_path, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face's folders
+
+def exported(path, folder):
+    model, tokenizer = hf.from_run(path)
+    hf.to_folder(model, tokenizer, folder)
+    return folder
+
+
+@pytest.mark.parametrize('prompt', [PROMPT, '', '\u4e2d\u6587 \U0001f600', PROMPT * 20], ids=['plain', 'empty', 'emoji', 'long'])
+def test_a_folder_of_hugging_face_gives_the_text_of_the_run_it_was_made_of(lively, sample, tmp_path, prompt):
+    pytest.importorskip('tokenizers')
+    folder = exported(lively, tmp_path / 'theirs')
+    for flags in (GREEDY, (*ON_CPU, '--top_p=0.9', '--num_samples=2', '--stop=\ufffd\ufffd')):
+        run, ours = (sample(path, *flags, f'--prompt={prompt}', '--max_new_tokens=70') for path in (folder, lively))
+        assert run.code == 0 and run.out == ours.out and len(run.out) > len(prompt) + 3
+
+
+def test_a_vocabulary_with_marks_for_blanks_and_bytes_streams_whole_words(sample, tmp_path, monkeypatch):
+    tokenizers = pytest.importorskip('tokenizers')         # sentencepiece's manner: Mixtral, Llama
+    pieces = ['\u2581Hello', '\u2581world', 'ly', '<0xE4>', '<0xB8>', '<0xAD>', '\u2581end', ',']
+    hf.to_folder(hf.from_run(reciter(tmp_path, [b'?'] * len(pieces)))[0], None, tmp_path / 'folder')
+    words = tokenizers.models.WordLevel({piece: i for i, piece in enumerate(['</s>', *pieces])}, '</s>')
+    theirs, decoders = tokenizers.Tokenizer(words), tokenizers.decoders
+    theirs.decoder = decoders.Sequence([decoders.Replace('\u2581', ' '), decoders.ByteFallback(), decoders.Fuse(),
+                                        decoders.Strip(' ', 1, 0)])
+    theirs.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend('\u2581'),
+                                                         tokenizers.normalizers.Replace(' ', '\u2581')])
+    theirs.save(str(tmp_path / 'folder' / 'tokenizer.json'))
+    wire = Wire()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BufferedWriter(wire), encoding='utf-8'))
+    assert sample(tmp_path / 'folder', *GREEDY, '--prompt=Hello', '--max_new_tokens=7').code == 0
+    assert [piece.decode() for piece in wire.pieces] == ['Hello', ' world', 'ly', '\u4e2d', ' end', ',', '\n']
+
+
+def test_what_is_wrong_with_a_folder_is_one_line(lively, sample, tmp_path, monkeypatch):
+    folder = exported(lively, tmp_path / 'theirs')
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'tokenizers', None)      # not installed
+        one_line(sample(folder, *ON_CPU), 'pip install tokenizers')
+    (folder / 'tokenizer.json').unlink()
+    one_line(sample(folder, *ON_CPU), 'has no tokenizer.json')
+    (folder / 'config.json').write_text('{}')
+    one_line(sample(folder, *ON_CPU), folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Streaming
 
 def reciter(folder, pieces):
@@ -370,7 +425,7 @@ def reciter(folder, pieces):
     """
     n = len(pieces) + 1
     config = ModelConfig(vocab_size=n, block_size=64, n_layer=1, n_head=1, n_embd=n + 1 + (n + 1) % 2, d_ff=4,
-                         n_expert=1, top_k=1)
+                         n_expert=2, top_k=2)
     model = LanguageModel(config)
     with torch.no_grad():
         unit = torch.eye(config.n_embd)
@@ -519,10 +574,10 @@ class Touch:
 
 
 @pytest.mark.parametrize('kind, words', [
-    *((kind, 'is damaged, or no checkpoint') for kind in ('truncated', 'empty', 'text', 'overwritten', 'flipped', 'code',
+    *((kind, 'is no sound checkpoint of train.py') for kind in ('truncated', 'empty', 'text', 'overwritten', 'flipped', 'code',
                                                           'list', 'weights', 'odd tokenizer', 'other model',
                                                           'missing weight')),
-    ('schema', f'has schema {SCHEMA + 1}, this program reads 1 to {SCHEMA}'), ('no tokenizer', 'no tokenizer'),
+    ('schema', f'has schema {SCHEMA + 1}, this program reads {SCHEMA}'), ('no tokenizer', 'no tokenizer'),
     ('small tokenizer', 'has 300 tokens, its tokenizer 10'), ('config', 'width'), ('sizes', 'n_embd')])
 def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(trained, sample, tmp_path, kind, words):
     path = damaged(trained, tmp_path, kind)
