@@ -245,6 +245,8 @@ def test_end_of_text_ends_a_sample_and_the_others_go_on(trained, sample, tmp_pat
         path, tokenizer.eot = changed(trained, tmp_path, tokenizer=lambda state: {**state, 'eot': eot}), eot
         run = sample(path, *ON_CPU, f'--prompt={PROMPT}', '--max_new_tokens=40', '--num_samples=2', '--seed=3')
         assert run.out == DASHES.join(shown(tokenizer, PROMPT, row) for row in rows)
+        decoded = sum(row.index(eot) if eot in row else 39 for row in rows)     # but for the token that the prompt gave
+        assert f'then {decoded} tokens' in run.err
     once = next(model.generate([tokenizer.encode(PROMPT)], 1, temperature=0)).item()
     path = changed(trained, tmp_path, tokenizer=lambda state: {**state, 'eot': once})
     run = sample(path, *GREEDY, f'--prompt={PROMPT}')
