@@ -579,7 +579,7 @@ class Touch:
     *((kind, 'is no sound checkpoint of train.py') for kind in ('truncated', 'empty', 'text', 'overwritten', 'flipped', 'code',
                                                           'list', 'weights', 'odd tokenizer', 'other model',
                                                           'missing weight')),
-    ('schema', f'has schema {SCHEMA + 1}, this program reads {SCHEMA}'), ('no tokenizer', 'no tokenizer'),
+    ('schema', f'has schema {SCHEMA + 1}'), ('no tokenizer', 'no tokenizer'),
     ('small tokenizer', 'has 300 tokens, its tokenizer 10'), ('config', 'width'), ('sizes', 'n_embd')])
 def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(trained, sample, tmp_path, kind, words):
     path = damaged(trained, tmp_path, kind)
