@@ -67,7 +67,9 @@ if path.is_dir() and not published:
         print(f'{run} has no best.pt: the last checkpoint is the best that was kept', file=sys.stderr)
     path /= 'best.pt' if best else 'checkpoint.pt'
 if not path.exists():
-    fail(f'{path} is not there: no such run folder, or nothing was saved in it yet')
+    runs = [file.parent for file in sorted(path.parent.glob('*/checkpoint.pt'))]        # of an experiment's folder
+    fail(f'{path} is not there: no such run folder, or nothing was saved in it yet'
+         + (f'; did you mean {runs[0]}?' if runs else ''))
 if max_new_tokens < 1 or num_samples < 1:
     fail(f'max_new_tokens ({max_new_tokens}) and num_samples ({num_samples}) must be at least 1')
 if temperature != 0 and not 0.001 <= temperature <= 1000:

@@ -617,6 +617,9 @@ def test_a_prompt_file_that_is_not_utf_8_is_one_line(trained, sample, tmp_path):
 
 def test_a_folder_without_a_checkpoint_is_one_line(sample, tmp_path):
     one_line(sample(tmp_path, *ON_CPU), tmp_path / 'checkpoint.pt', 'nothing was saved in it yet')
+    (tmp_path / 'mla-s0').mkdir()
+    (tmp_path / 'mla-s0' / 'checkpoint.pt').touch()         # it was an experiment's folder
+    one_line(sample(tmp_path, *ON_CPU), f'did you mean {tmp_path / "mla-s0"}?')
 
 
 def test_a_way_to_decode_latents_is_refused_where_there_are_none(sample, tmp_path):
