@@ -62,10 +62,10 @@ if not run:
 path = Path(run).expanduser()
 published = (path / 'config.json').is_file()                # a folder of Hugging Face's
 if path.is_dir() and not published:
-    best = checkpoint == 'best' and (path / 'best.pt').exists()
+    best = (path / 'best.pt').exists()
     if checkpoint == 'best' and not best:
         print(f'{run} has no best.pt: the last checkpoint is the best that was kept', file=sys.stderr)
-    path /= 'best.pt' if best else 'checkpoint.pt'
+    path /= 'best.pt' if checkpoint == 'best' and best else 'checkpoint.pt'
 if not path.exists():
     runs = [file.parent for file in sorted(path.parent.glob('*/checkpoint.pt'))]        # of an experiment's folder
     fail(f'{path} is not there: no such run folder, or nothing was saved in it yet'
@@ -115,7 +115,8 @@ try:
             raise ValueError(f'{path} has no tokenizer, so there is no text: its run was given tokens of an unknown '
                              'vocabulary; train it with --tokenizer=NAME')
         tokenizer = fetch_tokenizer(name, lambda line: None)            # out of reach in training, maybe not by now
-    if tokenizer.vocab_size > model.config.vocab_size or not published and tokenizer.vocab_size < model.config.vocab_size:
+    surplus = model.config.vocab_size - tokenizer.vocab_size            # published models have some ids without a token
+    if surplus < 0 or surplus and not published:
         raise ValueError(f'{path} has {model.config.vocab_size:,} tokens, its tokenizer {tokenizer.vocab_size:,}')
 except ValueError as error:
     fail(str(error).partition(', or take')[0])              # another tokenizer is no way out here

@@ -260,7 +260,8 @@ def test_an_empty_prompt_starts_from_the_end_of_text(trained, sample):
 
 
 def test_an_empty_prompt_starts_after_a_line_end_where_the_tokenizer_has_no_end_of_text(lively, sample, tmp_path):
-    path, arguments = changed(lively, tmp_path, tokenizer=lambda state: {**state, 'eot': None}), (*ON_CPU, '--max_new_tokens=9')
+    path = changed(lively, tmp_path, tokenizer=lambda state: {**state, 'eot': None})
+    arguments = *ON_CPU, '--max_new_tokens=9'
     assert sample(path, *arguments, '--prompt=\n').out == '\n' + sample(path, *arguments).out != '\n'
 
 
@@ -328,7 +329,8 @@ def test_paths_may_begin_at_home(trained, sample, monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(trained.parent))
     (trained.parent / 'words.txt').write_text('def')
     arguments = *ON_CPU, '--max_new_tokens=5'
-    assert sample('~/run', *arguments, '--prompt=FILE:~/words.txt').out == sample(trained, *arguments, '--prompt=def').out
+    direct = sample(trained, *arguments, '--prompt=def')
+    assert sample('~/run', *arguments, '--prompt=FILE:~/words.txt').out == direct.out
 
 
 def test_the_best_checkpoint_is_taken_when_asked_for(trained, lively, sample, tmp_path):
@@ -379,7 +381,8 @@ def exported(path, folder):
     return folder
 
 
-@pytest.mark.parametrize('prompt', [PROMPT, '', '\u4e2d\u6587 \U0001f600', PROMPT * 20], ids=['plain', 'empty', 'emoji', 'long'])
+@pytest.mark.parametrize('prompt', [PROMPT, '', '\u4e2d\u6587 \U0001f600', PROMPT * 20],
+                         ids=['plain', 'empty', 'emoji', 'long'])
 def test_a_folder_of_hugging_face_gives_the_text_of_the_run_it_was_made_of(lively, sample, tmp_path, prompt):
     pytest.importorskip('tokenizers')
     folder = exported(lively, tmp_path / 'theirs')
@@ -576,9 +579,9 @@ class Touch:
 
 
 @pytest.mark.parametrize('kind, words', [
-    *((kind, 'is no sound checkpoint of train.py') for kind in ('truncated', 'empty', 'text', 'overwritten', 'flipped', 'code',
-                                                          'list', 'weights', 'odd tokenizer', 'other model',
-                                                          'missing weight')),
+    *((kind, 'is no sound checkpoint of train.py') for kind in (
+        'truncated', 'empty', 'text', 'overwritten', 'flipped', 'code', 'list', 'weights', 'odd tokenizer', 'other model',
+        'missing weight')),
     ('schema', f'has schema {SCHEMA + 1}'), ('no tokenizer', 'no tokenizer'),
     ('small tokenizer', 'has 300 tokens, its tokenizer 10'), ('config', 'width'), ('sizes', 'n_embd')])
 def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(trained, sample, tmp_path, kind, words):
@@ -588,7 +591,8 @@ def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(trained, sample,
 
 
 @pytest.mark.parametrize('flag, words', [
-    ('--max_new_tokens=0', 'at least 1'), ('--num_samples=0', 'at least 1'), ('--top_k=-1', 'top_k (-1) must be'), ('--top_p=0', 'top_p (0.0) above 0'), ('--top_p=1.5', 'at most 1'),
+    ('--max_new_tokens=0', 'at least 1'), ('--num_samples=0', 'at least 1'), ('--top_k=-1', 'top_k (-1) must be'),
+    ('--top_p=0', 'top_p (0.0) above 0'), ('--top_p=1.5', 'at most 1'),
     ('--temperature=-1', 'temperature must'), ('--temperature=1e-300', 'temperature must'),
     ('--temperature=1e300', 'temperature must'), ('--device=gpu', 'is no device'), ('--device=meta', 'sees 0'),
     ('--device=cuda:99', 'sees'), ('--prompt=\udcff', 'not UTF-8'), ('--prompt=FILE:/no/such', 'No such file'),
