@@ -580,8 +580,8 @@ class Touch:
 
 @pytest.mark.parametrize('kind, words', [
     *((kind, 'is no sound checkpoint of train.py') for kind in (
-        'truncated', 'empty', 'text', 'overwritten', 'flipped', 'code', 'list', 'weights', 'odd tokenizer', 'other model',
-        'missing weight')),
+        'truncated', 'empty', 'text', 'overwritten', 'flipped', 'code', 'list', 'weights', 'odd tokenizer',
+        'other model', 'missing weight')),
     ('schema', f'has schema {SCHEMA + 1}'), ('no tokenizer', 'no tokenizer'),
     ('small tokenizer', 'has 300 tokens, its tokenizer 10'), ('config', 'width'), ('sizes', 'n_embd')])
 def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(trained, sample, tmp_path, kind, words):
