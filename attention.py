@@ -399,11 +399,11 @@ def lay_over_row(config):
     for knob in ('head_dim', 'kv_lora_rank', 'v_head_dim', 'qk_nope_head_dim'):
         if knob in row and getattr(config, knob) < 1:
             raise ValueError(f'{knob} is {getattr(config, knob)} with n_embd={C}, n_head={H}; it must be at least 1')
-    rotary, what = config.head_dim, 'head_dim, by default n_embd / n_head,'
-    if config.qk_rope_head_dim is not None:
-        rotary, what = config.qk_rope_head_dim, 'qk_rope_head_dim'
+    knob = 'head_dim' if config.qk_rope_head_dim is None else 'qk_rope_head_dim'
+    rotary = getattr(config, knob)
     if rotary < 2 or rotary % 2:
-        raise ValueError(f'{what} is {rotary}, it must be even: rotary positions turn pairs of dims')
+        raise ValueError(f'{knob} is {rotary} with n_embd={C}, n_head={H}; it must be even, 2 or more: rotary positions '
+                         f'turn pairs of dims')
     if config.rope_scaling not in ('default', 'linear', 'dynamic', 'yarn'):
         raise ValueError(f'unknown rope_scaling {config.rope_scaling!r} (one of default, linear, dynamic, yarn)')
     if config.rope_scaling == 'dynamic' and rotary == 2:

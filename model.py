@@ -174,7 +174,8 @@ class LanguageModel(nn.Module):
             elif kind.endswith('_proj') or kind in ('embed', 'router', 'lm_head', 'kv_a_proj_with_mqa'):
                 std = 0.02 if kind in ('embed', 'router', 'lm_head') else p.size(-1) ** -0.5
                 key = int.from_bytes(hashlib.sha256(f'{seed}:{name}'.encode()).digest()[:7], 'little')
-                p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=torch.Generator().manual_seed(key)))
+                empty = torch.empty(p.shape, dtype=torch.float32, device='cpu')
+                p.copy_(empty.normal_(0.0, std, generator=torch.Generator().manual_seed(key)))
             else:
                 raise ValueError(f'init_weights has no rule for {name}: name it like what it is, or add a rule')
 
@@ -188,7 +189,10 @@ class LanguageModel(nn.Module):
         if targets is None:
             return self.head(x)
         nll, correct = kernels.cross_entropy(x.flatten(0, 1), self.head_weight(), targets.flatten())
-        balance_loss, z_loss, load, entropy = (torch.stack(s) for s in zip(*routing)) if routing else 4 * [x.new_zeros(0)]
+        if not routing:                                                 # dense layers alone
+            none = x.new_zeros(0)
+            return Output(nll, correct, none.sum(), none.sum(), none.view(0, self.config.n_expert), none)
+        balance_loss, z_loss, load, entropy = (torch.stack(s) for s in zip(*routing))
         return Output(nll, correct, balance_loss.sum(), z_loss.sum(), load, entropy)
 
     def trunk(self, x, rope, cache=None):
