@@ -14,7 +14,7 @@ embedding (tied). Everything that a run reports about its model is read off the 
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -27,37 +27,41 @@ from muon import Muon
 @dataclass
 class ModelConfig:
     """Sizes and kinds. __post_init__ raises ValueError for what makes no model, and fills in `attn`'s row where None."""
-    vocab_size: int = 4096
-    block_size: int = 512                   # T at most, in training
-    n_layer: int = 6
-    n_head: int = 8
-    n_embd: int = 384
-    # experts
-    d_ff: int = 1536                        # width of one expert
-    n_expert: int = 8
-    top_k: int = 2
-    n_shared_expert: int = 0
-    router: str = 'softmax'                 # softmax | sigmoid
-    routed_scaling_factor: float = 1.0
-    # attention: the variant, and its knobs; None: as in the variant's row (attention.variants)
-    attn: str = 'baseline'
-    n_kv_head: int | None = None
-    q_lora_rank: int | None = None
-    kv_lora_rank: int | None = None
-    qk_nope_head_dim: int | None = None
-    qk_rope_head_dim: int | None = None
-    v_head_dim: int | None = None
-    attention_bias: bool | None = None
-    qk_norm: bool | None = None
-    rope_scaling: str | None = None
-    rope_factor: float | None = None
-    # rotary positions, whatever the variant
-    rope_theta: float = 10000.0
-    rope_original_context: int | None = None    # tokens that dynamic and yarn start from; None: block_size
-    rope_beta_fast: float = 32.0                # yarn
-    rope_beta_slow: float = 1.0                 # yarn
-    rope_mscale: float = 1.0                    # yarn
-    rope_mscale_all_dim: float = 0.0            # yarn
+    # Attention: the variant, and its ingredients; none: as in the variant's row. One given by hand overrides the row
+    attn: str = 'baseline'                  # baseline, gqa, mqa, lora, enhanced, mla; attention.py explains each
+    n_kv_head: int | None = None            # key/value heads (multi-head variants); must divide n_head
+    q_lora_rank: int | None = None          # rank of the query bottleneck (latent variants); 0: queries straight from x
+    kv_lora_rank: int | None = None         # rank of the latent that k and v are made from, the part of it that is cached
+    qk_nope_head_dim: int | None = None     # width of a head's content score
+    qk_rope_head_dim: int | None = None     # width of its rotary score, even; also the width of the one cached rotary key
+    v_head_dim: int | None = None           # width of a head's value
+    attention_bias: bool | None = None      # biases in attention (latent: on q_a_proj, kv_a_proj_with_mqa and o_proj only)
+    qk_norm: bool | None = None             # RMSNorm on each query and key head before the rotation (multi-head variants)
+    rope_scaling: Literal['default', 'linear', 'dynamic', 'yarn'] | None = None    # how rotary frequencies are stretched
+    rope_factor: float | None = None        # by how much, 1 (nothing) or more; needs rope_scaling
+
+    # Rotary positions, whatever the variant
+    rope_theta: float = 10000.0             # base of the frequencies
+    rope_original_context: int | None = None    # context that dynamic and yarn stretch from; none: block_size
+    rope_beta_fast: float = 32.0            # yarn: pairs that turn more often than this within that context stay
+    rope_beta_slow: float = 1.0             # yarn: pairs that turn less often than this are stretched by the whole factor
+    rope_mscale: float = 1.0                # yarn: temperature multiplier on cos and sin (DeepSeek's mscale)
+    rope_mscale_all_dim: float = 0.0        # yarn: temperature multiplier on whole scores; DeepSeek-V2/V3: as rope_mscale
+
+    # Model
+    n_layer: int = 6                        # blocks
+    n_head: int = 8                         # query heads
+    n_embd: int = 384                       # width
+    block_size: int = 512                   # context in tokens
+    vocab_size: int = 4096                  # tokens in the vocabulary that bpe trains
+
+    # Experts
+    d_ff: int = 1536                        # hidden width of one expert
+    n_expert: int = 8                       # experts in each layer
+    top_k: int = 2                          # experts that each token visits (experts' choice)
+    n_shared_expert: int = 0                # experts that every token visits besides
+    router: Literal['softmax', 'sigmoid'] = 'softmax'   # sigmoid: DeepSeek-V3's, balanced by a bias instead of a loss
+    routed_scaling_factor: float = 1.0      # multiplies the routed experts' sum; DeepSeek-V3: 2.5 at top-8
 
     def __post_init__(self):
         for knob in ('vocab_size', 'block_size', 'n_layer', 'd_ff', 'n_expert'):
@@ -154,7 +158,8 @@ class LanguageModel(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
-        self.init_weights(seed)
+        if seed is not None:
+            self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed):

@@ -75,7 +75,7 @@ class MixtureOfExperts(nn.Module):
         # float32 also under autocast: small differences between logits decide the routing
         with without_autocast(x):
             wide = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(wide), self.router.weight.to(wide))                          # (B, T, E)
+            logits = self.router(x.to(wide))                                                    # (B, T, E)
         if self.kind == 'softmax':
             scores = probs = logits.softmax(-1)
             chosen = scores.topk(self.top_k, dim=-1).indices                                    # (B, T, k)
