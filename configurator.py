@@ -58,7 +58,10 @@ def fail(message):
 
 
 def say(line, file=None):
-    """Prints a line at once. Where nobody reads any more (`| head`, a closed terminal), what follows goes nowhere."""
+    """Prints a line at once; of several processes only the first does. Where nobody reads any more (`| head`, a closed
+    terminal), what follows goes nowhere."""
+    if file is None and os.environ.get('RANK', '0') != '0':
+        return
     file = file or sys.stdout
     try:
         print(('\r' + 79 * ' ' + '\r') * file.isatty() + line, file=file, flush=True)
