@@ -154,7 +154,7 @@ if not init_from:
 elif vocabulary and vocabulary != (corpus.tokenizer and corpus.tokenizer.state()) or corpus.vocab_size > network.vocab_size:
     fail(f'{init_from} has another vocabulary of {network.vocab_size:,} tokens than {dataset} in {tokenizer} with '
          f'{corpus.vocab_size:,}')
-block_size = network.block_size
+block_size, expert_layers = network.block_size, max(0, network.n_layer - network.n_dense_layer)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Machine, and `config`: what is used, every none and auto resolved
@@ -225,6 +225,11 @@ def tensors(x, y):
     return [t.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else t.to(device) for t in pair]
 
 
+def worst(load):
+    """load (L, E), choices of each expert in each layer -> how far the busiest is above an even share, None without experts."""
+    return (load.max(1).values / load.mean(1) - 1).max().item() if len(load) else None
+
+
 @torch.no_grad()
 def evaluate():
     """The whole validation split, in fixed windows, shared out over the processes -> dict of val_* and balance figures.
@@ -237,7 +242,7 @@ def evaluate():
     full = len(x) - (rest > 0)
     parts = [slice(i, min(i + micro_batch_size, full)) for i in range(0, full, micro_batch_size)] + [slice(full, len(x))] * (rest > 0)
     sums = np.zeros(6)                                      # nll, correct, and times tokens: balance, z, entropy; tokens
-    load = torch.zeros(network.n_layer, network.n_expert, dtype=torch.float64)
+    load = torch.zeros(expert_layers, network.n_expert, dtype=torch.float64)
     model.eval()
     with autocast:
         for i in range(rank, math.ceil(len(parts) / world_size) * world_size, world_size):
@@ -250,8 +255,8 @@ def evaluate():
             if i < len(parts):
                 n = xb.numel()
                 sums += [o.nll.item(), o.correct.item(),
-                         o.balance_loss.item() * n, o.z_loss.item() * n, o.entropy.mean().item() * n, n]
-                load += o.load.cpu().double()               # in this order: MPS has no float64
+                         o.balance_loss.item() * n, o.z_loss.item() * n, o.entropy.sum().item() * n, n]
+                load += o.load.cpu().double().view_as(load)     # in this order: MPS has no float64
     model.train()
     if world_size > 1:
         both = torch.cat((torch.from_numpy(sums), load.flatten())).to(device)
@@ -263,8 +268,8 @@ def evaluate():
     return {'val_loss': nll / targets, 'val_perplexity': math.exp(nll / targets) if nll / targets < 700 else math.inf,
             'val_accuracy': correct / targets,
             'val_bits_per_byte': nll / math.log(2) / val_bytes if val_bytes else None,
-            'balance_loss': balance_loss / tokens, 'z_loss': z_loss / tokens, 'router_entropy': entropy / tokens,
-            'expert_load': fractions.tolist(), 'max_violation': (fractions.max() * network.n_expert - 1).item()}
+            'balance_loss': balance_loss / tokens, 'z_loss': z_loss / tokens, 'router_entropy': entropy / tokens / expert_layers if expert_layers else None,
+            'expert_load': fractions.tolist(), 'max_violation': worst(load)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,10 +389,12 @@ def log_line(row, figures):
     line = (f'step {step}/{max_steps} | loss {row["train_loss"]:.4f} | lr {row["learning_rate"]:.2e} | '
             f'{batch_size * block_size / step_seconds[-1]:,.0f} tokens/s | '
             f'{timedelta(seconds=round((max_steps - step) * pace))} left')
-    return line if not figures else (
-        f'{line} | val {figures["val_loss"]:.4f}{f" = {bits:.3f} bits/byte" if bits else ""} | '
-        f'busiest expert {1 + figures["max_violation"]:.2f} x even, '
-        f'router entropy {figures["router_entropy"]:.2f} of {math.log(network.n_expert):.2f}')
+    if figures:
+        line += f' | val {figures["val_loss"]:.4f}{f" = {bits:.3f} bits/byte" if bits else ""}'
+    if figures and expert_layers:
+        line += (f' | busiest expert {1 + figures["max_violation"]:.2f} x even, '
+                 f'router entropy {figures["router_entropy"]:.2f} of {math.log(network.n_expert):.2f}')
+    return line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,7 +416,7 @@ while step < max_steps:
     # neither the micro-batch nor the number of processes enters.
     x, y = tensors(*(a[mine] for a in corpus.batch(seed, step, batch_size)))            # (rows, T) each
     losses = torch.zeros(3, device=device)                  # cross-entropy, balance, z: means over batch
-    load = torch.zeros(network.n_layer, network.n_expert, device=device)
+    load = torch.zeros(expert_layers, network.n_expert, device=device)
     with autocast:                                          # one for all micro-batches: it casts the weights once
         for i in range(0, len(x), micro_batch_size):
             rewrite(f'step {step + 1}/{max_steps}: micro-batch {i // micro_batch_size + 1} of {-(-len(x) // micro_batch_size)}')
@@ -422,7 +429,7 @@ while step < max_steps:
             with exactly:
                 (loss * world_size).backward()              # DDP averages gradients, here they are to be summed
             losses += parts.detach()
-            load += o.load
+            load += o.load.view_as(load)
 
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     grad_norm = grad_norm.full_tensor() if shard else grad_norm
@@ -433,7 +440,7 @@ while step < max_steps:
     total = parallel.add_up(torch.cat((losses, load.flatten(), stopping)))
     losses, load, stopping = total[:3], total[3:-1].view_as(load), total[-1:]
     if network.router == 'sigmoid':
-        for layer, layer_load in zip(raw_model.layers, load):
+        for layer, layer_load in zip(raw_model.layers[network.n_dense_layer:], load):
             layer.moe.update_bias(layer_load, bias_update_rate)
     train_loss, grad_norm, stopping = losses[0].item(), float(grad_norm), stopping.item() > 0   # waits for the device
     step += 1
@@ -452,7 +459,7 @@ while step < max_steps:
                         'learning_rate': lr, 'train_loss': train_loss, 'val_loss': figures and figures['val_loss'],
                         'grad_norm': grad_norm,
                         'balance': {'balance_loss': losses[1].item(), 'z_loss': losses[2].item(),
-                                    'max_violation': (load.max(1).values / load.mean(1) - 1).max().item()}})
+                                    'max_violation': worst(load)}})
         track.log(history[-1], figures)
         say(log_line(history[-1], figures))
     if step - first == 1 and len(step_seconds) == 1:
