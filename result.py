@@ -168,7 +168,7 @@ class RunFolder:
                  '--out_dir=... goes elsewhere')
         old = before.get('data') or {}
         different = [f'{k}: {str(old[k])[:12]} there, {str(data[k])[:12]} here' for k in sorted(data.keys() & old.keys())
-                     if k.endswith(('sha256', 'tokens', 'size')) and old[k] != data[k]]
+                     if k.endswith(('sha256', 'tokens', 'size')) and None not in (old[k], data[k]) and old[k] != data[k]]
         if different:
             fail(f'{self.path} holds a run on other data ({", ".join(different)}): text, vocabulary or --max_train_tokens '
                  'changed; --overwrite=True starts again')
