@@ -77,10 +77,11 @@ def end(kind, error, trace):
     if 'result' in globals():
         write_result('interrupted', f'{kind.__name__}: {error}'.partition('\n')[0])
         if out_of_memory(error):
-            less = {'micro_batch_size': micro_batch_size // 2} if micro_batch_size > 1 else {'block_size': block_size // 2}
-            flag, size = next(iter(less.items()))
-            again = command_to_go_on(overwrite, **less) if folder.checkpoint.exists() and flag == 'micro_batch_size' else ''
-            fail(f'out of memory in step {step + 1}; --{flag}={size} takes about half' + f'; to go on: {again}' * bool(again))
+            if micro_batch_size == 1:
+                fail(f'out of memory in step {step + 1}, at --micro_batch_size=1: it takes a smaller model or --block_size')
+            less = micro_batch_size // 2
+            fail(f'out of memory in step {step + 1}; --micro_batch_size={less} takes less and changes no number; '
+                 f'to go on: {command_to_go_on(overwrite, micro_batch_size=less)}')
     sys.__excepthook__(kind, error, trace)
 
 

@@ -197,6 +197,21 @@ def test_a_damaged_checkpoint_ends_in_one_line_and_never_runs_code(place, tmp_pa
     assert not (tmp_path / 'ran').exists()
 
 
+def test_a_flipped_byte_anywhere_in_a_checkpoint_is_noticed_or_changes_nothing(place, capsys):
+    path = place('interrupted', content(7)) / 'checkpoint.pt'
+    whole, refusals, expected = path.read_bytes(), 0, content(7)
+    for i in range(0, len(whole), 7):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1:])
+        try:
+            there, _ = opened(path.parent, resume=True)
+        except SystemExit:
+            assert 'checkpoint.pt cannot be read' in capsys.readouterr().err
+            refusals += 1
+        else:                                               # in padding, a time, ...
+            assert torch.equal(there['model']['w'], expected['model']['w']) and there['step'] == 7 and there['data'] == DATA
+    assert refusals > len(whole) / 7 / 4
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The best checkpoint
 
