@@ -379,9 +379,10 @@ def ask_to_stop(number, frame):
     signal.signal(number, signal.SIG_DFL)                   # a second one ends the process at once
 
 
-for number in (getattr(signal, n, None) for n in ('SIGINT', 'SIGTERM', 'SIGHUP')):      # HUP: the terminal was closed
-    if number and signal.getsignal(number) is not signal.SIG_IGN:                       # as it is under nohup
-        signal.signal(number, ask_to_stop)
+signal.signal(signal.SIGINT, ask_to_stop)                   # though a shell script had it ignored by what it starts with &
+signal.signal(signal.SIGTERM, ask_to_stop)
+if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:        # ignored under nohup
+    signal.signal(signal.SIGHUP, ask_to_stop)               # the terminal was closed
 
 
 def log_line(row, figures):
