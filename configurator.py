@@ -13,18 +13,18 @@ configure(globals()):
     configure(globals())
 
 The block is parsed, not executed, and is its own documentation: a comment line at the knobs' own indentation titles a
-section (several in a row join), one indented deeper goes on with the comment of the knob above it. The type is that of
-the default; an annotation adds None or choices. The fields of a dataclass are read in the same way: those of ModelConfig
-in model.py are knobs of train.py and stand nowhere else.
+section, one indented deeper goes on with the comment above it. The type is that of the default; an annotation adds None
+or choices. The fields of ModelConfig in model.py are knobs of train.py in the same way and stand nowhere else.
 
-Config files are `name = literal` lines (numbers may be calculated, as in 4 * 1024 or 10**6), parsed as well. The text
-of a flag is taken as it is, without quotes. Setting a knob twice, in one file or by two flags, is an error: one would be
-lost unseen. Nothing slow is imported, so that --help and typos are answered at once.
+Config files are `name = literal` lines (numbers may be calculated: 4 * 1024, 10**6), parsed as well. The text of a flag
+is taken as it is, without quotes. Setting a knob twice, in one file or by two flags, is an error: one would be lost.
+Nothing slow is imported, so that --help and typos are answered at once.
 """
 import ast
 import difflib
 import operator
 import os
+import re
 import sys
 import textwrap
 import time
@@ -43,7 +43,8 @@ ELSEWHERE = {
     'gradient_accumulation_steps': 'batch_size, the sequences of a whole update; micro_batch_size of them run at once',
     'eval_iters': 'max_val_tokens, all of which are scored', 'wandb_log': 'tracker', 'wandb_project': 'experiment',
     'wandb_run_name': 'name', 'bias': 'attention_bias', 'num_hidden_layers': 'n_layer', 'num_attention_heads': 'n_head',
-    'num_key_value_heads': 'n_kv_head', 'hidden_size': 'n_embd', 'intermediate_size': 'd_ff', 'num_experts_per_tok': 'top_k'}
+    'num_key_value_heads': 'n_kv_head', 'hidden_size': 'n_embd', 'intermediate_size': 'd_ff',
+    'num_experts_per_tok': 'top_k'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,8 +52,8 @@ ELSEWHERE = {
 
 def fail(message):
     """Ends the program as every bad input ends it: one line on stderr, exit status 2."""
-    if os.environ.get('LOCAL_RANK', '0') != '0':    # of several processes the first speaks, and its end ends the others;
-        time.sleep(10)                              # what only another one has met, that one says after a while
+    if os.environ.get('LOCAL_RANK', '0') != '0':            # of several processes the first speaks, and its end ends
+        time.sleep(10)                                      # the others, but for what one of them alone has met
     say(f'{os.path.basename(sys.argv[0])}: ' + ' '.join(str(message).splitlines()), file=sys.stderr)
     raise SystemExit(2)
 
@@ -90,7 +91,8 @@ def did_you_mean(name, names, form='{}'):
 
 
 def unknown(name, knobs, form='{}'):
-    return f'unknown knob {name}{did_you_mean(name, knobs, form)} (python {os.path.basename(sys.argv[0])} --help lists them)'
+    hint = did_you_mean(name, knobs, form)
+    return f'unknown knob {name}{hint} (python {os.path.basename(sys.argv[0])} --help lists them)'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,46 +151,46 @@ def from_text(knob, text):
 # ---------------------------------------------------------------------------------------------------------------------
 # Knobs, read from the text of a program
 
-def read_block(path):
-    """-> {name: Knob} of the block above the call of configure(), in its order, and the program's docstring."""
+def read(path):
     with open(path, encoding='utf-8') as file:
         source = file.read()
-    tree, rulers = ast.parse(source), []
-    call = next(n.lineno for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'configure')
-    for number, line in enumerate(source.splitlines()[:call], 1):
-        if line.strip().startswith('# ' + 20 * '-') and not line.strip(' #-'):
-            rulers.append(number)
-    start, end = rulers[-2:]
-    inside = [n for n in ast.walk(tree) if isinstance(n, (ast.Assign, ast.AnnAssign)) and start < n.lineno < end]
-    return read_knobs(inside, source, start + 1, end), ast.get_docstring(tree) or ''
+    return ast.parse(source), source.splitlines()
+
+
+def read_block(path):
+    """-> {name: Knob} of the block above the call of configure(), in its order, and the program's docstring."""
+    tree, lines = read(path)
+    nodes = list(ast.walk(tree))
+    call = next(n.lineno for n in nodes if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'configure')
+    start, end = [i for i, line in enumerate(lines[:call], 1) if re.fullmatch(r'\s*# ?-{20,}', line)][-2:]
+    inside = [n for n in nodes if isinstance(n, (ast.Assign, ast.AnnAssign)) and start < n.lineno < end]
+    return read_knobs(inside, lines, start + 1, end), ast.get_docstring(tree) or ''
 
 
 def read_class(path, name):
     """-> {name: Knob} of the fields of a dataclass that have defaults."""
-    with open(path, encoding='utf-8') as file:
-        source = file.read()
-    body = next(n.body for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
+    tree, lines = read(path)
+    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
     fields = [n for n in body if isinstance(n, ast.AnnAssign) and n.value]
     end = next((n.lineno for n in body if n.lineno > fields[-1].lineno), fields[-1].end_lineno + 1)
-    return read_knobs(fields, source, body[0].end_lineno, end)
+    return read_knobs(fields, lines, body[0].end_lineno, end)
 
 
 def run_knobs():
-    """The knobs of a training run -> (those of its network, all others), two {name: Knob}: ModelConfig's, train.py's."""
+    """The knobs of a training run -> (its network's, all others), two {name: Knob}: ModelConfig's, train.py's."""
     here = os.path.dirname(os.path.abspath(__file__))
     return read_class(os.path.join(here, 'model.py'), 'ModelConfig'), read_block(os.path.join(here, 'train.py'))[0]
 
 
-def read_knobs(nodes, source, start, end):
+def read_knobs(nodes, lines, start, end):
     """Assignments and the lines start to end - 1 around them -> {name: Knob}; raises if one is not `name = literal`."""
     knobs, section, name, titled = {}, '', None, False
-    lines, statements, indent = source.splitlines(), {n.lineno: n for n in nodes}, min(n.col_offset for n in nodes)
+    statements, indent = {n.lineno: n for n in nodes}, min(n.col_offset for n in nodes)
     for number in range(start, end):
         line = lines[number - 1]
         text, alone = line.strip().lstrip('# '), line.lstrip().startswith('#')
         title = alone and len(line) - len(line.lstrip()) <= indent
-        if number in statements:
-            node = statements[number]
+        if node := statements.get(number):
             name = (node.targets[0] if isinstance(node, ast.Assign) else node.target).id
             types, choices, default = [], [], literal(node.value)
             annotation = node.annotation if isinstance(node, ast.AnnAssign) else ast.Name(type(default).__name__)
@@ -226,18 +228,15 @@ def read_config(path, knobs):
         where = f'{path}:{node.lineno}'
         if isinstance(node, ast.Expr) and type(getattr(node.value, 'value', None)) is str:
             continue                                     # a docstring
-        names = [getattr(target, 'id', None) for target in getattr(node, 'targets', [])]
-        if not isinstance(node, ast.Assign) or len(names) != 1 or names[0] is None:
-            fail(f'{where}: only lines of name = literal are read here, nothing is executed')
-        name = names[0]
+        try:
+            (name,), value = [target.id for target in node.targets], literal(node.value)
+        except (AttributeError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+            fail(f'{where}: only lines of name = literal (number, text, True, False, None) are read here, '
+                 'nothing is executed')
         if name not in knobs:
             fail(f'{where}: {unknown(name, knobs)}')
         if name in values:
             fail(f'{where}: {name} is set a second time in this file')
-        try:
-            value = literal(node.value)
-        except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
-            fail(f'{where}: {name} must be a literal (number, text, True, False, None), nothing is executed')
         try:
             values[name] = from_text(knobs[name], as_text(value))
             if (type(value) is str) != (type(values[name]) is str):             # n_layer = '6', dataset = 6
@@ -247,8 +246,9 @@ def read_config(path, knobs):
     return values
 
 
-def print_help(knobs, values, docstring, usage):
+def print_help(knobs, values, docstring, argument):
     """Prints every knob with its section, value and comment in 100 columns; ends the program, status 0."""
+    usage = f'usage: python {os.path.basename(sys.argv[0])} [{argument}] [--name=value ...]'
     lines, section, indent = [*textwrap.wrap(docstring.split('\n\n')[0], 100), '', usage], None, ' ' * 32
     for knob in knobs.values():
         if knob.section != section:
@@ -265,14 +265,12 @@ def print_help(knobs, values, docstring, usage):
 
 
 def configure(namespace, more=None, positional=None, argv=None):
-    """Lays config files and flags over the defaults of the calling program, writes its own knobs into namespace.
+    """Lays config files and flags over the defaults -> {name: value}; writes the program's own knobs into namespace.
 
-    namespace: globals() of the caller, whose source is namespace['__file__'].
-    more: {name: Knob} of knobs that stand elsewhere, as run_knobs() gives them; they are in what is returned only.
-    positional: None: arguments that end in .py are config files, a later one overriding an earlier one.
-    The name of a knob: the one such argument is its value instead.
-    argv: the arguments, default sys.argv[1:]. Returns {name: value} of every knob.
-    Ends the program with one line on stderr and status 2 on bad input, with status 0 after --help.
+    namespace: globals() of the caller, whose source is namespace['__file__']. more: {name: Knob} of knobs that stand
+    elsewhere (run_knobs); they are in what is returned only. positional: None: arguments that end in .py are config
+    files, a later one overriding an earlier one; a knob's name: the one such argument is its value. argv: by default of
+    the program. Bad input ends the program with one line and status 2, --help with status 0.
     """
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='replace')                # a terminal that lacks a character shows ?
@@ -308,9 +306,7 @@ def configure(namespace, more=None, positional=None, argv=None):
             fail(f'{positional} is given more than once ({" ".join(extra)}); keep one of them')
         flags[positional] = extra[0]
     if '-h' in argv or '--help' in argv:
-        before = '[config/file.py ...]' if positional is None else f'[{positional}]'
-        usage = f'usage: python {os.path.basename(sys.argv[0])} {before} [--name=value ...]'
-        print_help(knobs, values, docstring, usage)
+        print_help(knobs, values, docstring, positional or 'config/file.py ...')
     values.update(flags)
     namespace.update({name: values[name] for name in own})
     return values

@@ -33,7 +33,7 @@ def sharded(config, seed, device, dtype, compile):
     mesh = init_device_mesh(device.type, (world_size,))
     with torch.device('meta'):
         model = LanguageModel(config, seed=None)
-    narrow = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
+    narrow = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, cast_forward_inputs=False)
     for layer in model.layers:
         if compile:
             layer.compile()

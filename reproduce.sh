@@ -62,7 +62,7 @@ reap() {        # look after the runs until fewer than $1 are going
             case $status in
                 0) ;;
                 3) echo "reproduce.sh: $ended diverged; going on, the report counts it" >&2 ;;
-                    *) echo "reproduce.sh: $ended ended with exit status $status" >&2; [ "$failed" != 0 ] || failed=$status ;;
+                *) echo "reproduce.sh: $ended ended with exit status $status" >&2; [ "$failed" != 0 ] || failed=$status ;;
             esac
         done
         sleep 0.2

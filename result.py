@@ -28,8 +28,8 @@ STATUSES = ('running', 'complete', 'interrupted', 'diverged')
 NAME_LENGTH = 60                                        # of a run's name, at most: what fits a table
 CONTINUATION = {'resume', 'overwrite', 'out_dir', 'data_root'}      # may differ between a run and its continuation
 # ... and so may these: they change no number but by rounding; the data's hashes must agree, whatever it is called
-INDIFFERENT = CONTINUATION | {'micro_batch_size', 'log_interval', 'checkpoint_interval', 'eval_interval', 'compile', 'shard',
-                              'tracker', 'dataset', 'text_field', 'extended_at'}
+INDIFFERENT = CONTINUATION | {'micro_batch_size', 'log_interval', 'checkpoint_interval', 'eval_interval', 'compile',
+                              'shard', 'tracker', 'dataset', 'text_field', 'extended_at'}
 
 
 def json_ready(value):
@@ -48,8 +48,8 @@ def folder_of(out_dir, experiment, name, seed):
     """-> the path of a run's folder. Fails at names that fit no table or lead out of out/."""
     for knob, text in (('name', name), ('experiment', experiment)):
         if len(text) > NAME_LENGTH or not text.isprintable() or not text.strip('. ') or '/' in text or '\\' in text:
-            fail(f'--{knob}={ascii(text)[1:-1]}: must be 1 to {NAME_LENGTH} printable characters, not all blanks and dots, '
-                 'without / and \\; --out_dir=FOLDER goes anywhere')
+            fail(f'--{knob}={ascii(text)[1:-1]}: must be 1 to {NAME_LENGTH} printable characters, not all blanks and '
+                 'dots, without / and \\; --out_dir=FOLDER goes anywhere')
     return Path(out_dir or f'out/{experiment}/{name}-s{seed}').expanduser()
 
 
@@ -64,8 +64,9 @@ class RunFolder:
 
     def __init__(self, path):
         self.path = Path(path)
-        self.result, self.checkpoint, self.best_one = (self.path / n for n in ('result.json', 'checkpoint.pt', 'best.pt'))
-        self.best = self.saved = None                       # {'step', 'val_loss'} of the best checkpoint; last step saved
+        self.result, self.checkpoint = self.path / 'result.json', self.path / 'checkpoint.pt'
+        self.best_file = self.path / 'best.pt'
+        self.best = self.saved = None               # {'step', 'val_loss'} of the best checkpoint; step of the last one
 
     def open(self, config, data, asked, resume=False, overwrite=False, writer=True, mmap=False):
         """-> the checkpoint to go on from, or None to start at the beginning. Ends the program if neither is right.
@@ -81,7 +82,7 @@ class RunFolder:
             self.lock()
         if overwrite:
             if writer:                                      # or a later --resume=True would find what was there before
-                for path in (self.checkpoint, self.best_one):
+                for path in (self.checkpoint, self.best_file):
                     path.unlink(missing_ok=True)
             return None
         if self.result.exists():
@@ -109,8 +110,8 @@ class RunFolder:
         extended = before.get('extended_at', []) + [step] * (config['max_steps'] > before['max_steps'])
         if extended:
             if checkpoint['optimizer'] is None:
-                fail(f'{self.checkpoint} is of a finished run and has no optimizer state; --init_from={self.path} starts '
-                     'another run from its weights')
+                fail(f'{self.checkpoint} is of a finished run and has no optimizer state; --init_from={self.path} '
+                     'starts another run from its weights')
             config['extended_at'] = extended
         self.best, self.saved = checkpoint.get('best'), step
         return checkpoint
@@ -121,7 +122,7 @@ class RunFolder:
             self.held = open(self.path / '.lock', 'w')
             try:
                 import fcntl                                # not on Windows, where nothing guards the folder
-                fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)   # the system lets go of it when this process ends
+                fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)       # let go of when this process ends
             except ImportError:
                 pass
         except BlockingIOError:
@@ -152,7 +153,7 @@ class RunFolder:
         return content
 
     def compare(self, before, config, data, asked, resume):
-        """Fails unless what lies in the folder is this run: its config, and by their hashes its tokens and vocabulary."""
+        """Fails unless what lies in the folder is this run: by its config, and its data by the hashes."""
         defaults = {name: knob.default for knobs in run_knobs() for name, knob in knobs.items()}
 
         def same(k):
@@ -167,15 +168,17 @@ class RunFolder:
             fail(f'{self.path} holds a run of another config ({", ".join(different)}); --overwrite=True replaces it, '
                  '--out_dir=... goes elsewhere')
         old = before.get('data') or {}
-        different = [f'{k}: {str(old[k])[:12]} there, {str(data[k])[:12]} here' for k in sorted(data.keys() & old.keys())
-                     if k.endswith(('sha256', 'tokens', 'size')) and None not in (old[k], data[k]) and old[k] != data[k]]
+        hashes = [k for k in sorted(data) if k.endswith(('sha256', 'tokens', 'size')) and k in old
+                  and None not in (old[k], data[k])]
+        different = [f'{k}: {str(old[k])[:12]} there, {str(data[k])[:12]} here' for k in hashes if old[k] != data[k]]
         if different:
-            fail(f'{self.path} holds a run on other data ({", ".join(different)}): text, vocabulary or --max_train_tokens '
-                 'changed; --overwrite=True starts again')
+            fail(f'{self.path} holds a run on other data ({", ".join(different)}): the text, the vocabulary or how '
+                 'much of it is used has changed; --overwrite=True starts again')
 
     def write_result(self, result):
         from machine import write_atomically
-        best = self.best and {**self.best, 'file': (self.checkpoint if self.best['step'] == self.saved else self.best_one).name}
+        file = 'checkpoint.pt' if self.best and self.best['step'] == self.saved else 'best.pt'
+        best = self.best and {**self.best, 'file': file}
         text = json.dumps(json_ready({**result, 'best': best}), indent=1, allow_nan=False) + '\n'
         write_atomically(self.result, lambda file: file.write(text.encode()))
 
@@ -188,17 +191,17 @@ class RunFolder:
         if loss < (self.best['val_loss'] if self.best else math.inf):
             self.best = {'step': step, 'val_loss': loss}
         elif self.best and self.best['step'] == self.saved != step:
-            aside = self.best_one.with_name('best.pt.tmp')
+            aside = self.best_file.with_name('best.pt.tmp')
             aside.unlink(missing_ok=True)
             try:
                 os.link(self.checkpoint, aside)             # a second name, no copy
             except OSError:
                 shutil.copyfile(self.checkpoint, aside)
-            os.replace(aside, self.best_one)
+            os.replace(aside, self.best_file)
         write_atomically(self.checkpoint, lambda file: torch.save({**content, 'best': self.best}, file))
         self.saved = step
         if self.best and self.best['step'] == step:
-            self.best_one.unlink(missing_ok=True)
+            self.best_file.unlink(missing_ok=True)
 
 
 def command_to_go_on(overwrite=False, **knobs):
@@ -217,10 +220,11 @@ def command_to_go_on(overwrite=False, **knobs):
     return shlex.join(launcher + arguments + [f'--{k}={v}' for k, v in knobs.items()]) + where
 
 
-def read_weights(path):
-    """--init_from=PATH -> (fields of its ModelConfig, weights by name, tokenizer's state or None, SHA-256 of what was read).
+def read_weights(path, asked):
+    """--init_from=PATH -> (fields of ModelConfig, weights by name, tokenizer's state or None, SHA-256 of the files).
 
-    PATH: a run's folder, a checkpoint file, or a Hugging Face folder (see hf.py).
+    PATH: a run's folder, a checkpoint file, or a Hugging Face folder (see hf.py). The network is the one that is read;
+    what has no weights, context and rotary positions, may be asked for otherwise. asked: {knob: value} of the flags.
     """
     path = Path(path).expanduser()
     file = path / 'checkpoint.pt' if (path / 'checkpoint.pt').exists() else path
@@ -243,7 +247,14 @@ def read_weights(path):
         with open(name, 'rb') as f:
             while block := f.read(2**20):
                 digest.update(block)
-    return content['model_config'], content['model'], content['tokenizer'], digest.hexdigest()
+    network = {}
+    for knob, (_, default, *_) in run_knobs()[0].items():
+        network[knob] = content['model_config'].get(knob, default)
+        if knob != 'vocab_size' and asked[knob] not in (default, network[knob]):
+            if not knob.startswith(('rope_', 'block_size')):
+                fail(f'--{knob}={asked[knob]} is not what {path} has: {network[knob]}')
+            network[knob] = asked[knob]
+    return network, content['model'], content['tokenizer'], digest.hexdigest()
 
 
 # What readers compare by

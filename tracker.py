@@ -1,6 +1,6 @@
 """--tracker=wandb|tensorboard: the numbers of the log line and of evaluations, where people are used to look at them.
 
-The run's folder keeps everything that counts; a tracker is a window on it. One that fails, says so once and is left alone.
+The run's folder keeps all that counts, a tracker is a window on it. One that fails says so once and is left alone.
 """
 import hashlib
 import importlib.util
@@ -31,8 +31,9 @@ class Tracker:
         try:
             if self.kind:
                 call(*arguments)
-        except Exception as error:                          # of a service that is away, a full disk, another version, ...
-            say(f'--tracker={self.kind} failed ({type(error).__name__}: {" ".join(str(error).split())[:200]}); going on without')
+        except Exception as error:                          # a service that is away, a full disk, another version
+            reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+            say(f'--tracker={self.kind} failed ({reason}); going on without')
             self.kind = ''
 
     def start(self, folder, result):
@@ -40,8 +41,9 @@ class Tracker:
         if self.kind == 'wandb':                            # $WANDB_MODE=offline needs no account
             import wandb
             key = f'{folder.resolve()} {result["started"]}'             # a run that goes on is the same one there
-            self.run = wandb.init(project=config['experiment'], name=f'{result["name"]}-s{config["seed"]}', config=config,
-                                  dir=folder, id=hashlib.sha256(key.encode()).hexdigest()[:16], resume='allow')
+            self.run = wandb.init(
+                project=config['experiment'], name=f'{result["name"]}-s{config["seed"]}', config=config, dir=folder,
+                id=hashlib.sha256(key.encode()).hexdigest()[:16], resume='allow')
         else:
             from torch.utils.tensorboard import SummaryWriter
             self.run = SummaryWriter(folder / 'tensorboard')

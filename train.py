@@ -64,7 +64,7 @@ tracker: Literal['', 'wandb', 'tensorboard'] = ''   # show the numbers there too
 resume: Literal['auto'] | bool = False  # go on from the checkpoint; auto: if there is one, and else start
 overwrite = False               # throw away what the folder holds
 # ---------------------------------------------------------------------------------------------------------------------
-asked = configure(globals(), run_knobs()[0])    # config files, then flags, over the defaults; first: a typo is answered at once
+asked = configure(globals(), run_knobs()[0])    # config files, then flags; before torch: a typo is answered at once
 
 import os
 import sys
@@ -78,7 +78,7 @@ def end(kind, error, trace):
         write_result('interrupted', f'{kind.__name__}: {error}'.partition('\n')[0])
         if out_of_memory(error):
             if micro_batch_size == 1:
-                fail(f'out of memory in step {step + 1}, at --micro_batch_size=1: it takes a smaller model or --block_size')
+                fail(f'out of memory in step {step + 1} at --micro_batch_size=1: take a smaller model or --block_size')
             less = micro_batch_size // 2
             fail(f'out of memory in step {step + 1}; --micro_batch_size={less} takes less and changes no number; '
                  f'to go on: {command_to_go_on(overwrite, micro_batch_size=less)}')
@@ -96,7 +96,6 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
@@ -105,8 +104,8 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 import data
 import parallel
 import tracker as trackers
-from machine import (PEAK_FLOPS, choose_device, choose_dtype, compiles, environment, keep_freed_memory, now, out_of_memory,
-                     peak_memory_gb)
+from machine import (PEAK_FLOPS, choose_device, choose_dtype, compiles, environment, keep_freed_memory, now,
+                     out_of_memory, peak_memory_gb)
 from model import LanguageModel, ModelConfig
 from moe import LOSS_WEIGHTS
 from parallel import rank, world_size
@@ -117,8 +116,8 @@ from result import SCHEMA, RunFolder, command_to_go_on, folder_of, read_weights
 
 device = choose_device(device, index=parallel.local_rank if world_size > 1 else None)
 for least, knobs in ((1, 'max_steps batch_size micro_batch_size'),
-                     (0, 'max_train_tokens max_val_tokens warmup_steps eval_interval seed checkpoint_interval log_interval '
-                         'min_lr_ratio weight_decay grad_clip learning_rate bias_update_rate')):
+                     (0, 'max_train_tokens max_val_tokens warmup_steps eval_interval seed checkpoint_interval '
+                         'log_interval min_lr_ratio weight_decay grad_clip learning_rate bias_update_rate')):
     for knob in knobs.split():
         if asked[knob] < least:
             fail(f'{knob} must be at least {least}, not {asked[knob]}')
@@ -136,13 +135,8 @@ name = name or asked['attn']
 folder = RunFolder(folder_of(out_dir, experiment, name, seed))
 
 network, weights = {k: asked[k] for k in ModelConfig.__dataclass_fields__}, None
-if init_from:                                               # the network is what was read, but for what has no weights
-    theirs, weights, vocabulary, digest = read_weights(init_from)
-    for knob, spec in run_knobs()[0].items():
-        if knob == 'vocab_size' or asked[knob] == spec.default:
-            network[knob] = theirs.get(knob, spec.default)
-        elif not knob.startswith(('rope_', 'block_size')) and asked[knob] != theirs.get(knob, spec.default):
-            fail(f'--{knob}={asked[knob]} is not what {init_from} has: {theirs.get(knob)}')
+if init_from:
+    network, weights, vocabulary, digest = read_weights(init_from, asked)
 try:
     network = ModelConfig(**network)                        # tells of bad sizes now
     corpus = data.Corpus(data.prepare(os.path.expanduser(dataset), tokenizer, asked['vocab_size'],
@@ -152,9 +146,10 @@ except ValueError as error:
     fail(error)
 if not init_from:
     network = replace(network, vocab_size=corpus.vocab_size)
-elif vocabulary and vocabulary != (corpus.tokenizer and corpus.tokenizer.state()) or corpus.vocab_size > network.vocab_size:
-    fail(f'{init_from} has another vocabulary of {network.vocab_size:,} tokens than {dataset} in {tokenizer} with '
-         f'{corpus.vocab_size:,}')
+elif (corpus.vocab_size > network.vocab_size
+      or vocabulary and vocabulary != (corpus.tokenizer and corpus.tokenizer.state())):
+    fail(f'{init_from} has another vocabulary ({network.vocab_size:,} tokens) than {dataset} in --tokenizer={tokenizer}'
+         f' ({corpus.vocab_size:,} tokens)')
 block_size, expert_layers = network.block_size, max(0, network.n_layer - network.n_dense_layer)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,8 +197,9 @@ whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
 try:
     if checkpoint or weights:
         set_model_state_dict(raw_model, checkpoint['model'] if checkpoint else weights, options=whole)
-    for opt, state in zip(optimizers, checkpoint['optimizer'], strict=True) if checkpoint and checkpoint['optimizer'] else ():
-        set_optimizer_state_dict(raw_model, opt, state, options=whole)
+    if checkpoint and checkpoint['optimizer']:
+        for opt, state in zip(optimizers, checkpoint['optimizer'], strict=True):
+            set_optimizer_state_dict(raw_model, opt, state, options=whole)
 except Exception as error:
     fail(f'{folder.checkpoint if checkpoint else init_from} does not fit this model ({type(error).__name__}); '
          '--overwrite=True starts again')
@@ -227,7 +223,7 @@ def tensors(x, y):
 
 
 def worst(load):
-    """load (L, E), choices of each expert in each layer -> how far the busiest is above an even share, None without experts."""
+    """load (L, E), choices of each expert in each layer -> how far the busiest is above an even share; None if L 0."""
     return (load.max(1).values / load.mean(1) - 1).max().item() if len(load) else None
 
 
@@ -239,37 +235,37 @@ def evaluate():
     window that is not full runs for itself, as long as it is: padding would count in the routers' figures.
     """
     x, y = corpus.val_windows()                             # (windows, T), targets -1 where the last window is padded
-    rest = int((y[-1] >= 0).sum()) % block_size
+    rest = int((y[-1] >= 0).sum()) % block_size             # targets of a last window that is not full
     full = len(x) - (rest > 0)
-    parts = [slice(i, min(i + micro_batch_size, full)) for i in range(0, full, micro_batch_size)] + [slice(full, len(x))] * (rest > 0)
-    sums = np.zeros(6)                                      # nll, correct, and times tokens: balance, z, entropy; tokens
+    parts = [(x[i:min(i + micro_batch_size, full)], y[i:min(i + micro_batch_size, full)])
+             for i in range(0, full, micro_batch_size)]
+    parts += [(x[full:, :rest], y[full:, :rest])] * (rest > 0)
+    sums = torch.zeros(6, dtype=torch.float64)              # nll, correct; balance, z, entropy times tokens; tokens
     load = torch.zeros(expert_layers, network.n_expert, dtype=torch.float64)
     model.eval()
     with autocast:
         for i in range(rank, math.ceil(len(parts) / world_size) * world_size, world_size):
             rewrite(f'validation: {i + 1} of {len(parts)}')
             # sharded processes must run the same number of forwards: one without a part of its own runs the first again
-            part = parts[i if i < len(parts) else 0]
-            tail = part.start == full
-            xb, yb = tensors(*(a[part, :rest] if tail else a[part] for a in (x, y)))
-            o = (raw_model if tail else evaluator)(xb, yb)              # not compiled anew for another length
+            xb, yb = tensors(*parts[i if i < len(parts) else 0])
+            o = (evaluator if xb.size(1) == block_size else raw_model)(xb, yb)      # not compiled anew for the rest
             if i < len(parts):
                 n = xb.numel()
-                sums += [o.nll.item(), o.correct.item(),
-                         o.balance_loss.item() * n, o.z_loss.item() * n, o.entropy.sum().item() * n, n]
-                load += o.load.cpu().double().view_as(load)     # in this order: MPS has no float64
+                means = [n * value.item() for value in (o.balance_loss, o.z_loss, o.entropy.sum())]
+                sums += torch.tensor([o.nll.item(), o.correct.item(), *means, n], dtype=torch.float64)
+                load += o.load.cpu().double().view_as(load)             # in this order: MPS has no float64
     model.train()
     if world_size > 1:
-        both = torch.cat((torch.from_numpy(sums), load.flatten())).to(device)
-        both = parallel.add_up(both).cpu()
-        sums, load = both[:6].numpy(), both[6:].view_as(load)
-    (nll, correct, balance_loss, z_loss, entropy, tokens), targets = sums.tolist(), int((y >= 0).sum())
+        together = parallel.add_up(torch.cat((sums, load.flatten())).to(device)).cpu()
+        sums, load = together[:6], together[6:].view_as(load)
+    nll, correct, balance_loss, z_loss, entropy, tokens = sums.tolist()              # a target for every token
     fractions = load / load.sum(1, keepdim=True)            # (n_layer, E)
     val_bytes = described['val_bytes']
-    return {'val_loss': nll / targets, 'val_perplexity': math.exp(nll / targets) if nll / targets < 700 else math.inf,
-            'val_accuracy': correct / targets,
-            'val_bits_per_byte': nll / math.log(2) / val_bytes if val_bytes else None,
-            'balance_loss': balance_loss / tokens, 'z_loss': z_loss / tokens, 'router_entropy': entropy / tokens / expert_layers if expert_layers else None,
+    loss = nll / tokens
+    return {'val_loss': loss, 'val_perplexity': math.exp(loss) if loss < 700 else math.inf,
+            'val_accuracy': correct / tokens, 'val_bits_per_byte': nll / math.log(2) / val_bytes if val_bytes else None,
+            'balance_loss': balance_loss / tokens, 'z_loss': z_loss / tokens,
+            'router_entropy': entropy / tokens / expert_layers if expert_layers else None,
             'expert_load': fractions.tolist(), 'max_violation': worst(load)}
 
 
@@ -299,7 +295,8 @@ def describe_end(figures):
             'seconds_total': seconds_before + time.perf_counter() - start,
             'step_ms_median': 1e3 * statistics.median(step_seconds), 'tokens_per_second': tokens / seconds,
             'mfu': tokens / seconds * result['model']['flops_per_token'] / (peak * world_size) if peak else None,
-            'peak_memory_gb': peak_memory_gb(device), 'peak_memory_kind': 'device' if device.type == 'cuda' else 'resident'}
+            'peak_memory_gb': peak_memory_gb(device),
+            'peak_memory_kind': 'device' if device.type == 'cuda' else 'resident'}
 
 
 def write_result(status, error=None):
@@ -326,14 +323,17 @@ def diverge(cause):
     write_result('diverged', cause)
     saved = 'the last checkpoint still stands' if folder.checkpoint.exists() else 'no checkpoint was written yet'
     if rank == 0:
-        say(f'diverged at {cause}; {saved}; to try again: a smaller --learning_rate with --overwrite=True', file=sys.stderr)
+        say(f'diverged at {cause}; {saved}; to try again: a smaller --learning_rate with --overwrite=True', sys.stderr)
     sys.exit(3)
 
 
-sources = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(__file__).resolve().parent.glob('*.py'))}
-result = {'schema': SCHEMA, 'status': 'running', 'name': name, 'started': checkpoint['started'] if checkpoint else now(),
-          'finished': None, 'config': config, 'model': describe_model(), 'data': described,
-          'environment': {'device_name': None, 'world_size': world_size, **environment(device), 'source_sha256': sources}}
+here = Path(__file__).resolve().parent
+sources = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(here.glob('*.py'))}
+result = {'schema': SCHEMA, 'status': 'running', 'name': name,
+          'started': checkpoint['started'] if checkpoint else now(), 'finished': None,
+          'config': config, 'model': describe_model(), 'data': described,
+          'environment': {'device_name': None, 'world_size': world_size, **environment(device),
+                          'source_sha256': sources}}
 history, final, step, step_seconds, seconds_before = [], None, 0, [], 0.0       # step: updates done
 if checkpoint:
     history, final, step, step_seconds, seconds_before = (
@@ -346,17 +346,17 @@ facts = result['model']
 say(f'{name}, seed {seed}: {facts["attention_class"]}, {facts["params_total"] / 1e6:.1f}M parameters, '
     f'{facts["params_active"] / 1e6:.1f}M active per token, {facts["params_attention"] / 1e6:.2f}M in attention; '
     f'cache {facts["kv_cache_bytes_per_token"]:,} bytes a token in {dtype}')
-say(f'data: {described["dataset"]} in {described["vocab_size"]:,} tokens ({described["tokenizer"]}); '
-    f'{described["train_tokens"]:,} for training, '
-    f'seen {max_steps * batch_size * block_size / described["train_tokens"]:.2f} times; {described["val_tokens"]:,} for validation')
-say(f'a uniform guess costs {described["uniform_loss"]:.3f} nats a token, one by frequency {described["unigram_loss"]:.3f}')
+text, times = described, max_steps * batch_size * block_size / described['train_tokens']
+say(f'data: {text["dataset"]} in {text["vocab_size"]:,} tokens ({text["tokenizer"]}); {text["train_tokens"]:,} for '
+    f'training, seen {times:.2f} times; {text["val_tokens"]:,} for validation')
+say(f'a uniform guess costs {text["uniform_loss"]:.3f} nats a token, one by frequency {text["unigram_loss"]:.3f}')
 say(f'{max_steps} updates of {batch_size} x {block_size} tokens on {result["environment"]["device_name"]}'
     f'{f" x {world_size}" if world_size > 1 else ""}, {dtype}{", compiled" if compile else ""} -> {folder.path}/')
 if step:
     say(f'going on after step {step}')
 if checkpoint and max_steps > checkpoint['config']['max_steps']:
-    say(f'extended from {checkpoint["config"]["max_steps"]} updates: from here on the learning rate is that of a run of {max_steps}, '
-        f'next {learning_rate_at(step):.2e}; it is no run of {max_steps} from the start, and analyze.py does not take it for one')
+    say(f'extended from {checkpoint["config"]["max_steps"]} updates: from here on the learning rate is that of a run '
+        f'of {max_steps}, next {learning_rate_at(step):.2e}; analyze.py does not take it for one from the start')
 del checkpoint, weights
 
 model.train()
@@ -379,9 +379,9 @@ def ask_to_stop(number, frame):
     signal.signal(number, signal.SIG_DFL)                   # a second one ends the process at once
 
 
-signal.signal(signal.SIGINT, ask_to_stop)                   # though a shell script had it ignored by what it starts with &
+signal.signal(signal.SIGINT, ask_to_stop)                   # though scripts have it ignored by what they start with &
 signal.signal(signal.SIGTERM, ask_to_stop)
-if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:        # ignored under nohup
+if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:         # ignored under nohup
     signal.signal(signal.SIGHUP, ask_to_stop)               # the terminal was closed
 
 
@@ -404,8 +404,9 @@ def log_line(row, figures):
 
 write_result('running')
 track = trackers.Tracker(tracker if rank == 0 else '', folder.path, result)
-mine = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)    # rows of every batch for this process
+mine = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)        # rows of every batch
 start = time.perf_counter()
+micro_batches = math.ceil(batch_size // world_size / micro_batch_size)
 first, first_done = step, start                             # for the time left; moved past the first update
 
 while step < max_steps:
@@ -421,7 +422,7 @@ while step < max_steps:
     load = torch.zeros(expert_layers, network.n_expert, device=device)
     with autocast:                                          # one for all micro-batches: it casts the weights once
         for i in range(0, len(x), micro_batch_size):
-            rewrite(f'step {step + 1}/{max_steps}: micro-batch {i // micro_batch_size + 1} of {-(-len(x) // micro_batch_size)}')
+            rewrite(f'step {step + 1}/{max_steps}: micro-batch {i // micro_batch_size + 1} of {micro_batches}')
             xb, yb = x[i:i + micro_batch_size], y[i:i + micro_batch_size]
             parallel.sync_gradients(model, i + micro_batch_size >= len(x))
             o = model(xb, yb)

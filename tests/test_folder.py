@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from configurator import run_knobs
 from conftest import refusal
 
 from result import SCHEMA, RunFolder, command_to_go_on, folder_of, read_weights
@@ -282,13 +283,16 @@ def test_the_command_to_go_on_is_this_one_for_a_shell(monkeypatch, argv, overwri
     assert 'on each machine' in command_to_go_on(overwrite, **more)
 
 
+DEFAULTS = {name: knob.default for name, knob in run_knobs()[0].items()}
+
+
 def test_weights_to_start_from_come_with_their_hash_and_network(place, tmp_path, capsys):
     path = place('complete', content(20, 3.0))
     for given in (path, path / 'checkpoint.pt'):
-        network, weights, vocabulary, digest = read_weights(given)
-        assert network == {'n_layer': 1} and vocabulary is None and torch.equal(weights['w'], torch.full((3,), 20.0))
+        network, weights, vocabulary, digest = read_weights(given, DEFAULTS)
+        assert network == {**DEFAULTS, 'n_layer': 1} and vocabulary is None and torch.equal(weights['w'], torch.full((3,), 20.0))
         assert digest == hashlib.sha256((path / 'checkpoint.pt').read_bytes()).hexdigest()
-    assert 'no such run' in refusal(capsys, read_weights, tmp_path / 'nowhere')
-    assert 'holds no checkpoint.pt' in refusal(capsys, read_weights, tmp_path)
+    assert 'no such run' in refusal(capsys, read_weights, tmp_path / 'nowhere', DEFAULTS)
+    assert 'holds no checkpoint.pt' in refusal(capsys, read_weights, tmp_path, DEFAULTS)
     (path / 'checkpoint.pt').write_bytes(b'hello')
-    assert 'cannot be read' in refusal(capsys, read_weights, path)
+    assert 'cannot be read' in refusal(capsys, read_weights, path, DEFAULTS)
