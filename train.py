@@ -24,7 +24,8 @@ seed = 0                        # initial weights and order of the data; runs of
 init_from = ''                  # weights to start from, with a fresh optimizer: a run's folder or a Hugging Face folder
 
 # Data
-dataset = 'stdlib'              # stdlib, a text file, a folder of text files, or a folder with train.bin and val.bin
+dataset = 'stdlib'              # stdlib, a text file, a folder of them, or a folder with train.bin and val.bin; see data.py
+text_field = 'text'             # of rows in .jsonl and .parquet: the field that holds a document's text
 tokenizer = 'bpe'               # bpe (trained here), bytes, gpt2 or another tiktoken name (a download)
 max_train_tokens = 500_000      # use the first so many training tokens; 0: all
 max_val_tokens = 32_768         # the first so many validation tokens are the validation split; 0: all
@@ -110,6 +111,7 @@ from model import LanguageModel, ModelConfig
 from moe import LOSS_WEIGHTS
 from parallel import rank, world_size
 from result import SCHEMA, RunFolder, command_to_go_on, folder_of, read_weights
+from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What was asked for, checked before anything slow or destructive
@@ -140,14 +142,14 @@ if init_from:
 try:
     network = ModelConfig(**network)                        # tells of bad sizes now
     corpus = data.Corpus(data.prepare(os.path.expanduser(dataset), tokenizer, asked['vocab_size'],
-                                      root=os.path.expanduser(data_root), log=say),
+                                      os.path.expanduser(data_root), say, text_field),
                          max_train_tokens, max_val_tokens, network.block_size)
 except ValueError as error:
     fail(error)
 if not init_from:
     network = replace(network, vocab_size=corpus.vocab_size)
-elif (corpus.vocab_size > network.vocab_size
-      or vocabulary and vocabulary != (corpus.tokenizer and corpus.tokenizer.state())):
+elif corpus.vocab_size > network.vocab_size or vocabulary and (
+        corpus.tokenizer is None or Tokenizer.from_state(vocabulary).sha256() != corpus.tokenizer.sha256()):
     fail(f'{init_from} has another vocabulary ({network.vocab_size:,} tokens) than {dataset} in --tokenizer={tokenizer}'
          f' ({corpus.vocab_size:,} tokens)')
 block_size, expert_layers = network.block_size, max(0, network.n_layer - network.n_dense_layer)
@@ -172,6 +174,7 @@ eval_interval = eval_interval or max_steps
 checkpoint_interval = checkpoint_interval or eval_interval
 log_interval = log_interval or math.ceil(max_steps / 200)
 config = {**asked, **vars(network), 'device': device.type, 'out_dir': folder.path.as_posix(),
+          'tokenizer': corpus.tokenizer_name,
           'init_from': init_from and f'{Path(init_from).name} sha256:{digest}'}
 config |= {k: globals()[k] for k in ('dtype', 'compile', 'balance_loss_weight', 'z_loss_weight', 'name',
                                      'eval_interval', 'checkpoint_interval', 'log_interval')}
@@ -481,6 +484,8 @@ write_result('complete')
 track.finish(final)
 say(f'validation loss {final["val_loss"]:.4f} after {final["tokens"]:,} tokens '
     f'in {final["seconds_training"]:.0f} s of updates; {folder.result}')
+for remark in corpus.remarks:                               # what was asked of the data and not had
+    say(remark)
 if world_size > 1:
     dist.barrier()
     dist.destroy_process_group()
