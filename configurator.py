@@ -72,7 +72,7 @@ def say(line, file=None):
 
 def rewrite(line):
     """Shows a line on a terminal until the next one takes its place; files and pipes do not get it."""
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and os.environ.get('RANK', '0') == '0':
         print(f'\r{line[:79]:79}', end='\r', flush=True)
 
 

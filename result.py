@@ -230,7 +230,11 @@ def read_weights(path, asked):
     file = path / 'checkpoint.pt' if (path / 'checkpoint.pt').exists() else path
     if file.is_dir() and (file / 'config.json').exists():
         from hf import from_folder
-        model, files = from_folder(path), sorted(f for f in path.iterdir() if f.suffix in ('.json', '.safetensors'))
+        try:
+            model = from_folder(path)
+        except ValueError as error:
+            fail(error)
+        files = sorted(f for f in path.iterdir() if f.suffix in ('.json', '.safetensors'))
         content = {'model_config': vars(model.config), 'model': model.state_dict(), 'tokenizer': None}
     else:
         from machine import load_whole
