@@ -399,12 +399,14 @@ class ExpertsByHand(torch.autograd.Function):
         # without a backward: one network at a time; with one, always the same size, lest the heap fill with holes
         kept = len(order) + len(sizes) * (ROWS_AT_ONCE - 1) if with_grad else max(padded)
         g, u = x_low.new_empty(kept, gate.size(1)), x_low.new_empty(kept, gate.size(1))
+        space = x_low.new_empty(max(padded), gate.size(1))              # for h, of every network in turn
         for e, s in segments(padded):
             own = s if with_grad else slice(padded[e])
-            rows = x_low.index_select(0, rows_of[s])                    # (n, C), in a third of the time of x[...]
+            rows, h = x_low.index_select(0, rows_of[s]), space[:padded[e]]      # (n, C), in a third of the time of x[...]
             linear(rows, gate[e], out=g[own])
             linear(rows, up[e], out=u[own])
-            y.index_add_(0, rows_of[s], linear(F.silu(g[own]).mul_(u[own]), down[e]) * w[s])
+            torch.ops.aten.silu.out(g[own], out=h).mul_(u[own])         # (n, F)
+            y.index_add_(0, rows_of[s], linear(h, down[e]) * w[s])
         ctx.save_for_backward(x_low, *low, g, u, w, order, rows_of, place)
         ctx.sizes = padded
         return y.clone() if torch.compiler.is_compiling() else y        # see ChunkedCrossEntropy
@@ -417,13 +419,16 @@ class ExpertsByHand(torch.autograd.Function):
         # a network without rows gets a gradient of zeros
         empty = torch.empty_like if all(ctx.sizes) else torch.zeros_like
         d_gate, d_up, d_down = (empty(p, dtype=w.dtype) for p in (gate, up, down))
+        spaces = x.new_empty(3, max(ctx.sizes), g.size(1))              # written over for every network
         for e, s in segments(ctx.sizes):
-            own, silu = rows_of[s], F.silu(g[s])
-            rows, dy_e = x.index_select(0, own), (dy.index_select(0, own) * w[s]).to(x.dtype)
-            dh = dy_e @ down[e]                                         # (n, F)
-            product_into(d_down[e], dy_e.T, silu * u[s])
+            n, own = ctx.sizes[e], rows_of[s]
+            silu, dh, h = spaces[:, :n]                                 # (n, F) each
+            rows, dy_e = x.index_select(0, own), (dy.index_select(0, own) * w[s]).to(x.dtype)       # (n, C)
+            torch.ops.aten.silu.out(g[s], out=silu)
+            product_into(d_down[e], dy_e.T, torch.mul(silu, u[s], out=h))
+            torch.mm(dy_e, down[e], out=dh)
             d_u = silu.mul_(dh)
-            d_g = torch.ops.aten.silu_backward(dh.mul_(u[s]), g[s])
+            d_g = torch.ops.aten.silu_backward.grad_input(dh.mul_(u[s]), g[s], grad_input=h)
             product_into(d_up[e], d_u.T, rows)
             product_into(d_gate[e], d_g.T, rows)
             d_rows = d_u @ up[e]                                        # (n, C), half of it
