@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import data
+import hf
 import machine
 from configurator import configure, run_knobs
 from conftest import REPOSITORY, TINY, flags, one_line
@@ -640,6 +641,18 @@ def test_training_goes_on_from_the_weights_of_a_run_with_a_fresh_optimizer(train
     one_line(train('x', init_from=tmp_path / 'nowhere', **network), 'nowhere', 'no such run')
     wider = result_of(train('wider', init_from=source.folder, **{**network, 'block_size': 64}, rope_scaling='yarn', rope_factor=2.0))
     assert wider['config']['block_size'] == 64 and wider['config']['rope_scaling'] == 'yarn'       # neither has weights
+
+
+def test_training_goes_on_from_a_hugging_face_folder_and_a_damaged_one_is_one_line(train, tmp_path):
+    source = train('source', attn='mla', router='sigmoid')
+    model, tokenizer = hf.from_run(source.folder)
+    hf.to_folder(model, tokenizer, tmp_path / 'published')
+    network = {'attn': ..., 'n_layer': ..., 'n_head': ..., 'n_embd': ..., 'd_ff': ..., 'n_expert': ..., 'block_size': ...}
+    run = train(init_from=tmp_path / 'published', **network, learning_rate=0.0, bias_update_rate=0)
+    assert result_of(run)['final']['val_loss'] == pytest.approx(result_of(source)['final']['val_loss'], rel=1e-6)
+    assert re.fullmatch('published sha256:[0-9a-f]{64}', result_of(run)['config']['init_from'])
+    (tmp_path / 'published/config.json').write_text('{"model_type": "gpt2"}')
+    one_line(train('x', init_from=tmp_path / 'published', **network), 'published', 'only MixtralForCausalLM')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
