@@ -15,6 +15,12 @@ import torch
 
 from configurator import fail
 
+# Dense bfloat16 matrix rate in FLOP/s (vendors' data sheets), for mfu, by the whole name that the driver gives: an H100
+# NVL or a MIG slice is no H100 SXM. Elsewhere, and in float32, mfu is null
+PEAK_FLOPS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100-SXM4-40GB': 312e12,
+              'NVIDIA A100-SXM4-80GB': 312e12, 'NVIDIA A100-PCIE-40GB': 312e12, 'NVIDIA A100 80GB PCIe': 312e12,
+              'NVIDIA L40S': 362e12, 'NVIDIA L4': 121e12, 'NVIDIA GeForce RTX 4090': 165e12}
+
 
 def choose_device(name, kinds=('cuda', 'mps', 'cpu'), index=None):
     """--device -> torch.device, that of this process from now on; auto: the first of `kinds` that is here.
@@ -63,6 +69,15 @@ def keep_freed_memory(device):
         pass
 
 
+def compiles(device):
+    """'' if torch.compile works here, else why not: it needs a C++ compiler, and triton on a GPU."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+    except Exception as error:
+        return f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
+    return ''
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What it is, what is used of it
 
@@ -95,18 +110,29 @@ def environment(device):
 
 
 def resident_gb(field='VmHWM'):
-    """Memory of this process in 10^9 bytes: its peak, or with VmRSS what it is now (on Linux; elsewhere the peak)."""
+    """Memory of this process in 10^9 bytes: its peak, or with VmRSS what it is now (on Linux; elsewhere the peak).
+    None on Windows, whose Python cannot tell."""
     try:                                                    # getrusage's peak includes the process that started this
         with open('/proc/self/status') as file:
             return next(int(line.split()[1]) for line in file if line.startswith(field)) * 1024 / 1e9
     except (OSError, StopIteration):
-        import resource                                     # not on Windows
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
+        pass
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
 
 
 def peak_memory_gb(device):
     """Largest amount so far, in 10^9 bytes: of device memory on a CUDA GPU, else of this process's resident memory."""
     return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == 'cuda' else resident_gb()
+
+
+def out_of_memory(error):
+    """Whether it is what torch raises where memory ends: of a CUDA GPU, of a Mac, of the processor."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and (
+        'out of memory' in str(error) or "can't allocate memory" in str(error))
 
 
 def now():
@@ -130,13 +156,14 @@ def write_atomically(path, write):
         fail(f'{path} could not be written ({error.strerror or error}); what was there before is still there')
 
 
-def load_whole(path):
+def load_whole(path, mmap=False):
     """What torch.save wrote to `path`, on the CPU; runs no code from the file. Raises something if it is damaged.
 
+    mmap: tensors stay in the file until they are touched, so that several processes share one copy of them.
     torch.save stores a CRC-32 of each record, which torch.load does not look at: a flipped bit would become a weight.
     """
     with zipfile.ZipFile(path) as archive:                  # about 1 GB/s
         # a record with attributes may pass for a folder, of which torch.load reads nothing: a tensor of stale memory
         if archive.testzip() is not None or any(record.external_attr for record in archive.infolist()):
             raise zipfile.BadZipFile('a record is damaged')
-    return torch.load(path, map_location='cpu', weights_only=True)
+    return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)

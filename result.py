@@ -1,28 +1,35 @@
-"""What a result file is, and which of them may be compared. train.py writes them, analyze.py reads them; no torch here.
+"""What a run's folder holds. train.py writes it, analyze.py reads it and compares; torch is only imported to write.
+
+    folder = RunFolder('out/laptop/lora-s0')
+    checkpoint = folder.open(config, data, asked, resume='auto')    # what to go on from; or one line and the end
+    folder.write_checkpoint(content), folder.write_result(result)
 
     run = read_run('out/laptop/lora-s0/result.json')    # all fields there and sound, or one line and the end
     arms = load('out/laptop', 'baseline')               # {arm: {seed: run}}: an arm is the runs of one name
     for line in disagreements(arms, 'baseline'): ...    # what they differ in beyond variant and seed
 
-The README describes the fields ("Read a result"). A knob that your own variant adds goes into VARIANT.
+The README describes the fields ("Read a result").
 """
 
+import hashlib
 import json
 import math
 import os
 import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
 
-from configurator import fail
+from configurator import fail, run_knobs, say
 
 SCHEMA = 2      # of result.json and checkpoint.pt. 1: every weight N(0, 0.02), router losses averaged over the layers
 STATUSES = ('running', 'complete', 'interrupted', 'diverged')
 NAME_LENGTH = 60                                        # of a run's name, at most: what fits a table
-ORDER = ['gqa', 'mqa', 'lora', 'enhanced', 'mla']       # of arms, after the baseline; then the alphabet
-VARIANT = {'attn', 'n_kv_head', 'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim',
-           'v_head_dim', 'attention_bias', 'qk_norm'}  # what is being compared; so is every rope_* except rope_theta
 CONTINUATION = {'resume', 'overwrite', 'out_dir', 'data_root'}      # may differ between a run and its continuation
-BOOKKEEPING = CONTINUATION | {'name', 'seed', 'experiment', 'log_interval',
-                              'checkpoint_interval'}                # may differ between runs: no influence on numbers
+# ... and so may these: they change no number but by rounding; the data's hashes must agree, whatever it is called
+INDIFFERENT = CONTINUATION | {'micro_batch_size', 'log_interval', 'checkpoint_interval', 'eval_interval', 'compile',
+                              'shard', 'tracker', 'dataset', 'text_field', 'extended_at'}
 
 
 def json_ready(value):
@@ -32,6 +39,233 @@ def json_ready(value):
     if isinstance(value, list):
         return [json_ready(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing: the folder of one run
+
+def folder_of(out_dir, experiment, name, seed):
+    """-> the path of a run's folder. Fails at names that fit no table or lead out of out/."""
+    for knob, text in (('name', name), ('experiment', experiment)):
+        if len(text) > NAME_LENGTH or not text.isprintable() or not text.strip('. ') or '/' in text or '\\' in text:
+            fail(f'--{knob}={ascii(text)[1:-1]}: must be 1 to {NAME_LENGTH} printable characters, not all blanks and '
+                 'dots, without / and \\; --out_dir=FOLDER goes anywhere')
+    return Path(out_dir or f'out/{experiment}/{name}-s{seed}').expanduser()
+
+
+class RunFolder:
+    """The folder of one run: what is there already, and what the run leaves there.
+
+        result.json       what README describes; rewritten at each evaluation
+        checkpoint.pt     weights, optimizer, step, history: all that going on needs; sample.py reads it
+        best.pt           the checkpoint with the smallest validation loss, if that is not the last one
+        .lock             held by the process that writes
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.result, self.checkpoint = self.path / 'result.json', self.path / 'checkpoint.pt'
+        self.best_file = self.path / 'best.pt'
+        self.best = self.saved = None               # {'step', 'val_loss'} of the best checkpoint; step of the last one
+
+    def open(self, config, data, asked, resume=False, overwrite=False, writer=True, mmap=False):
+        """-> the checkpoint to go on from, or None to start at the beginning. Ends the program if neither is right.
+
+        config, data: of this run, as they will stand in its result; config gets `extended_at`, the steps at which a
+        run was given more updates. asked: {knob: value} before 'auto' and None were resolved. resume: True, False or
+        'auto' (if there is anything to go on with). writer: this process locks the folder. mmap: see load_whole.
+        """
+        there = self.result.exists() or self.checkpoint.exists()
+        if resume is True and not there:
+            fail(f'{self.path} holds no run to go on with; --resume=auto starts one where there is none')
+        if writer:
+            self.lock()
+        if overwrite:
+            if writer:                                      # or a later --resume=True would find what was there before
+                for path in (self.checkpoint, self.best_file):
+                    path.unlink(missing_ok=True)
+            return None
+        if self.result.exists():
+            before = self.read_result()
+            self.compare(before, config, data, asked, resume)
+            more = config['max_steps'] > before['config']['max_steps']
+            if before['status'] == 'diverged':
+                say(f'{self.path} diverged ({before.get("error")}); --overwrite=True runs it again')
+                raise SystemExit(3)
+            if before['status'] == 'complete' and not (resume and more):
+                if resume:
+                    say(f'{self.path} is complete already; a larger --max_steps goes on with it')
+                    raise SystemExit(0)
+                fail(f'{self.path} holds a finished run; --overwrite=True runs it again, --out_dir=... goes elsewhere'
+                     + f', --resume=True goes on with it to update {config["max_steps"]}' * more)
+        if there and not resume:
+            fail(f'{self.path} holds an unfinished run; --resume=True goes on with it, --overwrite=True starts again')
+        if not self.checkpoint.exists():
+            if there:
+                say(f'{self.path} has no checkpoint yet: from the beginning')
+            return None
+        checkpoint = self.read_checkpoint(mmap)
+        self.compare(checkpoint, config, data, asked, resume)
+        before, step = checkpoint['config'], checkpoint['step']
+        extended = before.get('extended_at', []) + [step] * (config['max_steps'] > before['max_steps'])
+        if extended:
+            if checkpoint['optimizer'] is None:
+                fail(f'{self.checkpoint} is of a finished run and has no optimizer state; --init_from={self.path} '
+                     'starts another run from its weights')
+            config['extended_at'] = extended
+        self.best, self.saved = checkpoint.get('best'), step
+        return checkpoint
+
+    def lock(self):
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.held = open(self.path / '.lock', 'w')
+            try:
+                import fcntl                                # not on Windows, where nothing guards the folder
+                fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)       # let go of when this process ends
+            except ImportError:
+                pass
+        except BlockingIOError:
+            fail(f'another process is writing to {self.path}; wait for it, or go elsewhere with --out_dir=...')
+        except OSError as error:
+            fail(f'{self.path} cannot be written to ({error.strerror}); go elsewhere with --out_dir=...')
+
+    def read_result(self):
+        try:
+            content = json.loads(self.result.read_text(encoding='utf-8'))
+        except (OSError, ValueError) as error:
+            fail(f'{self.result} cannot be read ({error}); --overwrite=True replaces it')
+        if not (isinstance(content, dict) and isinstance(content.get('config'), dict)
+                and content.get('status') in STATUSES and 'max_steps' in content['config']):
+            fail(f'{self.result} is no result of this program; --overwrite=True replaces it')
+        return content
+
+    def read_checkpoint(self, mmap=False):
+        from machine import load_whole
+        try:
+            content = load_whole(self.checkpoint, mmap)
+            schema = content['schema']
+            content['config']['max_steps'], content['step'], content['optimizer']
+        except Exception as error:                          # whatever a damaged archive makes torch raise
+            fail(f'{self.checkpoint} cannot be read ({type(error).__name__}); --overwrite=True starts again')
+        if schema != SCHEMA:
+            fail(f'{self.checkpoint} has schema {schema}, this program reads {SCHEMA}; --overwrite=True starts again')
+        return content
+
+    def compare(self, before, config, data, asked, resume):
+        """Fails unless what lies in the folder is this run: by its config, and its data by the hashes."""
+        defaults = {name: knob.default for knobs in run_knobs() for name, knob in knobs.items()}
+
+        def same(k):
+            if k not in before['config'] and k in defaults:             # a knob that is younger than that run
+                return asked.get(k) == defaults[k]
+            if k == 'max_steps' and config[k] > before['config'][k]:    # a run may be given more updates
+                return True
+            return before['config'].get(k) == config.get(k)
+        different = [f'{k}: {before["config"].get(k, "absent")} there, {config.get(k, "absent")} here'
+                     for k in sorted((config.keys() | before['config'].keys()) - INDIFFERENT) if not same(k)]
+        if different:
+            fail(f'{self.path} holds a run of another config ({", ".join(different)}); --overwrite=True replaces it, '
+                 '--out_dir=... goes elsewhere')
+        old = before.get('data') or {}
+        hashes = [k for k in sorted(data) if k.endswith(('sha256', 'tokens', 'size')) and k in old
+                  and None not in (old[k], data[k])]
+        different = [f'{k}: {str(old[k])[:12]} there, {str(data[k])[:12]} here' for k in hashes if old[k] != data[k]]
+        if different:
+            fail(f'{self.path} holds a run on other data ({", ".join(different)}): the text, the vocabulary or how '
+                 'much of it is used has changed; --overwrite=True starts again')
+
+    def write_result(self, result):
+        from machine import write_atomically
+        file = 'checkpoint.pt' if self.best and self.best['step'] == self.saved else 'best.pt'
+        best = self.best and {**self.best, 'file': file}
+        text = json.dumps(json_ready({**result, 'best': best}), indent=1, allow_nan=False) + '\n'
+        write_atomically(self.result, lambda file: file.write(text.encode()))
+
+    def write_checkpoint(self, content):
+        """checkpoint.pt, and `best` in it. If what it replaces is the best so far, that becomes best.pt first."""
+        import torch
+        from machine import write_atomically
+        step, final = content['step'], content['final'] or {}
+        loss = final['val_loss'] if final.get('step') == step else math.inf         # evaluated at this very step
+        if loss < (self.best['val_loss'] if self.best else math.inf):
+            self.best = {'step': step, 'val_loss': loss}
+        elif self.best and self.best['step'] == self.saved != step:
+            aside = self.best_file.with_name('best.pt.tmp')
+            aside.unlink(missing_ok=True)
+            try:
+                os.link(self.checkpoint, aside)             # a second name, no copy
+            except OSError:
+                shutil.copyfile(self.checkpoint, aside)
+            os.replace(aside, self.best_file)
+        write_atomically(self.checkpoint, lambda file: torch.save({**content, 'best': self.best}, file))
+        self.saved = step
+        if self.best and self.best['step'] == step:
+            self.best_file.unlink(missing_ok=True)
+
+
+def command_to_go_on(overwrite=False, **knobs):
+    """The command line of this program with --resume=True and these knobs, ready to be pasted into a shell.
+
+    overwrite: as configured; where a config file asks for it, a flag must take it back.
+    """
+    env, knobs = os.environ, {'resume': True, **knobs}
+    if overwrite and '--overwrite=True' not in sys.argv:
+        knobs['overwrite'] = False
+    arguments = [a for a in sys.argv if a.partition('=')[0].removeprefix('--') not in {*knobs, 'overwrite'}]
+    launcher, several = [sys.orig_argv[0]], int(env.get('GROUP_WORLD_SIZE', 1)) > 1
+    if int(env.get('WORLD_SIZE', 1)) > 1:
+        launcher = ['torchrun', f'--nproc_per_node={env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])}']
+    where = " on each machine, with torchrun's --nnodes, --node_rank and --master_... as before" * several
+    return shlex.join(launcher + arguments + [f'--{k}={v}' for k, v in knobs.items()]) + where
+
+
+def read_weights(path, asked):
+    """--init_from=PATH -> (fields of ModelConfig, weights by name, tokenizer's state or None, SHA-256 of the files).
+
+    PATH: a run's folder, a checkpoint file, or a Hugging Face folder (see hf.py). The network is the one that is read;
+    what has no weights, context and rotary positions, may be asked for otherwise. asked: {knob: value} of the flags.
+    """
+    path = Path(path).expanduser()
+    file = path / 'checkpoint.pt' if (path / 'checkpoint.pt').exists() else path
+    if file.is_dir() and (file / 'config.json').exists():
+        from hf import from_folder
+        try:
+            model = from_folder(path)
+        except ValueError as error:
+            fail(error)
+        files = sorted(f for f in path.iterdir() if f.suffix in ('.json', '.safetensors'))
+        content = {'model_config': vars(model.config), 'model': model.state_dict(), 'tokenizer': None}
+    else:
+        from machine import load_whole
+        try:
+            content, files = load_whole(file), [file]
+            if content['schema'] != SCHEMA:
+                fail(f'{file} has schema {content["schema"]}, this program reads {SCHEMA}')
+        except FileNotFoundError:
+            fail(f'--init_from={path}: no such run, checkpoint file or Hugging Face folder')
+        except Exception as error:
+            fail(f'--init_from={path}: holds no checkpoint.pt, or it cannot be read ({type(error).__name__})')
+    digest = hashlib.sha256()
+    for name in files:
+        with open(name, 'rb') as f:
+            while block := f.read(2**20):
+                digest.update(block)
+    network = {}
+    for knob, (_, default, *_) in run_knobs()[0].items():
+        network[knob] = content['model_config'].get(knob, default)
+        if knob != 'vocab_size' and asked[knob] not in (default, network[knob]):
+            if not knob.startswith(('rope_', 'block_size')):
+                fail(f'--{knob}={asked[knob]} is not what {path} has: {network[knob]}')
+            network[knob] = asked[knob]
+    return network, content['model'], content['tokenizer'], digest.hexdigest()
+
+
+# What readers compare by
+ORDER = ['gqa', 'mqa', 'lora', 'enhanced', 'mla']       # of arms, after the baseline; then the alphabet
+VARIANT = {'attn'} | {name for name, knob in run_knobs()[0].items() if knob.default is None}    # what is being compared
+BOOKKEEPING = CONTINUATION | {'name', 'seed', 'experiment', 'log_interval',
+                              'checkpoint_interval'}                # may differ between runs: no influence on numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------------

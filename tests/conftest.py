@@ -55,16 +55,24 @@ def train(corpus, data_root, tmp_path, monkeypatch, capfd):
         folder = tmp_path / name
         knobs = {**TINY, 'dataset': corpus, 'data_root': data_root, 'out_dir': folder, **knobs}
         monkeypatch.setattr(sys, 'argv', ['train.py', *map(str, arguments), *flags(**{k: v for k, v in knobs.items() if v is not ...})])
-        before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        signals = [getattr(signal, n) for n in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, n)]
+        before = [signal.getsignal(number) for number in signals]
         capfd.readouterr()
         try:
             runpy.run_path(str(REPOSITORY / 'train.py'), run_name='__main__')
             code = 0
         except SystemExit as error:
             code = error.code
+        except Exception:                                   # as the interpreter would
+            try:
+                sys.excepthook(*sys.exc_info())
+            except SystemExit as error:
+                code = error.code
+            else:
+                raise
         finally:
-            signal.signal(signal.SIGINT, before[0])
-            signal.signal(signal.SIGTERM, before[1])
+            for number, handler in zip(signals, before):
+                signal.signal(number, handler)
             sys.excepthook = sys.__excepthook__
             gc.collect()                                    # the script's globals, and with them its lock on the folder
         return SimpleNamespace(code=code, folder=folder, **dict(zip(('out', 'err'), capfd.readouterr())))
