@@ -48,7 +48,8 @@ def band(ax, steps, curves, style, label):
     mean = [summary(list(column)) for column in curves.T]
     ax.plot(steps, [s['mean'] for s in mean], **style, lw=2, label=label)
     if len(curves) > 1:
-        ax.fill_between(steps, [s['low'] for s in mean], [s['high'] for s in mean], color=style['color'], alpha=0.15, lw=0)
+        ax.fill_between(steps, [s['low'] for s in mean], [s['high'] for s in mean], color=style['color'], alpha=0.15,
+                        lw=0)
 
 
 def legend(figure, ax):
@@ -127,7 +128,8 @@ def figure_cache(arms, r):
     kinds = {name: arm['attention_class'] for name, arm in drawn.items()}
     for kind, colour, marker in zip(dict.fromkeys(kinds.values()), COLOURS[1:], 'oDs^vP'):
         members = sorted((name for name in drawn if kinds[name] == kind), key=lambda name: sign * named[name][1])
-        best = sorted(named[next(name for name in members if size[name] == x)] for x in {size[name] for name in members})
+        best = sorted(named[next(name for name in members if size[name] == x)] for x in sizes
+                      if x in {size[name] for name in members})
         ax.plot(*list(zip(*best))[:2], color=colour, lw=2, alpha=0.4, zorder=1)
         for name in members:
             (x, y, side), s = named[name], drawn[name][r['metric']]
@@ -143,15 +145,15 @@ def figure_cache(arms, r):
     ax.margins(0.2, 0.1)
     n = [len(arm['values']) for arm in drawn.values()]
     ax.set(xlabel='cache, bytes per token (all layers, 2 bytes a number)', ylabel=f'{r["label"]} ({r["unit"]})')
-    ax.set_title(f'Mean and 95% interval, n = {" to ".join(map(str, sorted({min(n), max(n)})))} seeds; lines join the best of '
-                 'each size', fontsize=10)
+    n = ' to '.join(map(str, sorted({min(n), max(n)})))
+    ax.set_title(f'Mean and 95% interval, n = {n} seeds; lines join the best of each size', fontsize=10)
     legend(figure, ax)
     name_points(figure, ax, named)
     return figure
 
 
 def name_points(figure, ax, named):
-    """{name: (x, y, side, colour)}: each name beside its point, where it covers little of lines, points, other names."""
+    """{name: (x, y, side, colour)}: each name beside its point, where it covers little else."""
     figure.draw_without_rendering()
     figure.set_layout_engine('none')                        # names move nothing any more
     taken, frame = [], ax.get_window_extent()

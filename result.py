@@ -141,7 +141,6 @@ DATA = {name for name, knob in REST.items() if knob.section.startswith('Data')} 
 BOOKKEEPING = CONTINUATION | DATA | {'name', 'seed', 'experiment', 'log_interval',
                                      'checkpoint_interval'}     # may differ between runs: no influence on numbers
 TOKENS = ('train_sha256', 'val_sha256', 'train_tokens', 'val_tokens', 'vocab_size')     # of data: not names, not paths
-TEXTS = ('train_text_sha256', 'val_text_sha256')                # of data: of the text, whatever the tokenizer
 
 
 def complete(arm):
@@ -195,14 +194,14 @@ def disagreements(arms, baseline, may_differ=(), metric='val_loss'):
     """
     runs = [run for arm in arms.values() for run in arm.values()]
     keys = {part: sorted({key for run in runs for key in run[part]}) for part in ('config', 'model')}
-    by_text = metric == 'val_bits_per_byte' and all('val_text_sha256' in run['data'] for run in runs)
+    by_text = metric == 'val_bits_per_byte' and all(run['data'].get('val_text_sha256') for run in runs)
     networks, own, may_differ = {}, {*VARIANT, *may_differ}, set(may_differ)
     for run in runs:
         networks.setdefault(baseline if run['name'] == f'{baseline}-again' else run['name'], []).append(run)
     finished = [run for run in runs if run['status'] == 'complete']
     budget = {'updates': {'max_steps'}, 'tokens': {'max_steps', 'batch_size', 'block_size'}}
     checks = [(runs, 'config', key) for key in keys['config'] if key not in own | BOOKKEEPING]
-    checks += [(runs, 'data', key) for key in (TEXTS if by_text else TOKENS) if key not in may_differ]
+    checks += [(runs, 'data', key) for key in (('val_text_sha256',) if by_text else TOKENS) if key not in may_differ]
     checks += [(runs, 'environment', key) for key in ('device_name', 'torch') if key not in may_differ]
     checks += [(finished, 'final', key) for key, knobs in budget.items() if not knobs & may_differ]
     for same in networks.values():

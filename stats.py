@@ -188,6 +188,6 @@ def paired(variant, base, margin, tests=1):
         c[f'd_pooled{key}'] = c[f'd_z{key}'] * ratio
     c['correlation'] = correlation(variant, base)
     # sds of correlated groups carry fewer degrees of freedom than 2(n-1): Cousineau 2020, TQMP 16(4)
-    factor = hedges(2 * df / (1 + (c['correlation'] or 0.0) ** 2)) if n > 2 else None     # n = 2: all but 0, no estimate
+    factor = hedges(2 * df / (1 + (c['correlation'] or 0.0) ** 2)) if n > 2 else None     # n = 2: all but 0
     c['g_pooled'] = factor and factor * c['d_pooled']
     return c
