@@ -488,13 +488,13 @@ def options_of(runs, arguments):
     """The flags in options.json beside the runs, but for those that the command line gives."""
     try:
         with open(os.path.join(folder_of(runs), 'options.json'), encoding='utf-8') as file:
-            options = json.load(file)
+            options = [str(flag) for flag in json.load(file)]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
-        fail(f'{runs}/options.json: {error}')
-    name = lambda flag: str(flag).partition('=')[0]                     # noqa: E731
-    return [flag for flag in options if name(flag) not in map(name, arguments)]
+    except (OSError, ValueError, TypeError) as error:
+        fail(f'{folder_of(runs)}/options.json: must be a list of flags ({error})')
+    given = {argument.partition('=')[0] for argument in arguments}
+    return [flag for flag in options if flag.partition('=')[0] not in given]
 
 
 def arms_of(contrasts, arms):
