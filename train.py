@@ -196,7 +196,7 @@ checkpoint_interval = checkpoint_interval or eval_interval
 log_interval = log_interval or math.ceil(max_steps / 200)
 
 try:
-    model_config = ModelConfig(**{k: config[k] for k in ModelConfig.__dataclass_fields__})      # tells of bad sizes now
+    model_config = ModelConfig(**{k: config[k] for k in ModelConfig.__dataclass_fields__ if k in config})     # tells of bad sizes
     folder = data.prepare(dataset, tokenizer, vocab_size, root=data_root, log=say)
     corpus = data.Corpus(folder, max_train_tokens, max_val_tokens, block_size)
     model_config = replace(model_config, vocab_size=corpus.vocab_size)

@@ -1,0 +1,462 @@
+"""The machine: every computation that the model asks for by name, plain and beside it fast.
+
+attention.py, moe.py and model.py are the paper; what knows about processors, memory, strides, or writes a backward by hand
+stands here. Each function has a plain form, a few lines of tensor operations that autograd differentiates: the definition.
+Under it stands the fast form, with what it gains and why (figures: results/notes.md).
+
+    rms_norm(x, weight, eps)                x / rms(x) * weight
+    rotate(x, angles)                       pairs of dims turned by their angles
+    attention(q, k, v, scale, mask)         softmax(scale q k^T) v
+    cross_entropy(x, weight, targets)       of the logits x weight^T, and how many are right
+    experts(x, chosen, weights, ...)        each token's weighted sum of the SwiGLU networks that it chose
+    linear(x, weight)                       x weight^T for the few rows of decoding
+
+    use('plain')                            all of them plain: slower, but double backward and torch.func work
+    use('fast', rms_norm='plain')           all fast but one
+"""
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+NAMES = ('rms_norm', 'rotate', 'attention', 'cross_entropy', 'experts', 'linear')
+_fast = dict.fromkeys(NAMES, True)
+
+
+def use(form='fast', **exceptions):
+    """Choose 'fast' or 'plain' for all functions, and another form for some by name. Raises ValueError for others."""
+    chosen = {**dict.fromkeys(NAMES, form), **exceptions}
+    for name, value in chosen.items():
+        if name not in NAMES or value not in ('fast', 'plain'):
+            raise ValueError(f'{name}={value!r}: kernels are fast or plain, and named {", ".join(NAMES)}')
+    _fast.update({name: value == 'fast' for name, value in chosen.items()})
+
+
+def wide(dtype):
+    """float32, or float64 where the numbers are: what sums, softmax and losses are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def product_dtype(x):
+    """What products with x run in: autocast's dtype where it is on, else x's own."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def no_autocast(x):
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def by_hand(x):
+    """Whether autograd functions written for a CPU serve: not inside torch.compile, which fuses the plain form itself."""
+    return x.is_cpu and not torch.compiler.is_compiling()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Norm
+
+def rms_norm(x, weight, eps):
+    """x (..., C) / sqrt(mean(x^2) + eps) * weight (C,), computed in the weight's dtype -> (..., C) in x's."""
+    if not _fast['rms_norm']:
+        x_wide = x.to(weight.dtype)
+        return (x_wide * (x_wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(x.dtype)
+    if by_hand(x) and torch.is_grad_enabled():
+        return RMSNormByHand.apply(x.to(weight.dtype), weight, eps).to(x.dtype)
+    # GPUs have one kernel for it
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
+
+
+class RMSNormByHand(torch.autograd.Function):
+    """y = x r w with r = 1 / sqrt(mean(x^2) + eps), keeping x and one r per token for the backward.
+
+    F.rms_norm keeps x r as well, 40 MB at Experiment 1's size, and takes twice the time on a CPU. out= writes into a
+    temporary that is no longer needed: fresh memory often leaves a hole of its size in a CPU's heap.
+    With n = x r and g = dL/dy: dL/dw = sum over tokens of g n, and dL/dx = r (g w - n mean(g w n)).
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        y = x.square()
+        r = y.mean(-1, keepdim=True).add_(eps).rsqrt_()                             # (..., 1)
+        ctx.save_for_backward(x, w, r)
+        return torch.mul(x, r, out=y).mul_(w)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, w, r = ctx.saved_tensors
+        n = x * r
+        gn = g * n
+        dw, mean = gn.flatten(0, -2).sum(0), (gn @ w).div_(len(w)).unsqueeze(-1)    # (C,), (..., 1)
+        return torch.mul(g, w, out=gn).addcmul_(n, mean, value=-1).mul_(r), dw, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotation
+
+def rotate(x, angles):
+    """Turn the pairs of dims (2i, 2i+1) of x (B, heads, T, width): DeepSeek's interleaved layout (RoFormer, eq. 34).
+
+    angles (T, width/2, 2) or (B, 1, T, width/2, 2) are [cos, sin] of each pair's angle.
+    """
+    pairs = x.unflatten(-1, (-1, 2))                                    # (B, heads, T, width/2, 2)
+    if _fast['rotate'] and by_hand(x) and x.dtype == angles.dtype and all(
+            n % 2 == 0 for n in (x.storage_offset(), *x.stride()[:-1])):            # what view_as_complex asks for
+        # a pair is a complex number, turning it a product with e^(ia): one pass over memory instead of eight
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(angles)).flatten(-2)
+    (even, odd), (cos, sin) = pairs.unbind(-1), angles.unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+def attention(q, k, v, scale, mask):
+    """softmax(scale q k^T) v, row by row of q -> (B, H, T, dv).
+
+    q (B, H, T, d), k (B, G, S, d), v (B, G, S, dv); G divides H, query head h reads key head h // (H / G).
+    mask: 'causal' (T = S, each row sees itself and those before), None (all), or (1 or B, 1, T, S), True where a row sees.
+    """
+    if _fast['attention']:
+        return fast_attention(q, k, v, scale, mask)
+    groups = q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q @ k.mT).to(wide(q.dtype)) * scale                                   # (B, H, T, S)
+    if mask is not None:
+        allowed = torch.ones_like(scores[0, 0], dtype=torch.bool).tril() if isinstance(mask, str) else mask
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def fast_attention(q, k, v, scale, mask):
+    """torch's fused kernels, which want values as wide as keys: whichever is narrower is padded with zeros.
+
+    In values they stay zeros in the output and are cut off, in q and k they add nothing to a score. On a CPU that is 1.5
+    times as fast, forward and backward, as torch's fallback, which builds the T x S matrix. A single query's heads that
+    share a key become rows of one matrix, so that each key is read once and not H / G times: 2.6 times as fast.
+    """
+    B, H, T, _ = q.shape
+    dv, dk, G = v.size(-1), k.size(-1), k.size(1)
+    if dv < dk:
+        v = F.pad(v, (0, dk - dv))
+    elif dv > dk:
+        q, k = F.pad(q, (0, dv - dk)), F.pad(k, (0, dv - dk))
+    if T == 1 and G != H:
+        q = q.reshape(B, G, H // G, -1)                                 # heads as rows
+    causal = isinstance(mask, str)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal and T > 1,
+                                       scale=scale, enable_gqa=q.size(1) != G)
+    return o.reshape(B, H, T, -1)[..., :dv]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Head and loss
+
+def cross_entropy(x, weight, targets):
+    """Of logits x weight^T: x (N, C), weight (V, C), targets (N,), -1 where there is nothing to predict
+    -> nll summed over the targets, in nats, and how many had the largest logit. Softmax in float32 at least."""
+    dtype = product_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    with no_autocast(x):
+        if _fast['cross_entropy']:
+            # as many rows at a time as make 8 MiB of logits on a CPU (its cache), 256 MiB elsewhere
+            rows = max(1, 2 ** (21 if x.device.type == 'cpu' else 26) // len(weight))
+            return ChunkedCrossEntropy.apply(x, weight, targets, rows, torch.is_grad_enabled())
+        logits = (x @ weight.T).to(wide(dtype))                         # (N, V)
+        nll = F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
+        return nll, ((logits.argmax(1) == targets) & (targets >= 0)).sum()
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Over chunks of rows, so that the (N, V) logits never exist whole: 0.3 GB less at a vocabulary of 50,257.
+
+    The gradient, softmax - onehot, is finished while a chunk's logits are at hand, so nothing is computed twice and
+    nothing but the (N, C) and (V, C) results is kept. torch 2.13 has F.linear_cross_entropy for this, 2.11 has not.
+    Nothing that is returned was changed in place: torch.compile of 2.11 silently loses the gradient of such a tensor.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, rows, with_grad):
+        dtype = wide(x.dtype)
+        nll, correct = x.new_zeros((), dtype=dtype), targets.new_zeros(())
+        dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=dtype)) if with_grad else (None, None)
+        for i in range(0, len(x), rows):
+            s = slice(i, i + rows)
+            logits, target = (x[s] @ weight.T).to(dtype), targets[s].unsqueeze(1)       # (n, V), (n, 1)
+            counts = target >= 0
+            target = target.clamp_min(0)
+            largest, best = logits.max(1, keepdim=True)
+            correct = correct + ((best == target) & counts).sum()
+            logits -= largest                                                           # so that no exp overflows
+            at_target = logits.gather(1, target)
+            p = logits.exp_()
+            total = p.sum(1, keepdim=True)
+            nll = nll + torch.where(counts, total.log() - at_target, 0).sum()
+            if with_grad:
+                p = p.mul_(counts / total)                                              # softmax; 0 where nothing counts
+                p = p.scatter_add_(1, target, -counts.to(dtype)).to(x.dtype)
+                torch.mm(p, weight, out=dx[s])
+                dw += p.T @ x[s]
+        if with_grad:
+            ctx.save_for_backward(dx, dw.to(weight.dtype))
+        ctx.mark_non_differentiable(correct)
+        return nll, correct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_nll, _):
+        dx, dw = ctx.saved_tensors
+        return dx * d_nll.to(dx.dtype), dw * d_nll.to(dw.dtype), None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experts
+
+def experts(x, chosen, weights, gate, up, down):
+    """y_n = sum over the k networks e that row n chose of weights_n,e  down_e (silu(gate_e x_n) * up_e x_n) -> (N, C).
+
+    x (N, C); chosen (N, k), no network twice in a row; weights (N, k), float32 at least; gate, up (E, F, C); down (E, C, F).
+    Nothing is dropped, and every sum has a fixed order. Summed in the weights' dtype, returned in x's.
+    """
+    dtype = product_dtype(x)
+    with no_autocast(x):
+        if _fast['experts']:
+            return fast_experts(x, chosen, weights, gate, up, down, dtype).to(x.dtype)
+        rows, gate, up, down = (t.to(dtype) for t in (x, gate, up, down))
+        y = torch.zeros_like(x, dtype=weights.dtype)
+        for e in range(len(gate)):
+            n, choice = (chosen == e).nonzero(as_tuple=True)            # the rows that chose this network
+            h = F.silu(rows[n] @ gate[e].T) * (rows[n] @ up[e].T)
+            y = y.index_add(0, n, (h @ down[e].T) * weights[n, choice].unsqueeze(1))
+        return y.to(x.dtype)
+
+
+def fast_experts(x, chosen, weights, gate, up, down, dtype):
+    """The M = N k copies of the rows, sorted by network:  [ network 0's | network 1's | ... ].
+
+    On a CPU one network after the other, each gathering its rows and adding its results to theirs (ExpertsByHand); on a
+    GPU and inside torch.compile all at once over one sorted copy (grouped_experts); for one row, which has nothing to
+    sort, the k networks that it chose (experts_of_one).
+    """
+    N, k = chosen.shape
+    if N == 1 and by_hand(x) and not torch.is_grad_enabled():
+        return experts_of_one(x.to(dtype), chosen, weights, *(p.to(dtype) for p in (gate, up, down)))
+    order = chosen.flatten().argsort(stable=True)                       # (M,) which copy stands at each sorted row
+    load = occurrences(chosen.flatten(), len(gate))
+    if grouped_serves(x, gate, dtype):
+        inverse = order.argsort()                                       # (M,) at which sorted row each copy stands
+        rows = ToExperts.apply(x.to(dtype), order, inverse)             # (M, C)
+        sorted_weights = ToExperts.apply(weights.flatten(), order, inverse)         # (M,)
+        y = grouped_experts(rows, sorted_weights, *(p.to(dtype) for p in (gate, up, down)), load)
+        return FromExperts.apply(y, order, inverse, k)
+    return ExpertsByHand.apply(x, weights.flatten(), gate, up, down, [in_dtype(p, dtype) for p in (gate, up, down)],
+                               order, load.tolist(), torch.is_grad_enabled())
+
+
+def occurrences(chosen, n):
+    """chosen (..., M) numbers below n -> (..., n): how often each is among them. Not bincount, which makes a host wait."""
+    return (chosen.unsqueeze(-1) == torch.arange(n, device=chosen.device)).sum(-2)
+
+
+def grouped_serves(x, gate, dtype):
+    """Whether F.grouped_mm is the way to go: on a GPU, inside torch.compile, and where few tokens are decoded on a CPU.
+    With many rows the loop is faster there; with few, and but for AMD (see linear), it is 10% slower.
+
+    It takes no float64 and only strides that are multiples of 16 bytes; and torch.compile knows it in bfloat16 alone
+    (the shape rule, torch._meta_registrations of 2.13, refuses float32, which the kernel itself takes). Where it does
+    not serve there, load.tolist() breaks the graph, and the experts run eagerly.
+    """
+    compiling = torch.compiler.is_compiling()
+    few = len(x) <= 4 * FEW_ROWS and not (torch.is_grad_enabled() or WEIGHTS_FIRST)
+    fits = dtype == torch.bfloat16 or (dtype == torch.float32 and not compiling)
+    return fits and (x.is_cuda or compiling or few) and all(n * dtype.itemsize % 16 == 0 for n in gate.shape[1:])
+
+
+def grouped_experts(rows, weights, gate, up, down, load):
+    """Over rows (M, C) sorted by network, weights (M,) along -> (M, C): all networks in one launch per matrix; their row
+    counts are read on the device, so the host does not wait."""
+    ends = load.cumsum(0).to(torch.int32)                               # (E,) where each network's rows end
+    g = F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)
+    u = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
+    return F.grouped_mm(F.silu(g) * u, down.transpose(1, 2), offs=ends) * weights.unsqueeze(1)
+
+
+class ToExperts(torch.autograd.Function):
+    """x (N, ...) -> (M, ...): the k = M / N copies of every row, sorted by network.
+
+    Plain indexing would scatter-add in its backward, atomically on a GPU. But the gradient of handing out copies is
+    adding them up again, FromExperts, and the other way round: both gather.
+    """
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(order, inverse)
+        ctx.k = len(order) // len(x)
+        return x[order // ctx.k]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return FromExperts.apply(grad, *ctx.saved_tensors, ctx.k), None, None
+
+
+class FromExperts(torch.autograd.Function):
+    """rows (M, ...), sorted by network -> (N, ...): the sum over each row's k copies."""
+
+    @staticmethod
+    def forward(ctx, rows, order, inverse, k):
+        ctx.save_for_backward(order, inverse)
+        return rows[inverse].unflatten(0, (-1, k)).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ToExperts.apply(grad, *ctx.saved_tensors), None, None, None
+
+
+class ExpertsByHand(torch.autograd.Function):
+    """One network after the other, forward and backward, so that its rows are gathered, used and added up in the cache.
+
+    gate, up, down are the parameters, `low` the same in the dtype of the products, sizes how many rows each network has.
+    For the backward only g = gate x and u = up x are kept. With h = silu(g) u, y = w down h:
+        dh = w down^T dy      du = dh silu(g)      dg = dh u silu'(g)      dx = up^T du + gate^T dg
+        dw = dy . (down h) = dh . h / w = du . u / w = x . (up^T du) / w
+    The last saves keeping the output, and is C wide, not F. Where w underflowed to 0, so did its derivative by the
+    router's logit.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weights, gate, up, down, low, order, sizes, with_grad):
+        gate, up, down = low
+        dtype = gate.dtype
+        x_low, y = x.to(dtype), torch.zeros_like(x, dtype=weights.dtype)
+        w = weights[order].unsqueeze(1)                                 # (M, 1)
+        rows_of = order // (len(order) // len(x))                       # (M,) whose copy stands at each sorted row
+        kept = len(order) if with_grad else max(sizes)                  # without a backward: one network at a time
+        g, u = x_low.new_empty(kept, gate.size(1)), x_low.new_empty(kept, gate.size(1))
+        for e, s in segments(sizes):
+            own = s if with_grad else slice(sizes[e])
+            rows = x_low.index_select(0, rows_of[s])                    # (n, C), in a third of the time of x[...]
+            linear(rows, gate[e], out=g[own])
+            linear(rows, up[e], out=u[own])
+            y.index_add_(0, rows_of[s], linear(F.silu(g[own]).mul_(u[own]), down[e]) * w[s])
+        ctx.save_for_backward(x_low, *low, g, u, w, order, rows_of)
+        ctx.sizes = sizes
+        return y.clone() if torch.compiler.is_compiling() else y        # see ChunkedCrossEntropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, gate, up, down, g, u, w, order, rows_of = ctx.saved_tensors
+        dx, dw = torch.zeros_like(x, dtype=w.dtype), torch.empty_like(w)
+        # a network without rows gets a gradient of zeros
+        empty = torch.empty_like if all(ctx.sizes) else torch.zeros_like
+        d_gate, d_up, d_down = (empty(p, dtype=w.dtype) for p in (gate, up, down))
+        for e, s in segments(ctx.sizes):
+            own, silu = rows_of[s], F.silu(g[s])
+            rows, dy_e = x.index_select(0, own), (dy.index_select(0, own) * w[s]).to(x.dtype)
+            dh = dy_e @ down[e]                                         # (n, F)
+            product_into(d_down[e], dy_e.T, silu * u[s])
+            d_u = silu.mul_(dh)
+            d_g = torch.ops.aten.silu_backward(dh.mul_(u[s]), g[s])
+            product_into(d_up[e], d_u.T, rows)
+            product_into(d_gate[e], d_g.T, rows)
+            d_rows = d_u @ up[e]                                        # (n, C), half of it
+            dw[s] = torch.where(w[s] != 0, (d_rows * rows).sum(1, keepdim=True) / w[s], 0)
+            dx.index_add_(0, own, d_rows.addmm_(d_g, gate[e]).to(dx.dtype))
+        d_weights = torch.empty_like(dw[:, 0]).index_copy_(0, order, dw[:, 0])
+        return dx, d_weights, d_gate, d_up, d_down, None, None, None, None
+
+
+def product_into(out, a, b):
+    """out = a b, where out may be wider than the product."""
+    torch.mm(a, b, out=out) if out.dtype == a.dtype else out.copy_(a @ b)
+
+
+def segments(sizes):
+    """Yield (network, slice of the sorted rows that are its own) for every network that has any."""
+    start = 0
+    for e, n in enumerate(sizes):
+        if n:
+            yield e, slice(start, start + n)
+        start += n
+
+
+def experts_of_one(x, chosen, weights, gate, up, down):
+    """Decoding's path for a single row x (1, C) on a CPU: nothing to sort, 0.7 of the time."""
+    y = torch.zeros_like(x, dtype=weights.dtype)
+    for e, weight in zip(chosen[0].tolist(), weights[0].tolist()):
+        h = F.silu(linear(x, gate[e])).mul_(linear(x, up[e]))
+        y.add_(linear(h, down[e]), alpha=weight)
+    return y
+
+
+def in_dtype(p, dtype):
+    """A parameter in `dtype`, cast once per update however many micro-batches: an update makes the copy stale.
+
+    Fused optimizers leave no trace on a parameter's version counter, so their steps are counted here.
+    """
+    if p.dtype == dtype:
+        return p.detach()
+    key = (dtype, p._version, p.data_ptr(), _updates)
+    if getattr(p, '_cast', (None,))[0] != key:
+        p._cast = key, p.detach().to(dtype)
+    return p._cast[1]
+
+
+_updates = 0
+
+
+def _count_update(*_):
+    global _updates
+    _updates += 1
+
+
+register_optimizer_step_post_hook(_count_update)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products of few rows
+
+def weights_first():
+    """Whether products of few rows have the weights on the left: on AMD. There MKL reads w at 7 to 10 GB/s for x w^T with
+    one or two rows x, and at 30 for w x^T; on Intel it is the other way round, 27 and 12."""
+    try:
+        with open('/proc/cpuinfo') as file:
+            return 'AuthenticAMD' in file.read()
+    except OSError:
+        return False                                                    # not Linux
+
+
+WEIGHTS_FIRST, FEW_ROWS = weights_first(), 8
+
+
+def linear(x, w, out=None):
+    """x w^T for x (rows, in) and w (out, in). With few rows, reading w is all that it costs."""
+    if not (_fast['linear'] and WEIGHTS_FIRST and len(x) <= FEW_ROWS and x.is_cpu and x.dtype == torch.float32):
+        return torch.mm(x, w.T, out=out)
+    columns = (x if len(x) > 1 else x.expand(2, -1)).contiguous().T     # one column would be that slow product again
+    y = (w @ columns)[:, :len(x)].T
+    return y if out is None else out.copy_(y)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+def keep_freed_memory():
+    """With glibc: keep what is freed for the next update instead of handing it back to the system.
+
+    Tensors above 32 MB (the experts' gradients, from 16 experts on) are otherwise fresh pages in every update, and the
+    first touch of a page costs more than what is computed on it: 1.4 times the time at 32 experts, at the same peak.
+    """
+    try:
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+        mallopt(-4, 0)                                                  # M_MMAP_MAX: everything in the heap
+        mallopt(-1, -1)                                                 # M_TRIM_THRESHOLD: which never shrinks
+    except (OSError, AttributeError):                                   # another C library
+        pass
+
+
+def make_moments(adamw):
+    """Make AdamW's moments as its first step would, but now: made among activations that come and go, they leave 0.1 GB
+    of holes in a CPU's heap."""
+    for p in (p for group in adamw.param_groups for p in group['params'] if p.is_cpu):
+        adamw.state[p] = {'step': torch.zeros(()), 'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)}
