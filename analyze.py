@@ -46,8 +46,6 @@ def compare(arms, baseline, metric, margin, contrasts=()):
     """
     again, finals = f'{baseline}-again', {name: complete(arm) for name, arm in arms.items()}
     values = {name: {seed: run['final'][metric] for seed, run in runs.items()} for name, runs in finals.items()}
-    for name, seed in [(name, seed) for name in values for seed, x in values[name].items() if x is None]:
-        fail(f'{arms[name][seed]["file"]}: final.{metric} is null; --metric=val_loss does without it')
     against = [(name, baseline) for name in arms if name != baseline]
     planned = list(contrasts) or [pair for pair in against if pair[0] != again]         # A/A is no hypothesis
     pairs = {(a, b): sorted(set(values[a]) & set(values[b])) for a, b in [*planned, *against]}
@@ -293,11 +291,13 @@ def report(arms, r, title, options=(), problems=(), may_differ=(), pictures=()):
     yield '## Verdicts'
     yield bullets([c['sentence'] for c in cs.values() if c['planned']] or ['nothing to compare'])
     what = 'planned contrasts' if r['contrasts'] else f'comparisons with {base}'
+    family = 'One comparison at most is tested: nothing is corrected.' if m == 1 else (
+        f'The {m} {what} are one family: p values are corrected over it by Holm, simultaneous intervals by Bonferroni '
+        f'(each at 1 - {ALPHA:g} / {m}, so that all hold at once with 95%). Holm\'s test is the sharper of the two: it '
+        'may reject zero where such an interval still includes it.')
     yield (f'The margin, the smallest difference worth having, is {margin:g} ({unit}); {r["better"]} is better. A '
-           f'difference is the first arm minus the second within pairs of one seed. The {len(r["family"])} {what} '
-           f'are one family: p values are corrected over it by Holm and judged at {ALPHA:g}; simultaneous intervals '
-           f'by Bonferroni (each at 1 - {ALPHA:g} / {m}, so that all hold at once with 95%). Holm\'s test is the '
-           'sharper of the two: it may reject zero where such an interval still includes it.')
+           f'difference is the first arm minus the second within pairs of one seed. p values are judged at {ALPHA:g}. '
+           + family)
     if described := [c['sentence'] for c in cs.values() if not c['planned']]:
         yield 'Not in the family: described, not tested, each interval by itself.'
         yield bullets(described)
@@ -393,25 +393,25 @@ def report(arms, r, title, options=(), problems=(), may_differ=(), pictures=()):
 # Learning rates
 
 def compare_rates(arms, metric):
-    """Runs named ARM@RATE -> {arm: {rate: mean of its complete runs, or the status that they have instead}}."""
+    """Runs named ARM@RATE -> `rates`: {arm: {rate: mean of its complete runs, or their status}}."""
     grid, means = {}, {}
     for run in [run for runs in arms.values() for run in runs.values()]:
         grid.setdefault(run['name'].partition('@')[0], {}).setdefault(run['config']['learning_rate'], []).append(run)
     for arm, rates in grid.items():
         for rate in sorted(rates):
-            values = [run['final'][metric] for run in complete(dict(enumerate(rates[rate]))).values()]
+            values = [run['final'][metric] for run in rates[rate] if run['status'] == 'complete']
             means.setdefault(arm, {})[rate] = summary(values)['mean'] if values else rates[rate][0]['status']
-    return means
+    return {'schema': 2, 'metric': metric, **dict(zip(('label', 'unit', 'better'), METRICS[metric])), 'rates': means}
 
 
-def report_rates(arms, grid, metric, title, options=(), problems=(), pictures=()):
+def report_rates(arms, r, title, options=(), problems=(), pictures=()):
     """Blocks of Markdown: arm x rate, each arm's best in bold, and a line where it lies at the edge of its grid."""
-    label, unit, better = METRICS[metric]
-    every, rows, lines = sorted({rate for rates in grid.values() for rate in rates}), {}, []
+    label, unit, grid, rows, lines = r['label'], r['unit'], r['rates'], {}, []
+    every = sorted({rate for rates in grid.values() for rate in rates})
     runs = [run for runs in arms.values() for run in runs.values()]
     for arm, rates in grid.items():
         done = {rate: x for rate, x in rates.items() if not isinstance(x, str)}
-        best = (min if better == 'lower' else max)(done, key=done.get, default=None)
+        best = (min if r['better'] == 'lower' else max)(done, key=done.get, default=None)
         rows[arm] = [x if isinstance(x := rates.get(rate, '-'), str) else f'**{num(x)}**' if rate == best else num(x)
                      for rate in every]
         edge = ('the only rate tried' if len(rates) == 1 else 'the lowest rate tried' if best == min(rates)
@@ -517,6 +517,9 @@ def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, pl
     for key in may_differ:
         if key not in known:
             fail(f'--may_differ: nothing is called {key}' + did_you_mean(key, sorted(known)))
+    for run in every:
+        if run['status'] == 'complete' and run['final'][metric] is None:
+            fail(f'{run["file"]}: final.{metric} is null; --metric=val_loss does without it')
     problems = disagreements(arms, baseline, may_differ + ['learning_rate'] * rates, metric)
     if problems and not force:
         fail(f'{runs}: not comparable (--force=True reports all the same): ' + ' | '.join(problems))
@@ -529,10 +532,10 @@ def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, pl
             pictures = draw({name: complete(arm) for name, arm in arms.items()}, r, folder)
     except OSError as error:
         problem = error
-    blocks = list(report_rates(arms, r, metric, title, options, problems, pictures) if rates
+    blocks = list(report_rates(arms, r, title, options, problems, pictures) if rates
                   else report(arms, r, title, options, problems, may_differ, pictures))
     text = '\n\n'.join(blocks) + '\n'
-    data = json.dumps(rounded({**({'rates': r} if rates else r), 'disagreements': problems}), indent=1, allow_nan=False)
+    data = json.dumps(rounded({**r, 'disagreements': problems}), indent=1, allow_nan=False)
     try:
         for name, content in [('report.md', text), ('report.json', data + '\n'), ('report.html', page(blocks, folder))]:
             with open(os.path.join(folder, name), 'w', encoding='utf-8', errors='backslashreplace', newline='\n') as f:

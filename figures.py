@@ -160,36 +160,38 @@ def name_points(figure, ax, named):
     for line in ax.lines:
         path = ax.transData.transform(line.get_xydata())
         for a, b in zip(path, [*path[1:], *path[-1:]]):     # a line as a row of small squares
-            taken += [[*(p - 7), *(p + 7)] for p in np.linspace(a, b, 2 + int(np.hypot(*(b - a)) / 7))]
+            weight = 1 if len(path) > 1 else 30
+            taken += [[*(p - 7), *(p + 7), weight] for p in np.linspace(a, b, 2 + int(np.hypot(*(b - a)) / 7))]
     for name, (x, y, side, colour) in named.items():
         text = ax.annotate(name, (x, y), (0, 0), textcoords='offset points', fontsize=9.5, color=colour)
 
         def cost(place):
             text.set(position=place, ha=('right', 'center', 'left')[int(np.sign(place[0])) + 1],
                      va=('top', 'center', 'bottom')[int(np.sign(place[1])) + 1])
-            box, (left, low, right, high) = text.get_window_extent(), np.array(taken).T
+            box, (left, low, right, high, weight) = text.get_window_extent(), np.array(taken).T
             outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
-            covered = np.sum((left < box.x1) & (box.x0 < right) & (low < box.y1) & (box.y0 < high))
-            return 1000 * outside + covered + 4 * (place[0] * side < 0)         # beyond a neighbour: whose name is it?
-        place = min([(far * dx, far * dy) for far in (9, 16, 26) for dx, dy in (
+            covered = weight @ ((left < box.x1) & (box.x0 < right) & (low < box.y1) & (box.y0 < high))
+            beyond = place[0] * side < 0                    # a neighbour: whose name would it be?
+            return 1000 * outside + covered + 4 * beyond + np.hypot(*place) / 8
+        place = min([(far * dx, far * dy) for far in (9, 16, 26, 40) for dx, dy in (
             (1, 0), (-1, 0), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7), (0, 1), (0, -1))], key=cost)
         cost(place)
-        taken.append(text.get_window_extent().extents)
+        taken.append([*text.get_window_extent().extents, 100])
         if max(np.abs(place)) > 9:                          # far off: with a line to its point
             ax.annotate('', (x, y), place, textcoords='offset points', arrowprops={
                 'arrowstyle': '-', 'color': colour, 'lw': 0.7, 'shrinkA': 1, 'shrinkB': 5})
 
 
-def figure_rates(arms, grid):
+def figure_rates(arms, r):
     figure, (ax,) = canvas(8, 4.6)
-    for i, (arm, rates) in enumerate(grid.items()):
+    for i, (arm, rates) in enumerate(r['rates'].items()):
         done = {rate: x for rate, x in rates.items() if not isinstance(x, str)}
         ax.plot(done.keys(), done.values(), **style(i), marker='o', ms=5, label=arm)
-    rates = sorted({rate for rates in grid.values() for rate in rates})
+    rates = sorted({rate for rates in r['rates'].values() for rate in rates})
     ax.set_xscale('log')
     ax.set_xticks(rates, [f'{rate:g}' for rate in rates])
     ax.minorticks_off()
-    ax.set(xlabel='learning rate', ylabel='at the end of the run', title='Each arm at each learning rate')
+    ax.set(xlabel='learning rate', ylabel=f'{r["label"]} ({r["unit"]})', title='Each arm at each learning rate')
     legend(figure, ax)
     return figure
 
@@ -219,7 +221,7 @@ def figure_experts(arms, r):
 
 def figures(arms, r):
     """(file, caption, function) of each figure these runs have something for, with or without matplotlib."""
-    if 'comparisons' not in r:
+    if 'rates' in r:
         return [('rates.png', 'each arm at each learning rate', figure_rates)]
     possible = [
         ('cache.png', 'loss against bytes of cache per token, at 2 bytes a number', figure_cache, len(styles(r)) > 1),

@@ -266,22 +266,29 @@ def rates(folder, **losses):
 def test_the_best_rate_of_each_arm_is_marked_and_an_edge_is_said(tmp_path):
     folder = rates(tmp_path / 'laptop-rates', baseline={0.001: 4.2, 0.002: 4.1, 0.004: 4.15}, mqa={
         0.001: 4.3, 0.002: 4.25, 0.004: 4.2}, lora={0.001: 4.0, 0.002: 4.05, 0.004: None})
-    done = cli(folder, '--rates=True', '--plots=False')
+    done = cli(folder, '--rates=True')
     assert done.returncode == 0, done.stderr
     for line in ('| Configuration | 0.001 | 0.002 | 0.004 |', '| baseline | 4.2000 | **4.1000** | 4.1500 |',
                  '| lora | **4.0000** | 4.0500 | diverged |', 'seed(s) 100', '- baseline: best at 0.002.',
                  '- mqa: best at 0.004, the highest rate tried', '- lora: best at 0.001, the lowest rate tried'):
         assert line in done.stdout, line
+    assert 'rates.png' not in done.stdout or (tmp_path / 'laptop-rates/rates.png').stat().st_size > 10_000
     assert json.loads((tmp_path / 'laptop-rates/report.json').read_text())['rates']['lora']['0.004'] == 'diverged'
     runs = [result('baseline@0.001', 100, config__learning_rate=0.001), result(
         'baseline@0.002', 100, config__learning_rate=0.002, config__max_steps=50)]
     assert 'config.max_steps' in cli(save(tmp_path / 'other', *runs), '--rates=True').stderr
 
 
+def test_a_metric_that_a_run_lacks_is_refused(tmp_path):
+    runs = [result('baseline@0.001', 100, final__val_bits_per_byte=None)]
+    for more in ('--rates=True', '--baseline=baseline@0.001'):
+        done = cli(save(tmp_path, *runs), '--metric=val_bits_per_byte', '--plots=False', more)
+        assert done.returncode == 2 and 'final.val_bits_per_byte is null' in done.stderr and done.stderr.count('\n') == 1
+
+
 def test_of_accuracies_the_highest_is_the_best_rate(tmp_path):
-    grid = analyze.compare_rates(load(rates(tmp_path, baseline={0.001: 4.2, 0.002: 4.1, 0.004: 4.15})), 'val_accuracy')
-    text = '\n'.join(analyze.report_rates(load(str(tmp_path)), grid, 'val_accuracy', 'x'))
-    assert 'best at 0.002.' in text
+    r = analyze.compare_rates(load(rates(tmp_path, baseline={0.001: 4.2, 0.002: 4.1, 0.004: 4.15})), 'val_accuracy')
+    assert 'best at 0.002.' in '\n'.join(analyze.report_rates(load(str(tmp_path)), r, 'x'))
 
 
 # ---- what the report says
@@ -420,6 +427,28 @@ def test_pictures_are_shown_only_where_they_are(tmp_path):
         assert content.startswith(b'\x89PNG') and len(content) > 10_000
 
 
+@pytest.mark.parametrize('seed', range(3))
+def test_names_in_the_figure_of_the_cache_cover_no_point_and_no_other_name(tmp_path, seed):
+    """The arms of config/laptop.plan at losses near those expected, of which three share one size."""
+    pytest.importorskip('matplotlib', reason='a figure')
+    sizes = {'baseline': 192, 'baseline+norm': 192, 'gqa2': 96, 'mla96': 96, 'mqa': 48, 'mla48': 48, 'mqa+params': 48,
+             'mla': 36, 'lora': 32, 'enhanced': 32}
+    runs = experiment(range(3), {name: 0.3 / x ** 0.5 for name, x in sizes.items()}, noise=0.01, rng_seed=seed)
+    for run in runs:
+        run['model'].update(kv_cache_bytes_per_token_16bit=8 * sizes[run['name']], attention_class=(
+            'LatentAttention' if run['name'].startswith(('mla', 'lora', 'enh')) else 'MultiHeadAttention'))
+    figure = figures.figure_cache(*analysed(save(tmp_path, *runs)))
+    ax, = figure.axes
+    names = {text.get_text(): text.get_window_extent() for text in ax.texts if text.get_text()}
+    assert set(names) == set(sizes)
+    frame, boxes = ax.get_window_extent(), list(names.values())
+    assert all(frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1 for box in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    points = [line.get_xydata() for line in ax.lines if len(line.get_xdata()) == 1 and line.get_marker() != 'None']
+    assert len(points) == len(sizes)
+    assert not any(box.contains(*ax.transData.transform(point)[0]) for point in points for box in boxes)
+
+
 def test_options_beside_the_runs_hold_unless_the_command_line_says_otherwise(tmp_path):
     folder = planned(tmp_path / 'laptop', 3)
     flags = ['--contrasts=lora:mqa,mqa:baseline', '--margin=0.03']
@@ -450,10 +479,13 @@ def test_a_report_that_cannot_be_written_is_printed_all_the_same(tmp_path):
 
 
 def test_a_closed_pipe_ends_the_program_in_silence_with_everything_written(tmp_path):
-    folder = save(tmp_path, *experiment(range(2), {'baseline': 0, **{f'arm{i}': i / 100 for i in range(60)}}))
-    command = f'"{sys.executable}" "{ROOT}/analyze.py" "{folder}" --plots=False | head -1'
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert done.stdout.startswith('# ') and done.stderr == '' and (tmp_path / 'report.html').exists()
+    folder = save(tmp_path, *experiment(range(2), {'baseline': 0, **{f'arm{i}': i / 1000 for i in range(150)}}))
+    done = subprocess.Popen([sys.executable, os.path.join(ROOT, 'analyze.py'), folder, '--plots=False'],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+                            env={key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'})
+    assert done.stdout.read(1) == b'#'
+    done.stdout.close()                                            # as `head` does; the rest is more than a pipe holds
+    assert done.stderr.read() == b'' and (tmp_path / 'report.md').stat().st_size > 2 ** 16 and done.wait() != 1
 
 
 class Page(HTMLParser):
