@@ -161,7 +161,7 @@ def name_points(figure, ax, named):
         path = ax.transData.transform(line.get_xydata())
         for a, b in zip(path, [*path[1:], *path[-1:]]):     # a line as a row of small squares
             weight = 1 if len(path) > 1 else 30
-            taken += [[*(p - 7), *(p + 7), weight] for p in np.linspace(a, b, 2 + int(np.hypot(*(b - a)) / 7))]
+            taken += [[*(p - 5), *(p + 5), weight] for p in np.linspace(a, b, 2 + int(np.hypot(*(b - a)) / 7))]
     for name, (x, y, side, colour) in named.items():
         text = ax.annotate(name, (x, y), (0, 0), textcoords='offset points', fontsize=9.5, color=colour)
 
@@ -172,7 +172,7 @@ def name_points(figure, ax, named):
             outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
             covered = weight @ ((left < box.x1) & (box.x0 < right) & (low < box.y1) & (box.y0 < high))
             beyond = place[0] * side < 0                    # a neighbour: whose name would it be?
-            return 1000 * outside + covered + 4 * beyond + np.hypot(*place) / 8
+            return 1000 * outside + covered + 4 * beyond + np.dot(place, place) / 160
         place = min([(far * dx, far * dy) for far in (9, 16, 26, 40) for dx, dy in (
             (1, 0), (-1, 0), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7), (0, 1), (0, -1))], key=cost)
         cost(place)
