@@ -1,13 +1,15 @@
-"""Text <-> token ids: a byte-level BPE that is trained here, plain bytes, or one of tiktoken's vocabularies.
+"""Text <-> token ids: a byte-level BPE that is trained here, bytes, characters, or one of tiktoken's vocabularies.
 
-    tokenizer = make_tokenizer('bpe', 4096, documents, log=print)
+    tokenizer = make_tokenizer('bpe', 4096, texts, log=print)
     tokenizer.decode(tokenizer.encode('def f(x):')) == 'def f(x):'
 
-tiktoken encodes with all of them; what is trained here is the vocabulary. Only gpt2 and tiktoken's other names may need
-the network, and say so.
+tiktoken encodes; what is trained here is the vocabulary. Only gpt2 and tiktoken's other names may need the network.
 """
 
+import hashlib
 import heapq
+import json
+import pickle
 import re
 import threading
 import time
@@ -25,26 +27,40 @@ PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}{1,64}|\p{N}{1,3}"
 
 
 class DataError(ValueError):
-    """The data or tokenizer asked for cannot be had (data.py raises it too): one line, what is wrong and what to type."""
+    """The data or tokenizer asked for cannot be had (data.py raises it too): one line, what is wrong, what to type."""
 
 
 class Tokenizer:
-    """Ids <-> text. tokens: list of the bytes of each id, None for ids that encode no text (eot, gaps)."""
+    """Ids <-> text. tokens: list of the bytes of each id, None for ids that encode no text (eot, gaps).
+
+    pattern: the regular expression of the chunks that tokens stay within, for tiktoken. Without one every token is
+    one byte (name 'bytes') or one character ('characters', nanoGPT's), encoded one by one.
+    """
 
     def __init__(self, name, tokens, pattern=None, eot=None):
         self.name, self.tokens, self.pattern, self.eot = name, tokens, pattern, eot
         self.vocab_size = len(tokens)
         self.token_bytes = np.array([len(token or b'') for token in tokens], dtype=np.int64)
+        self.ranks = {token: i for i, token in enumerate(tokens) if token is not None}
+        self.shown = [EOT.encode() if i == eot else token or b'' for i, token in enumerate(tokens)]
         self.encoding = None
 
     def encode(self, text):
-        """str -> list of ids. '<|endoftext|>' in the text is ordinary text, never the eot token."""
-        if self.pattern is None:
+        """str -> list of ids. '<|endoftext|>' in the text is ordinary text, never the eot token.
+
+        DataError: the text has a character that the tokenizer 'characters' has no id for.
+        """
+        if self.name == 'bytes':
             return list(text.encode('utf-8', 'replace'))
+        if self.pattern is None:
+            try:
+                return [self.ranks[character.encode('utf-8', 'replace')] for character in text]
+            except KeyError as error:
+                raise DataError(f'{error.args[0].decode()!a} is not among the {self.vocab_size} characters of this '
+                                'vocabulary') from None
         if self.encoding is None:     # from our own ranks: tiktoken's loaders cache local files by name and
             import tiktoken           # would serve the old vocabulary after a retraining
-            ranks = {token: i for i, token in enumerate(self.tokens) if token is not None}
-            self.encoding = tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=ranks,
+            self.encoding = tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=self.ranks,
                                               special_tokens={})
         ids = []
         for piece in re.split(r'(\s{4096})', text):     # longer runs overflow the stack with GPT-2's pattern
@@ -53,7 +69,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids):
         """list of ids -> bytes; eot shows as <|endoftext|>. A token may end within a character."""
-        return b''.join(EOT.encode() if i == self.eot else self.tokens[i] or b'' for i in ids)
+        return b''.join([self.shown[i] for i in ids])
 
     def decode(self, ids):
         return self.decode_bytes(ids).decode('utf-8', 'replace')
@@ -62,6 +78,10 @@ class Tokenizer:
         """For from_state(), in JSON's types: the bytes of a token as a string of code points below 256."""
         tokens = [None if token is None else token.decode('latin-1') for token in self.tokens]
         return {'name': self.name, 'pattern': self.pattern, 'eot': self.eot, 'tokens': tokens}
+
+    def sha256(self):
+        """Of all that decides which ids a text becomes: equal for equal vocabularies, wherever they are stored."""
+        return hashlib.sha256(json.dumps(self.state(), sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def from_state(cls, state):
@@ -89,7 +109,6 @@ def train_bpe(chunks, vocab_size, log=lambda line: None):
             where[pair].add(w)
     heap = [(-count, pair) for pair, count in pairs.items()]
     heapq.heapify(heap)
-    started = time.perf_counter()
     while heap and len(tokens) < vocab_size:
         count, pair = heapq.heappop(heap)
         if pairs[pair] != -count:
@@ -101,26 +120,23 @@ def train_bpe(chunks, vocab_size, log=lambda line: None):
         if new == len(tokens):
             tokens.append(merged)
             if new % 1024 == 0:
-                log(f'  vocabulary: {new:,} of {vocab_size:,} tokens, {time.perf_counter() - started:.1f} s')
+                log(f'  vocabulary: {new:,} of {vocab_size:,} tokens')
         changed = set()
         for w in where.pop(pair):
-            word, out, i = words[w], [], 0
-            while i < len(word):                        # left to right
-                if i + 1 < len(word) and (word[i], word[i + 1]) == pair:
-                    out.append(new)
-                    i += 2
+            word, out = words[w], []
+            for i in word:                              # left to right
+                if out and (out[-1], i) == pair:
+                    out[-1] = new
                 else:
-                    out.append(word[i])
-                    i += 1
+                    out.append(i)
             if len(out) == len(word):
                 continue
             for old in zip(word, word[1:]):
                 pairs[old] -= counts[w]
-                changed.add(old)
             for fresh in zip(out, out[1:]):
                 pairs[fresh] += counts[w]
                 where[fresh].add(w)
-                changed.add(fresh)
+            changed.update(zip(word, word[1:]), zip(out, out[1:]))
             words[w] = out
         for touched in changed:
             if pairs[touched] > 0:
@@ -128,31 +144,42 @@ def train_bpe(chunks, vocab_size, log=lambda line: None):
     return tokens
 
 
-def make_tokenizer(name, vocab_size, documents, log):
-    """The tokenizer of that name; bpe learns vocab_size - 1 tokens from the documents, the last id is eot."""
+def make_tokenizer(name, vocab_size, texts, log):
+    """The tokenizer of that name; bpe learns vocab_size - 1 tokens from the texts, an iterable; the last id is eot."""
     if name == 'bytes':
         return Tokenizer(name, [bytes([i]) for i in range(256)] + [None], eot=256)
     if name != 'bpe':
         return fetch_tokenizer(name, log)
     import regex
-    chunks, seen, pattern = Counter(), 0, regex.compile(PATTERN)
-    for text in documents:
+    chunks, seen, pattern, progress = Counter(), 0, regex.compile(PATTERN), paced(log)
+    for text in texts:
         chunks.update(pattern.findall(text[:BPE_SAMPLE - seen]))
         seen += len(text)
+        progress(f'  vocabulary: {seen:,} characters seen, of {BPE_SAMPLE:,} at most')
         if seen >= BPE_SAMPLE:
             break
     log(f'  vocabulary: {sum(chunks.values()):,} chunks, {len(chunks):,} different')
     tokens = train_bpe({chunk.encode(): count for chunk, count in chunks.items()}, vocab_size - 1, log)
-    if len(tokens) < vocab_size - 1:
-        log(f'  vocabulary: no pair occurs twice; {len(tokens) + 1:,} tokens instead of {vocab_size:,}')
     return Tokenizer(name, tokens + [None], PATTERN, eot=len(tokens))
+
+
+def paced(log, seconds=2):
+    """`log` for lines of progress: says one at most every so many seconds and drops the others."""
+    last = time.perf_counter()
+
+    def say(line):
+        nonlocal last
+        if time.perf_counter() > last + seconds:
+            last = time.perf_counter()
+            log(line)
+    return say
 
 
 def check_tokenizer(name, vocab_size):
     """DataError if there is no such tokenizer; asks neither disk nor network."""
     if name == 'bpe' and not 257 <= vocab_size <= 2**20:
         raise DataError(f'--vocab_size={vocab_size}: bpe takes 257 (256 bytes, end of text) to {2**20:,}')
-    if name not in ('bpe', 'bytes'):
+    if name not in ('bpe', 'bytes', 'characters'):
         import tiktoken
         known = tiktoken.list_encoding_names()
         if name not in known:
@@ -163,24 +190,51 @@ def fetch_tokenizer(name, log, seconds=30):
     """One of tiktoken's vocabularies, from its cache or else the network. DataError if it cannot be had."""
     import tiktoken
     log(f'  vocabulary: {name}, from the cache of tiktoken or else downloaded')
-    result = []
+    result = [f'no answer in {seconds} s']
 
     def get():
         try:
-            result.append(tiktoken.get_encoding(name))
+            result[0] = tiktoken.get_encoding(name)
         except Exception as error:
-            result.append(error)
+            result[0] = type(error).__name__
     thread = threading.Thread(target=get, daemon=True)  # tiktoken sets no timeout of its own
     thread.start()
     thread.join(seconds)
-    encoding = result[0] if result else f'no answer in {seconds} s'
-    if not isinstance(encoding, tiktoken.Encoding):
-        reason = type(encoding).__name__ if isinstance(encoding, Exception) else encoding
+    encoding = result[0]
+    if isinstance(encoding, str):
         raise DataError(f'the vocabulary {name} is not in the cache of tiktoken and could not be downloaded '
-                        f'({reason}); point TIKTOKEN_CACHE_DIR at a copy of that cache, or take '
+                        f'({encoding}); point TIKTOKEN_CACHE_DIR at a copy of that cache, or take '
                         f'--tokenizer=bpe or --tokenizer=bytes')
     tokens = [None] * encoding.n_vocab
     for token, i in encoding._mergeable_ranks.items():
         tokens[i] = token
     eot = encoding.encode_single_token(EOT) if EOT in encoding.special_tokens_set else None
     return Tokenizer(name, tokens, encoding._pat_str, eot)
+
+
+class Unpickler(pickle.Unpickler):
+    """Of numbers, texts and containers alone: a pickle that names anything else could run it."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+
+
+def read_characters(path):
+    """nanoGPT's meta.pkl, {'vocab_size': V, 'itos': {id: character}, 'stoi': {character: id}} -> Tokenizer.
+
+    DataError if it is anything else.
+    """
+    try:
+        with open(path, 'rb') as file:
+            meta = Unpickler(file).load()
+        itos = [meta['itos'][i] for i in range(meta['vocab_size'])]
+        stoi = {text: i for i, text in enumerate(itos)}
+        if meta != {'vocab_size': len(itos), 'itos': dict(enumerate(itos)), 'stoi': stoi} or len(stoi) < len(itos):
+            raise ValueError('its tables do not agree')
+        if set(map(len, itos)) != {1}:
+            raise ValueError('it has longer texts than characters')
+        return Tokenizer('characters', [text.encode() for text in itos])
+    except Exception as error:                                  # whatever a damaged pickle makes Python raise
+        reason = ' '.join(str(error).split())
+        raise DataError(f'{path}: not the table of characters that nanoGPT writes ({reason}); it would say what the '
+                        'ids mean: move it away to train without text') from None

@@ -1,22 +1,27 @@
 """data.py: splits without leaks, verified token files, batches as functions of (seed, step)."""
 
+import gzip
+import hashlib
 import json
 import math
 import os
 import pathlib
+import pickle
 import random
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY, message_of, silent, text
 
 import data
+import documents
 from data import Corpus, DataError, load_tokenizer, prepare
-from tokenizer import make_tokenizer
+from tokenizer import Tokenizer, make_tokenizer, read_characters
 
 @pytest.fixture(scope='session')
 def stdlib(tmp_path_factory):
@@ -36,6 +41,15 @@ def documents_of(folder, part):
     ends = np.flatnonzero(ids == tokenizer.eot)
     assert ends[-1] == len(ids) - 1
     return [tokenizer.decode(piece.tolist()[int(i > 0):]) for i, piece in enumerate(np.split(ids, ends)[:-1])]
+
+
+def split(texts):
+    """data.split() of a list of texts -> (train, val) as lists of texts."""
+    content, ends = b''.join(text.encode() for text in texts), np.cumsum([len(text.encode()) for text in texts])
+    digests = b''.join(hashlib.sha256(text.encode()).digest() for text in texts)
+    digests = np.frombuffer(digests, np.uint8).reshape(-1, 32)
+    parts, _ = data.split(content, np.append(0, ends[:-1]), ends, digests)
+    return [[content[start:end].decode() for start, end in parts[part]] for part in ('train', 'val')]
 
 
 # ---- splits ------------------------------------------------------------------------------------------------
@@ -61,7 +75,7 @@ def test_the_vocabulary_knows_nothing_of_the_validation_text(tmp_path):
     folder.mkdir()
     for i in range(40):
         (folder / f'{i}.txt').write_text(text(i), encoding='utf-8')
-    _, val, _, _ = data.split([text(i) for i in range(40)])
+    _, val = split([text(i) for i in range(40)])
     first = prepare(str(folder), 'bpe', 350, tmp_path / 'a', silent)
     for path in folder.iterdir():
         if path.read_text(encoding='utf-8') in val:
@@ -73,17 +87,18 @@ def test_the_vocabulary_knows_nothing_of_the_validation_text(tmp_path):
 
 def test_the_split_does_not_depend_on_names_or_order_and_a_new_document_moves_few():
     documents = [text(i) for i in range(50)]
-    train, val, _, _ = data.split(documents)
-    assert data.split(documents[::-1])[:2] == (train, val)
-    more, _, _, _ = data.split(documents + [text(99)])
+    train, val = split(documents)
+    assert split(documents[::-1]) == [train, val] == split(documents + documents[3:9])
+    assert train == sorted(train, key=lambda t: hashlib.sha256(t.encode()).digest())
+    more, _ = split(documents + [text(99)])
     assert [t for t in more if t in train] == [t for t in train if t in more]
     assert len(set(train) - set(more)) < 5
 
 
 @pytest.mark.parametrize('single', ['a line\n' * 100, 'no line end at all ' * 50, 'x' * 97 + '\nab',
-                                    'ab\n' + 'x' * 97, 'ab\n' + 'x' * 97 + '\n', 'xy'])
+                                    'ab\n' + 'x' * 97, 'ab\n' + 'x' * 97 + '\n', 'xy', '\u4e2d\u6587' * 41])
 def test_a_single_text_is_cut_near_its_end_and_loses_nothing(single):
-    (train,), (val,), _, _ = data.split([single])
+    (train,), (val,) = split([single])
     assert train + val == single and train and val
     assert '\n' not in single.strip() or train.endswith('\n')
 
@@ -105,14 +120,15 @@ def test_a_file_is_split_at_its_end_of_text_lines(tmp_path):
 def test_the_standard_library_makes_a_corpus_of_millions_of_tokens_without_tests(stdlib):
     folder, lines = stdlib
     corpus = Corpus(folder, max_train_tokens=500_000)
-    assert folder.name == f'stdlib-{".".join(map(str, sys.version_info[:3]))}-bpe4096'
+    assert folder.name.startswith(f'stdlib-{".".join(map(str, sys.version_info[:3]))}-bpe4096-')
+    assert corpus.remarks == []
     assert corpus.meta['train']['tokens'] > 2_000_000 and corpus.vocab_size == 4096
     assert len(corpus.train) == 500_000
     train_bytes, val_bytes = (corpus.meta[part]['text_bytes'] for part in ('train', 'val'))
     share = val_bytes / (train_bytes + val_bytes)
     assert 0.04 < share <= 0.05 and any('tokens' in line for line in lines)
     kind, path, _ = data.locate('stdlib')
-    names = [file.relative_to(path).as_posix() for file in data.list_files(kind, path)]
+    names = [file.relative_to(path).as_posix() for file in data.corpus_files(kind, path)[0]]
     assert 'argparse.py' in names and 'json/decoder.py' in names
     assert not any(part in ('test', 'tests', 'site-packages', '__pycache__') for name in names
                    for part in name.split('/'))
@@ -195,45 +211,200 @@ def test_the_description_agrees_with_a_count_by_hand(prepared):
     assert facts['val_bytes'] == sum(0 if t == tokenizer.eot else len(tokenizer.decode_bytes([t]))
                                      for t in targets)
     assert (facts['train_tokens'], facts['val_tokens'], facts['max_train_tokens']) == (1500, 200, 1500)
-    import hashlib
     assert facts['train_sha256'] == hashlib.sha256((prepared / 'train.bin').read_bytes()).hexdigest()
     assert json.loads(json.dumps(facts)) == facts
 
 
+def test_the_validation_text_has_one_hash_whatever_the_tokenizer(prepared, texts, tmp_path):
+    """So that bits per byte of two tokenizers are compared on the same text, and on no other."""
+    as_bytes = prepare(str(texts), 'bytes', 0, tmp_path, silent)
+    bpe, raw = (Corpus(folder, block_size=8).describe() for folder in (prepared, as_bytes))
+    said = ''.join(t + '<|endoftext|>' for t in documents_of(prepared, 'val'))
+    assert bpe['val_text_sha256'] == raw['val_text_sha256'] == hashlib.sha256(said.encode()).hexdigest()
+    assert bpe['vocab_sha256'] != raw['vocab_sha256'] and bpe['vocab_sha256'] == load_tokenizer(prepared).sha256()
+    cut = [Corpus(folder, max_val_tokens=300, block_size=8).describe()['val_text_sha256']
+           for folder in (prepared, as_bytes)]
+    assert len({*cut, bpe['val_text_sha256']}) == 3
+
+
 # ---- nanoGPT's token files ---------------------------------------------------------------------------------
 
-def nanogpt(folder, train, val):
+def nanogpt(folder, train, val, dtype=np.uint16, meta=None):
     folder.mkdir(exist_ok=True)
-    np.array(train, dtype=np.uint16).tofile(folder / 'train.bin')
-    np.array(val, dtype=np.uint16).tofile(folder / 'val.bin')
-    (folder / 'meta.pkl').write_bytes(b'cos\nsystem\n(S"touch executed"\ntR.')      # must never be opened
+    np.array(train, dtype=dtype).tofile(folder / 'train.bin')
+    np.array(val, dtype=dtype).tofile(folder / 'val.bin')
+    if meta is not None:
+        (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
     return folder
 
 
-def test_nanogpts_files_are_used_where_they_lie(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+SHAKESPEARE = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+def characters(text=SHAKESPEARE):
+    return {'vocab_size': len(text), 'itos': dict(enumerate(text)), 'stoi': {c: i for i, c in enumerate(text)}}
+
+
+def test_nanogpts_files_are_used_where_they_lie(tmp_path):
     source = nanogpt(tmp_path / 'shakespeare char', list(range(65)) * 9, list(range(65)))
     folder = prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent)
     corpus = Corpus(folder, block_size=8)
     assert corpus.vocab_size == 65 and corpus.train.tolist() == list(range(65)) * 9 and corpus.eot is None
-    assert corpus.describe()['val_bytes'] is None and not (folder / 'train.bin').exists()
-    assert not (tmp_path / 'executed').exists()
+    facts = corpus.describe()
+    assert facts['val_bytes'] is facts['val_text_sha256'] is facts['vocab_sha256'] is None
+    assert corpus.tokenizer_name == facts['tokenizer'] == 'unknown' and 'not known' in corpus.remarks[0]
+    assert not (folder / 'train.bin').exists()
     with pytest.raises(DataError) as error:
         load_tokenizer(folder)
     message_of(error)
-    as_bytes = prepare(str(source), 'bytes', 0, tmp_path / 'root', silent)
-    assert Corpus(as_bytes, block_size=8).describe()['val_bytes'] == 64
     nanogpt(source, [1] * 50, [2] * 50)      # replaced: not served stale
     assert len(Corpus(prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent), block_size=8).train) == 50
 
 
-def test_gpt2_token_files_work_without_the_vocabulary(tmp_path, monkeypatch):
-    def offline(name, log):
-        raise DataError('offline')
-    monkeypatch.setattr('tokenizer.fetch_tokenizer', offline)
+@pytest.mark.parametrize('alphabet', [SHAKESPEARE, '\n \u00e9\u4e2d\U0001f600ab'])
+def test_the_characters_of_meta_pkl_give_text_bytes_and_ids_back(tmp_path, alphabet):
+    """Against nanoGPT's own way: decode = ''.join(itos[i] for i in ids), encode = [stoi[c] for c in text]."""
+    meta, rng = characters(alphabet), random.Random(0)
+    ids = [rng.randrange(len(alphabet)) for _ in range(3000)]
+    source = nanogpt(tmp_path / 'x', ids, ids[:500], meta=meta)
+    folder = prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent)
+    assert folder.name.endswith(prepare(str(source), 'bpe', 300, tmp_path / 'root', silent).name)
+    corpus = Corpus(folder, block_size=8)
+    said = ''.join(meta['itos'][i] for i in ids[:500])
+    assert corpus.tokenizer_name == corpus.describe()['tokenizer'] == 'characters' and corpus.remarks == []
+    assert corpus.vocab_size == len(alphabet) and corpus.eot is None
+    again = Tokenizer.from_state(json.loads(json.dumps(corpus.tokenizer.state())))
+    assert again.decode(ids[:500]) == said and again.encode(said) == ids[:500]
+    assert again.sha256() == corpus.tokenizer.sha256()
+    facts = corpus.describe()
+    assert facts['val_bytes'] == len(said[1:].encode())
+    assert facts['val_text_sha256'] == hashlib.sha256(said.encode()).hexdigest()
+    with pytest.raises(DataError) as error:
+        again.encode('a\u0416b')
+    assert '\\u0416' in message_of(error)
+    folder = prepare(str(source), 'characters', 0, tmp_path / 'root', silent)
+    assert Corpus(folder, block_size=8).tokenizer_name == 'characters'
+
+
+@pytest.mark.parametrize('tokenizer', ['bytes', 'gpt2', 'cl100k_base'])
+def test_a_tokenizer_that_contradicts_meta_pkl_is_refused(tmp_path, tokenizer):
+    source = nanogpt(tmp_path / 'x', [1] * 50, [2] * 50, meta=characters())
+    with pytest.raises(DataError) as error:
+        prepare(str(source), tokenizer, 0, tmp_path / 'root', silent)
+    assert 'meta.pkl' in message_of(error) and '--tokenizer=characters' in str(error.value)
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, ('executed',)
+
+
+def bad_tables():
+    good = characters()
+    yield from ({**good, 'vocab_size': 64}, {**good, 'vocab_size': 66}, {**good, 'stoi': {}}, {'vocab_size': 65})
+    yield from ({**good, 'itos': good['itos'] | {3: 'a'}}, {**good, 'itos': good['itos'] | {3: 7}}, good | {'extra': 1})
+    yield from ([good], 'x', None, 65, {'vocab_size': 2, 'itos': {0: 'a', 1: 'a'}, 'stoi': {'a': 1}})
+    yield from ({**good, 'extra': Attack()}, Attack(), {**good, 'vocab_size': np.int64(65)}, Counter('abc'))
+    words = [f'w{i}' for i in range(65)]
+    yield {'vocab_size': 65, 'itos': dict(enumerate(words)), 'stoi': {word: i for i, word in enumerate(words)}}
+
+
+@pytest.mark.parametrize('content', [
+    *(pickle.dumps(table) for table in bad_tables()), b'', b'cos\nsystem\n(S"mkdir executed"\ntR.', b'PK\3\4',
+    pickle.dumps(characters())[:-9], pickle.dumps(characters(), protocol=0)[:99],
+    pickle.dumps(characters('\ud800ab'), protocol=2)])
+def test_a_meta_pkl_that_is_anything_else_is_refused_and_never_run(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    source = nanogpt(tmp_path / 'x', [1] * 50, [2] * 50)
+    (source / 'meta.pkl').write_bytes(content)
+    with pytest.raises(DataError) as error:
+        prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent)
+    assert 'meta.pkl' in message_of(error) and not (tmp_path / 'executed').exists()
+
+
+@pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_pickle_protocol_of_meta_pkl_is_read(tmp_path, protocol):
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(characters(), protocol))
+    assert read_characters(tmp_path / 'meta.pkl').decode([59, 46, 43]) == 'uhe'
+
+
+@pytest.fixture
+def gpt2(monkeypatch):
+    """gpt2's vocabulary as far as sizes go; gpt2.online says whether it can be had."""
+    def fetch(name, log):
+        state.asked += 1
+        if not state.online:
+            raise DataError('offline')
+        return Tokenizer('gpt2', [f'<{i}>'.encode() for i in range(50256)] + [None], 'x', eot=50256)
+    state = SimpleNamespace(online=False, asked=0)
+    monkeypatch.setattr('tokenizer.fetch_tokenizer', fetch)
+    return state
+
+
+def test_gpt2_token_files_work_without_the_vocabulary_and_get_it_when_it_can_be_had(tmp_path, gpt2):
     source = nanogpt(tmp_path / 'owt', [50256, 1, 2] * 20, [3, 50256] * 20)
-    facts = Corpus(prepare(str(source), 'gpt2', 0, tmp_path / 'root', silent), block_size=8).describe()
+    folder = prepare(str(source), 'gpt2', 0, tmp_path / 'root', silent)
+    corpus = Corpus(folder, block_size=8)
+    facts = corpus.describe()
     assert facts['vocab_size'] == 50257 and facts['val_bytes'] is None and facts['tokenizer'] == 'gpt2'
+    assert 'offline' in corpus.remarks[0] and prepare(str(source), 'gpt2', 0, tmp_path / 'root', silent) == folder
+    gpt2.online = True
+    assert prepare(str(source), 'gpt2', 0, tmp_path / 'root', silent) == folder
+    for gpt2.online in (True, False):                    # and keeps it
+        corpus = Corpus(prepare(str(source), 'gpt2', 0, tmp_path / 'root', silent), block_size=8)
+        facts = corpus.describe()
+        assert facts['val_bytes'] == 3 * 19 and facts['vocab_size'] == 50257 and corpus.remarks == []
+        assert load_tokenizer(folder).decode([2]) == '<2>' and corpus.eot == 50256 and gpt2.asked == 3
+
+
+@pytest.mark.parametrize('largest', [300, 50256, 65535, 65536, 100276, 200018, 2**20 - 1])
+def test_files_of_32_bit_ids_are_read_as_such(tmp_path, largest):
+    rng = random.Random(largest)
+    ids = [rng.randrange(largest) for _ in range(999)] + [largest]
+    source = nanogpt(tmp_path / 'x', ids, ids, np.uint32)
+    corpus = Corpus(prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent), block_size=8)
+    assert corpus.train.tolist() == corpus.val.tolist() == ids and corpus.vocab_size == largest + 1
+
+
+@pytest.mark.parametrize('ids', [[1, 0] * 50, [0] * 50, list(range(65)) * 9, [50256, 3, 0, 110] * 99, [1, 0, 0, 0] * 50,
+                                 [40000, 12] * 50])
+def test_files_of_16_bit_ids_are_not_taken_for_wider_ones(tmp_path, ids):
+    source = nanogpt(tmp_path / 'x', ids, ids)
+    assert Corpus(prepare(str(source), 'bpe', 0 + 4096, tmp_path / 'root', silent), block_size=8).train.tolist() == ids
+
+
+def test_ids_as_wide_as_the_vocabulary_named_says(tmp_path, monkeypatch):
+    monkeypatch.setattr('tokenizer.fetch_tokenizer', lambda name, log: Tokenizer(name, [b'x'] * 100277, 'x'))
+    source = nanogpt(tmp_path / 'x', [7, 5, 3] * 20, [3, 1] * 20, np.uint32)     # no pattern to be seen
+    corpus = Corpus(prepare(str(source), 'cl100k_base', 0, tmp_path / 'root', silent), block_size=8)
+    assert corpus.train.tolist() == [7, 5, 3] * 20 and corpus.tokenizer_name == 'cl100k_base'
+
+
+LLM_C = np.array([20240520, 1, 900] + [0] * 253, np.int32).tobytes()
+
+
+@pytest.mark.parametrize('content, part', [
+    (LLM_C + np.arange(900, dtype=np.uint16).tobytes(), 'llm.c'), (np.arange(900, dtype=np.int64).tobytes(), '64-bit'),
+    ((np.arange(900, dtype=np.int64) * 100).tobytes(), '64-bit'),
+    (np.arange(65000, 70000, dtype=np.uint32).tobytes() + b'ab', 'bytes'),
+    (np.append(np.arange(900) * 500, 2**31).astype(np.uint32).tobytes(), 'id 2,147')])
+def test_what_cannot_be_ids_is_refused(tmp_path, content, part):
+    source = nanogpt(tmp_path / 'x', [], [])
+    for name in ('train.bin', 'val.bin'):
+        (source / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent)
+    assert part in message_of(error) and '.bin' in str(error.value)
+
+
+def test_characters_are_not_taken_for_bytes(tmp_path):
+    source = nanogpt(tmp_path / 'x', list(range(65)) * 50, list(range(65)) * 50)
+    with pytest.raises(DataError) as error:
+        prepare(str(source), 'bytes', 0, tmp_path / 'root', silent)
+    assert 'no text' in message_of(error)
+    nanogpt(source, [*text(3).encode(), 256] * 9, [*text(4).encode(), 256])
+    corpus = Corpus(prepare(str(source), 'bytes', 0, tmp_path / 'root', silent), block_size=8)
+    assert corpus.describe()['val_bytes'] == len(text(4).encode()) - 1
 
 
 @pytest.mark.parametrize('content', [b'', b'abc'])
@@ -252,8 +423,16 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
     assert '999' in message_of(error)
 
 
-def test_a_prepared_folder_can_be_given_as_the_dataset(prepared):
-    assert prepare(str(prepared), 'bpe', 4096, 'unused', silent) == prepared.resolve()
+def test_a_prepared_folder_can_be_given_as_the_dataset_with_no_other_tokenizer(prepared, texts, tmp_path):
+    lines = []
+    assert prepare(str(prepared), 'bpe', 4096, 'unused', lines.append) == prepared.resolve()
+    assert 'vocabulary' in lines[0]
+    as_bytes = prepare(str(texts), 'bytes', 0, tmp_path, silent)
+    assert prepare(str(as_bytes), 'bytes', 0, 'unused', silent) == as_bytes.resolve()
+    for folder, tokenizer in ((prepared, 'bytes'), (prepared, 'gpt2'), (as_bytes, 'bpe'), (as_bytes, 'characters')):
+        with pytest.raises(DataError) as error:
+            prepare(str(folder), tokenizer, 4096, 'unused', silent)
+        assert 'contradicts' in message_of(error)
 
 
 # ---- bad corpora -------------------------------------------------------------------------------------------
@@ -263,7 +442,9 @@ def test_a_prepared_folder_can_be_given_as_the_dataset(prepared):
     (lambda p: p.write_bytes(b''), 'too little'),
     (lambda p: p.write_bytes(b' \n\n'), 'too little'), (lambda p: p.write_bytes(b'x'), 'too little'),
     (lambda p: p.write_bytes(b'caf\xe9'), 'not UTF-8'),
-    (lambda p: (p.mkdir(), (p / 'a.txt').write_bytes(b'\xff\xfe')), 'a.txt: not UTF-8'),
+    (lambda p: (p.mkdir(), (p / 'a.txt').write_bytes(b'\xff\xfa')), 'a.txt: not UTF-8'),
+    (lambda p: p.write_bytes(b'\xff\xfea'), 'not UTF-16'),
+    (lambda p: p.write_bytes('some text'.encode('utf-16-le')), 'zero bytes'),
     (lambda p: (p.mkdir(), (p / 'a.txt').symlink_to('nowhere')), 'a.txt: cannot be read'),
     (lambda p: p.symlink_to(p), ''), (lambda p: (p.mkdir(), (p / 'a.txt').mkdir()), 'no text files')])
 def test_a_corpus_that_is_none_ends_in_message_of(tmp_path, make, part):
@@ -299,13 +480,13 @@ def test_an_impossible_tokenizer_ends_in_message_of(texts, tmp_path, tokenizer, 
     message_of(error)
 
 
-@pytest.mark.parametrize('options', [{'block_size': 10**6}, {'max_train_tokens': 8, 'block_size': 8},
-                                     {'max_val_tokens': 8, 'block_size': 8},
-                                     {'max_train_tokens': -5}])
-def test_a_split_shorter_than_the_context_is_refused(prepared, options):
+@pytest.mark.parametrize('options, part', [
+    ({'block_size': 10**6}, '--block_size'), ({'max_train_tokens': 8, 'block_size': 8}, '--max_train_tokens=8'),
+    ({'max_val_tokens': 10}, '--max_val_tokens=10'), ({'max_train_tokens': -5}, '--max_train_tokens=-5')])
+def test_a_split_shorter_than_the_context_is_refused_for_its_own_reason(prepared, options, part):
     with pytest.raises(DataError) as error:
-        Corpus(prepared, **options)
-    message_of(error)
+        Corpus(prepared, **{'block_size': 64, **options})
+    assert part in message_of(error) and ('more text' in str(error.value)) == (part == '--block_size')
 
 
 # ---- damaged files -----------------------------------------------------------------------------------------
@@ -356,7 +537,7 @@ def test_a_damaged_file_is_named_with_the_way_out_and_never_used(prepared, copy,
 
 def rewrite(folder, **changes):
     """meta.json with other values and a right checksum: what only the token files can contradict."""
-    meta = {**data.read_meta(folder), **changes}
+    meta = {**json.loads((folder / 'meta.json').read_bytes()), **changes}
     (folder / 'meta.json').write_text(json.dumps({**meta, 'checksum': data.checksum(meta)}))
 
 
@@ -367,28 +548,47 @@ def test_ids_beyond_the_vocabulary_of_meta_json_are_refused(copy):
     assert 'id' in message_of(error) and '300' in message_of(error)
 
 
-def test_a_newer_format_is_named_and_an_older_one_built_again(texts, tmp_path):
+def test_another_format_is_named_and_a_new_one_gets_its_own_folder(texts, tmp_path, monkeypatch):
     folder = prepare(str(texts), 'bytes', 0, tmp_path, silent)
-    rewrite(folder, format=data.FORMAT + 1)
-    for use in (lambda: Corpus(folder), lambda: prepare(str(texts), 'bytes', 0, tmp_path, silent)):
-        with pytest.raises(DataError) as error:
-            use()
-        assert 'format 2' in message_of(error)
-    meta = json.loads((folder / 'meta.json').read_text())
-    (folder / 'meta.json').write_text(json.dumps({**meta, 'format': 0}))
-    prepare(str(texts), 'bytes', 0, tmp_path, silent)
-    assert data.read_meta(folder)['format'] == data.FORMAT
+    for number in (data.FORMAT + 1, data.FORMAT - 1):
+        rewrite(folder, format=number)
+        for use in (lambda: Corpus(folder), lambda: prepare(str(texts), 'bytes', 0, tmp_path, silent)):
+            with pytest.raises(DataError) as error:
+                use()
+            assert f'format {number}' in message_of(error)
+    monkeypatch.setattr(data, 'FORMAT', 7)
+    assert data.read_meta(prepare(str(texts), 'bytes', 0, tmp_path, silent))['format'] == 7
 
 
 # ---- writing: stale, interrupted, at once ------------------------------------------------------------------
 
-def test_changed_sources_are_built_again(tmp_path):
-    (tmp_path / 'x.txt').write_text(text(1, 500))
-    first = data.read_meta(prepare(str(tmp_path / 'x.txt'), 'bytes', 0, tmp_path / 'root', silent))
-    (tmp_path / 'x.txt').write_text(text(2, 700))
-    second = data.read_meta(prepare(str(tmp_path / 'x.txt'), 'bytes', 0, tmp_path / 'root', silent))
-    assert first['train']['sha256'] != second['train']['sha256']
-    assert len(list((tmp_path / 'root').iterdir())) == 1
+def test_a_changed_corpus_gets_another_folder_and_the_old_one_stays(tmp_path):
+    lines, source, root = [], tmp_path / 'corpus', tmp_path / 'root'
+    source.mkdir()
+    for i in range(9):
+        (source / f'{i}.txt').write_text(text(i), encoding='utf-8')
+    first = prepare(str(source), 'bpe', 300, root, lines.append)
+    before = Corpus(first, block_size=8).describe()
+    assert not any('stay' in line for line in lines)
+    (source / 'new.txt').write_text(text(99), encoding='utf-8')
+    second = prepare(str(source), 'bpe', 300, root, lines.append)
+    after = Corpus(second, block_size=8).describe()
+    assert first != second and any(str(first) in line and 'stay' in line for line in lines)
+    assert before['train_sha256'] != after['train_sha256'] and before['vocab_sha256'] != after['vocab_sha256']
+    assert before['dataset'] == after['dataset'] == 'corpus'
+    assert Corpus(prepare(str(first), 'bpe', 300, root, silent), block_size=8).describe() == before  # a run can go on
+    (source / 'new.txt').unlink()
+    assert prepare(str(source), 'bpe', 300, root, silent) == first
+
+
+def test_one_text_by_two_paths_is_described_alike(tmp_path):
+    facts = []
+    for place in ('a', 'b'):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / 'x.txt').write_text(text(1, 500), encoding='utf-8')
+        folder = prepare(str(tmp_path / place / 'x.txt'), 'bpe', 300, tmp_path / f'root {place}', silent)
+        facts.append(Corpus(folder, block_size=8).describe())
+    assert facts[0] == facts[1]
 
 
 def test_preparing_twice_elsewhere_gives_the_same_bytes(texts, prepared, tmp_path):
@@ -433,13 +633,9 @@ def command(*argv, **options):
                             text=True, **options)
 
 
-@pytest.mark.parametrize('stale', [False, True])
-def test_processes_that_prepare_at_once_end_in_one_good_result(texts, prepared, tmp_path, stale):
+def test_processes_that_prepare_at_once_end_in_one_good_result(texts, prepared, tmp_path):
     root = tmp_path / 'root'
-    if stale:
-        rewrite(prepare(str(texts), 'bpe', 400, root, silent), fingerprint='of long ago')
-    runs = [command(f'--dataset={texts}', '--vocab_size=400', f'--data_root={root}', cwd=tmp_path)
-            for _ in range(4)]
+    runs = [command(f'--dataset={texts}', '--vocab_size=400', f'--data_root={root}', cwd=tmp_path) for _ in range(2)]
     for run in runs:
         out, err = run.communicate(timeout=60)
         assert run.returncode == 0 and err == '' and 'ready and verified' in out, err
@@ -462,6 +658,22 @@ def test_killed_at_any_moment_it_leaves_the_place_empty_or_complete(texts, tmp_p
         for folder in root.glob('[!.]*'):
             Corpus(folder, block_size=8)
     assert Corpus(prepare(str(texts), 'bpe', 400, root, silent), block_size=8).vocab_size > 300
+
+
+def test_a_reader_that_goes_away_ends_nothing(texts, tmp_path):
+    run = command(f'--dataset={texts}', '--tokenizer=bytes', f'--data_root={tmp_path}')
+    run.stdout.close()                                       # as `| head -0` does
+    assert run.stderr.read() == '' and run.wait(timeout=60) == 0 and len(list(tmp_path.iterdir())) == 1
+    run.stderr.close()
+
+
+def test_the_command_says_last_what_was_not_had(tmp_path):
+    (tmp_path / '\u6a21\u578b.txt').write_text('abc abd\n' * 40)
+    for _ in range(2):
+        run = command('--vocab_size=70000', f'--dataset={tmp_path}/\u6a21\u578b.txt', f'--data_root={tmp_path}/root',
+                      env={**os.environ, 'PYTHONIOENCODING': 'cp1252'})
+        out, err = run.communicate(timeout=60)
+        assert run.returncode == 0 and err == '' and 'instead of 70,000' in out.splitlines()[-1], err
 
 
 @pytest.mark.parametrize('argv, part', [(['--dataset=missing'], 'no such file'), (['--vocab_size=3'], '257'),

@@ -1,4 +1,4 @@
-"""tokenizer.py: the BPE against one that counts anew each time, encoding against merging by rank, any text there and back."""
+"""tokenizer.py: BPE against one that counts anew each time, encoding against merging by rank, any text and back."""
 
 import math
 import random
@@ -109,6 +109,8 @@ def test_a_small_corpus_yields_the_vocabulary_it_can(tmp_path):
     folder = prepare(str(tmp_path / 'x.txt'), 'bpe', 5000, tmp_path / 'root', lines.append)
     assert Corpus(folder, block_size=1).vocab_size == load_tokenizer(folder).vocab_size < 300
     assert any('instead of 5,000' in line for line in lines)
+    (remark,) = Corpus(folder, block_size=1).remarks
+    assert f'{Corpus(folder, block_size=1).vocab_size} tokens instead of 5,000' in remark
 
 
 def test_a_vocabulary_that_is_neither_here_nor_reachable_is_said_so_quickly(texts, tmp_path, monkeypatch):
