@@ -122,7 +122,7 @@ except ValueError as error:
     fail(str(error).partition(', or take')[0])              # another tokenizer is no way out here
 ends = getattr(tokenizer, 'ends', {tokenizer.eot})
 
-dtype = getattr(torch, choose_dtype(dtype, device))
+dtype = getattr(torch, choose_dtype(dtype, device, model.config.n_embd))
 model = model.eval().to(device).for_decoding(dtype)
 block_size = model.config.block_size
 for layer in model.layers:
