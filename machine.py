@@ -63,6 +63,15 @@ def choose_dtype(name, device, n_embd):
     return 'bfloat16' if computes else 'float32'
 
 
+def compiles(device):
+    """'' if torch.compile works here, else why not: it needs a C++ compiler, and triton on a GPU."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+    except Exception as error:
+        return f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
+    return ''
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What it is, what is used of it
 
