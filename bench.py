@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from configurator import as_text, configure, fail
+from configurator import as_text, configure, fail, rewrite, say
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is timed
@@ -97,16 +97,18 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import kernels
-from machine import choose_device, environment, keep_freed_memory, now, peak_memory_gb, write_atomically
+from machine import choose_device, environment, now, peak_memory_gb, write_atomically
 from model import LanguageModel, ModelConfig
 from moe import LOSS_WEIGHTS
+from muon import configure_optimizers
 
 # As in train.py
 device = choose_device(device, kinds=('cuda', 'cpu'))
 cuda = device.type == 'cuda'
-keep_freed_memory(device)
 if cuda:
     torch.set_float32_matmul_precision('high')
+else:
+    kernels.keep_freed_memory()
 compile = cuda if compile is None else compile
 if compile:     # the variants share code: beyond 8 graphs of a function the rest would run eagerly
     torch._dynamo.config.recompile_limit = 128
@@ -134,7 +136,7 @@ def take_turns(sides):
         order = sides[::1 if i % 2 == 0 else -1]                # so that no side always follows the same one
         for n, (row, turn) in enumerate(order):
             which = f'round {i + 1} of {rounds}' if i >= 0 else 'warm-up'
-            progress(f'{which}, {n + 1} of {len(order)}: {label(row)}')
+            rewrite(f'{which}, {n + 1} of {len(order)}: {label(row)}')
             use_kernels(row)
             for measure, seconds in turn().items():
                 if i >= 0:
@@ -169,12 +171,6 @@ def timed(work):
     work()
     synchronize()
     return time.perf_counter() - clock
-
-
-def progress(line=''):
-    """One line that is rewritten, on a terminal; nothing in files and pipes."""
-    if sys.stderr.isatty():
-        print(f'\r\x1b[K{line[:110]}', end='', file=sys.stderr, flush=True)
 
 
 def label(row):
@@ -218,7 +214,7 @@ def config_of(row, block_size):
 
 
 def build(row, block_size):
-    progress(f'building {label(row)}')
+    rewrite(f'building {label(row)}')
     model = LanguageModel(config_of(row, block_size))
     if row['library'] != 'ours':
         import hf                                               # here: what it loads is no memory of ours
@@ -295,7 +291,7 @@ def training_turn(model, row):
 
 def optimizer_of(model):
     """AdamW as train.py has it; the peer's parameters too are matrices that decay and vectors that don't."""
-    return LanguageModel.configure_optimizers(model, 1e-4)[0]
+    return configure_optimizers(model, 1e-4)[0]
 
 
 def update_of(model, row, compile=compile):
@@ -306,15 +302,16 @@ def update_of(model, row, compile=compile):
     model.train()
 
     def update(opt):
-        for rows in x.split(micro):
-            tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-            with torch.autocast(device.type, torch.bfloat16, enabled=row['dtype'] == 'bfloat16'):
+        with torch.autocast(device.type, torch.bfloat16, enabled=row['dtype'] == 'bfloat16'):   # casts the weights once
+            for rows in x.split(micro):
+                tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
                 if row['library'] == 'ours':
                     o = run(tokens, targets)
                     loss = o.nll / targets.numel() + balance * o.balance_loss + z * o.z_loss
                 else:
                     loss = run(input_ids=tokens, labels=tokens, use_cache=False).loss
-            (loss * (len(rows) / len(x))).backward()
+                with torch.autocast(device.type, enabled=False):
+                    (loss * (len(rows) / len(x))).backward()
         with record_function('part: optimizer'):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             opt.step()
@@ -379,11 +376,11 @@ def task_train():
                                  / machine[f'flops_{row["dtype"]}']['median'])
         try:
             if memory_updates:
-                progress(f'peak memory of {label(row)}')
+                rewrite(f'peak memory of {label(row)}')
                 with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
                     row['peak_memory'] = pool.submit(peak_memory, row).result()
         except Exception as error:                              # killed for it, say
-            print(f'peak memory of {label(row)} is missing: {error}', file=sys.stderr)
+            say(f'peak memory of {label(row)} is missing: {error}', file=sys.stderr)
     text = table(rows, {
         'tokens/s': lambda r: show(r['tokens_per_second']), 'ms': lambda r: show(r['ms'], '.1f'),
         'MFLOPs/token': lambda r: f'{r["flops_per_token"] / 1e6:.1f}',
@@ -484,7 +481,7 @@ def task_decode():
                 'cache_bytes_per_token': row['cache_bytes'] / (batch * (row['prompt'] + new_tokens))}
     text = table(rows, {
         'prefill tokens/s': lambda r: show(r['prefill_tokens_per_second']),
-        **({'prefill to its best': lambda r: show(r['prefill_speed'].get('to its best'), '.2f')} if peer != 'none' else {}),
+        **({'prefill to its best': speeds(rows, 'prefill')['to its best']} if peer != 'none' else {}),
         'decode tokens/s': lambda r: show(r['decode_tokens_per_second'], ',.1f'),
         'ms/token': lambda r: show(r['ms_per_token'], '.2f'), 'least ms': lambda r: f'{r["least_ms"]:.2f}',
         **speeds(rows, 'decode'), 'cache B/token': lambda r: f'{r["cache_bytes_per_token"]:,.0f}',
@@ -536,7 +533,6 @@ def main():
     except ImportError as error:
         fail(f'--peer={peer}: the package cannot be imported ({error}); pip install {peer}, or --peer=none')
     machine, rows, text, notes = task_train() if task == 'train' else task_decode()
-    progress()
     if peer != 'none':
         notes.append('transformers: the same networks with the same weights, without auxiliary losses; in brackets the '
                      'experts implementation, the fastest in a trial of that side. best: the faster of its dtypes.')
@@ -550,7 +546,7 @@ def main():
                'notes': notes, 'machine': machine, 'rows': rows}
     for suffix, whole in {'.json': json.dumps(content, indent=1, allow_nan=False) + '\n', '.md': text}.items():
         write_atomically(path.with_suffix(suffix), lambda file: file.write(whole.encode()))
-    print(f'{text}\n{path}')
+    say(f'{text}\n{path}')
 
 
 if __name__ == '__main__':

@@ -2,7 +2,6 @@
 
 Imports torch, so it is imported after configure() has answered --help and typos.
 """
-import ctypes
 import os
 import platform
 import subprocess
@@ -14,6 +13,12 @@ from pathlib import Path
 import torch
 
 from configurator import fail
+
+# Dense bfloat16 matrix rate in FLOP/s (vendors' data sheets), for mfu, by the whole name that the driver gives: an H100
+# NVL or a MIG slice is no H100 SXM. Elsewhere, and in float32, mfu is null
+PEAK_FLOPS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100-SXM4-40GB': 312e12,
+              'NVIDIA A100-SXM4-80GB': 312e12, 'NVIDIA A100-PCIE-40GB': 312e12, 'NVIDIA A100 80GB PCIe': 312e12,
+              'NVIDIA L40S': 362e12, 'NVIDIA L4': 121e12, 'NVIDIA GeForce RTX 4090': 165e12}
 
 
 def choose_device(name, kinds=('cuda', 'mps', 'cpu'), index=None):
@@ -39,28 +44,32 @@ def choose_device(name, kinds=('cuda', 'mps', 'cpu'), index=None):
     return device
 
 
-def choose_dtype(name, device):
-    """--dtype -> 'float32' or 'bfloat16'; auto: bfloat16 where a GPU computes in it, not where it is emulated."""
+BFLOAT16_FROM = 256     # width from which a CPU gains by bfloat16; below, its casts and small products cost more than they save
+
+
+def choose_dtype(name, device, n_embd):
+    """--dtype -> 'float32' or 'bfloat16'; auto: bfloat16 where the processor computes in it and the model is wide enough.
+
+    A GPU says itself whether it computes in bfloat16 or emulates it; of CPUs those do that have AVX512-BF16 or AMX. There an
+    update was 0.5 to 1.2 times as fast as in float32 at a width of 96, 1.5 at 192, 1.7 at 256, 1.9 at 384 (results/README.md).
+    """
     if name != 'auto':
         return name
-    computes = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == 'cuda':
+        computes = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        computes = device.type == 'cpu' and n_embd >= BFLOAT16_FROM and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return 'bfloat16' if computes else 'float32'
 
 
-def keep_freed_memory(device):
-    """On a CPU with glibc: keep what is freed for the next update instead of handing it back to the system.
-
-    Tensors above 32 MB (the experts' gradients, from 16 experts on) are otherwise fresh pages in every update, and the
-    first touch of a page costs more than what is computed on it: 1.4 times the time at 32 experts, at the same peak
-    (results/notes.md).
-    """
+def compiles(device):
+    """'' if torch.compile works here, else why not: it needs a C++ compiler, and triton on a GPU."""
     try:
-        if device.type == 'cpu':
-            mallopt = ctypes.CDLL('libc.so.6').mallopt
-            mallopt(-4, 0)                                  # M_MMAP_MAX: everything in the heap
-            mallopt(-1, -1)                                 # M_TRIM_THRESHOLD: which never shrinks
-    except (OSError, AttributeError):                       # another C library
-        pass
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+    except Exception as error:
+        return f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
+    return ''
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,18 +104,29 @@ def environment(device):
 
 
 def resident_gb(field='VmHWM'):
-    """Memory of this process in 10^9 bytes: its peak, or with VmRSS what it is now (on Linux; elsewhere the peak)."""
+    """Memory of this process in 10^9 bytes: its peak, or with VmRSS what it is now (on Linux; elsewhere the peak).
+    None on Windows, whose Python cannot tell."""
     try:                                                    # getrusage's peak includes the process that started this
         with open('/proc/self/status') as file:
             return next(int(line.split()[1]) for line in file if line.startswith(field)) * 1024 / 1e9
     except (OSError, StopIteration):
-        import resource                                     # not on Windows
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
+        pass
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
 
 
 def peak_memory_gb(device):
     """Largest amount so far, in 10^9 bytes: of device memory on a CUDA GPU, else of this process's resident memory."""
     return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == 'cuda' else resident_gb()
+
+
+def out_of_memory(error):
+    """Whether it is what torch raises where memory ends: of a CUDA GPU, of a Mac, of the processor."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and (
+        'out of memory' in str(error) or "can't allocate memory" in str(error))
 
 
 def now():
@@ -130,13 +150,14 @@ def write_atomically(path, write):
         fail(f'{path} could not be written ({error.strerror or error}); what was there before is still there')
 
 
-def load_whole(path):
+def load_whole(path, mmap=False):
     """What torch.save wrote to `path`, on the CPU; runs no code from the file. Raises something if it is damaged.
 
+    mmap: tensors stay in the file until they are touched, so that several processes share one copy of them.
     torch.save stores a CRC-32 of each record, which torch.load does not look at: a flipped bit would become a weight.
     """
     with zipfile.ZipFile(path) as archive:                  # about 1 GB/s
         # a record with attributes may pass for a folder, of which torch.load reads nothing: a tensor of stale memory
         if archive.testzip() is not None or any(record.external_attr for record in archive.infolist()):
             raise zipfile.BadZipFile('a record is damaged')
-    return torch.load(path, map_location='cpu', weights_only=True)
+    return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)

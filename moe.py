@@ -37,6 +37,15 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Router(nn.Linear):
+    """Logits in float32 also where the rest is not: small differences between them decide the routing."""
+
+    def forward(self, x):
+        with kernels.no_autocast(x):
+            dtype = kernels.wide(x.dtype)
+            return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
 class Routing(NamedTuple):
     """What one layer tells about its routing. The losses are unweighted and carry gradient; load feeds update_bias too."""
     balance_loss: torch.Tensor      # scalar, 1 when load or probability is even
@@ -62,7 +71,7 @@ class MixtureOfExperts(nn.Module):
         self.top_k, self.kind, self.scaling = config.top_k, config.router, config.routed_scaling_factor
         self.normalise = config.norm_topk_prob and config.top_k > 1
         self.n_group, self.top_k_group = config.n_expert_group, config.top_k_group
-        self.router = nn.Linear(C, E, bias=False)
+        self.router = Router(C, E, bias=False)
         self.gate_proj = nn.Parameter(torch.empty(E, width, C))
         self.up_proj = nn.Parameter(torch.empty(E, width, C))
         self.down_proj = nn.Parameter(torch.empty(E, C, width))
@@ -92,10 +101,7 @@ class MixtureOfExperts(nn.Module):
 
     def route(self, x, with_balance=True):
         """x (B, T, C) -> chosen (B, T, k) expert ids, weights (B, T, k), Routing or (where decoding needs none) None."""
-        # in float32 also where the rest is not: small differences between logits decide the routing
-        with kernels.no_autocast(x):
-            dtype = kernels.wide(x.dtype)
-            logits = F.linear(x.to(dtype), self.router.weight.to(dtype))                        # (B, T, E)
+        logits = self.router(x)                                                                 # (B, T, E)
         scores = logits.softmax(-1) if self.kind == 'softmax' else logits.sigmoid()
         for_choice = scores if self.kind == 'softmax' else scores + self.e_score_correction_bias
         if self.n_group > 1:

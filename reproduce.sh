@@ -17,7 +17,7 @@
 set -u
 cd "$(dirname "$0")"
 PLAN=${PLAN:-config/laptop.plan}
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-$(command -v python || command -v python3)}
 JOBS=${JOBS:-1}
 KEEP=${KEEP:-}
 search=
@@ -62,31 +62,37 @@ reap() {        # look after the runs until fewer than $1 are going
             case $status in
                 0) ;;
                 3) echo "reproduce.sh: $ended diverged; going on, the report counts it" >&2 ;;
-                *) echo "reproduce.sh: $ended ended with exit status $status" >&2; failed=$status ;;
+                *) echo "reproduce.sh: $ended ended with exit status $status" >&2; [ "$failed" != 0 ] || failed=$status ;;
             esac
         done
         sleep 0.2
     done
 }
-# Ctrl-C reaches the runs by itself, and so does what `timeout` sends; `kill` does not: hand it on, wait until they have saved
-trap 'failed=130' INT
-trap 'failed=143; kill -TERM ${pids[@]+"${pids[@]}"} 2> /dev/null' TERM HUP
+# A signal is handed on, and what is going on is waited for until it has saved. So is Ctrl-C: it reaches the runs by itself, but
+# those that are still loading ignore it, as all that a script starts with & does
+hand_on() { failed=$1; kill -TERM ${pids[@]+"${pids[@]}"} 2> /dev/null; }
+trap 'hand_on 130' INT
+trap 'hand_on 143' TERM HUP
 
 while read -r arm seed rate flags; do
     name=$arm-s$seed
-    if [ -n "$KEEP" ] && [ -e "$KEEP/$name.json" ]; then continue; fi
+    if [ -z "$arm" ] || { [ -n "$KEEP" ] && [ -e "$KEEP/$name.json" ]; }; then continue; fi
     reap "$JOBS"
     [ "$failed" = 0 ] || break
     # shellcheck disable=SC2086
-    $PYTHON train.py "$(value config)" $flags --learning_rate="$rate" --name="$arm" --seed="$seed" \
-        --experiment="$experiment" --resume=True "$@" < /dev/null &
+    "$PYTHON" train.py "$(value config)" $flags --learning_rate="$rate" --name="$arm" --seed="$seed" \
+        --experiment="$experiment" --resume=auto "$@" < /dev/null &
     pids+=($!) names+=("$name")
 done <<< "$(runs)"
 reap 1
 [ "$failed" = 0 ] || { echo "reproduce.sh: stopped; the same command goes on" >&2; exit "$failed"; }
+
+# analyze.py finds what the plan says beside the results, today and whenever the report is made again
+folder=${KEEP:-out/$experiment}
 if [ -n "$search" ]; then
-    $PYTHON analyze.py "${KEEP:-out/$experiment}" --rates=True
+    options='"--rates=True"'
 else
-    $PYTHON analyze.py "${KEEP:-out/$experiment}" --margin="$(value margin)" --contrasts="$(value contrasts)" \
-        --may_differ="$(value may_differ)"
+    options="\"--margin=$(value margin)\", \"--contrasts=$(value contrasts)\", \"--may_differ=$(value may_differ)\""
 fi
+echo "[$options]" > "$folder/options.json"
+"$PYTHON" analyze.py "$folder"

@@ -1,28 +1,35 @@
-"""What a result file is, and which of them may be compared. train.py writes them, analyze.py reads them; no torch here.
+"""What a run's folder holds. train.py writes it, analyze.py reads it and compares; torch is only imported to write.
 
-    run = read_run('out/laptop/lora-s0/result.json')    # all fields there and sound, or one line and the end
+    folder = RunFolder('out/laptop/lora-s0')
+    checkpoint = folder.open(config, data, asked, resume='auto')    # what to go on from; or one line and the end
+    folder.write_checkpoint(content), folder.write_result(result)
+
+    run = read_run('out/laptop/lora-s0/result.json')    # sound, or one line and the end
     arms = load('out/laptop', 'baseline')               # {arm: {seed: run}}: an arm is the runs of one name
     for line in disagreements(arms, 'baseline'): ...    # what they differ in beyond variant and seed
 
-The README describes the fields ("Read a result"). A knob that your own variant adds goes into VARIANT.
+The README describes the fields ("Read a result").
 """
 
+import hashlib
 import json
 import math
 import os
 import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
 
-from configurator import fail
+from configurator import fail, run_knobs, say
 
 SCHEMA = 2      # of result.json and checkpoint.pt. 1: every weight N(0, 0.02), router losses averaged over the layers
 STATUSES = ('running', 'complete', 'interrupted', 'diverged')
 NAME_LENGTH = 60                                        # of a run's name, at most: what fits a table
-ORDER = ['gqa', 'mqa', 'lora', 'enhanced', 'mla']       # of arms, after the baseline; then the alphabet
-VARIANT = {'attn', 'n_kv_head', 'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim',
-           'v_head_dim', 'attention_bias', 'qk_norm'}  # what is being compared; so is every rope_* except rope_theta
 CONTINUATION = {'resume', 'overwrite', 'out_dir', 'data_root'}      # may differ between a run and its continuation
-BOOKKEEPING = CONTINUATION | {'name', 'seed', 'experiment', 'log_interval',
-                              'checkpoint_interval'}                # may differ between runs: no influence on numbers
+# ... and so may these: they change no number but by rounding; the data's hashes must agree, whatever it is called
+INDIFFERENT = CONTINUATION | {'micro_batch_size', 'log_interval', 'checkpoint_interval', 'eval_interval', 'compile',
+                              'shard', 'tracker', 'dataset', 'text_field', 'extended_at'}
 
 
 def json_ready(value):
@@ -35,57 +42,258 @@ def json_ready(value):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading: every field that analyze.py uses is checked here, once, so that later code meets no surprise
+# Writing: the folder of one run
 
-KINDS = {
-    'object': ('an object', lambda v: isinstance(v, dict)),
-    'list': ('a list', lambda v: isinstance(v, list)),
-    'text': ('a line of text', lambda v: isinstance(v, str) and v.strip() and v.isprintable()),
-    'bool': ('true or false', lambda v: isinstance(v, bool)),
-    'count': ('a whole number, not negative', lambda v: type(v) is int and 0 <= v < 2**63),
-    'number': ('a finite number', lambda v: type(v) in (int, float) and abs(v) < 1e150),     # false for NaN
-    'size': ('a finite number, not negative', lambda v: type(v) in (int, float) and 0 <= v < 1e150),
-    'share': ('a number from 0 to 1', lambda v: type(v) in (int, float) and 0 <= v <= 1),
-}
-FIELDS = {field: kind for kind, *fields in map(str.split, '''
-object  config model data environment environment.source_sha256
-list    history final.expert_load
-text    name status config.attn config.optimizer config.device config.dtype model.attention_class data.dataset
-text    data.tokenizer data.train_sha256 data.val_sha256
-text    environment.device_name environment.torch environment.python environment.platform
-text?   environment.git_commit final.peak_memory_kind
-bool?   environment.git_dirty
-count   config.seed config.n_layer config.n_head config.n_embd config.d_ff config.n_expert config.top_k config.block_size
-count   config.batch_size config.max_steps environment.world_size
-count   data.vocab_size data.train_tokens data.val_tokens
-count   model.params_total model.params_active model.params_attention model.params_embedding
-count   final.step final.updates final.tokens
-count?  data.val_bytes environment.threads
-size    config.learning_rate data.uniform_loss data.unigram_loss model.flops_per_token
-size    model.kv_cache_bytes_per_token model.kv_cache_bytes_per_token_16bit
-size    final.val_loss final.seconds_training final.seconds_total final.step_ms_median final.tokens_per_second
-size?   final.val_perplexity final.val_bits_per_byte final.mfu final.peak_memory_gb
-share   final.val_accuracy
-number? final.max_violation final.router_entropy final.balance_loss final.z_loss
-'''.strip().splitlines()) for field in fields}     # ? = may be null; final.* are needed in complete runs only
-FINAL = [field[6:] for field, kind in FIELDS.items() if field.startswith('final.')       # its plain numbers
-         and kind.rstrip('?') not in ('text', 'list')]
+def folder_of(out_dir, experiment, name, seed):
+    """-> the path of a run's folder. Fails at names that fit no table or lead out of out/."""
+    for knob, text in (('name', name), ('experiment', experiment)):
+        if len(text) > NAME_LENGTH or not text.isprintable() or not text.strip('. ') or '/' in text or '\\' in text:
+            fail(f'--{knob}={ascii(text)[1:-1]}: must be 1 to {NAME_LENGTH} printable characters, not all blanks and '
+                 'dots, without / and \\; --out_dir=FOLDER goes anywhere')
+    return Path(out_dir or f'out/{experiment}/{name}-s{seed}').expanduser()
 
 
-def check(file, field, value, kind):
-    """Fails, naming file and field, unless the value is of that kind."""
-    needed, fits = KINDS[kind.rstrip('?')]
-    if not (value is None and kind.endswith('?')) and not fits(value):
-        fail(f'{file}: {field} is {"null" if value is None else ascii(value)[:60]}, expected {needed}')
+class RunFolder:
+    """The folder of one run: what is there already, and what the run leaves there.
+
+        result.json       what README describes; rewritten at each evaluation
+        checkpoint.pt     weights, optimizer, step, history: all that going on needs; sample.py reads it
+        best.pt           the checkpoint with the smallest validation loss, if that is not the last one
+        .lock             held by the process that writes
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.result, self.checkpoint = self.path / 'result.json', self.path / 'checkpoint.pt'
+        self.best_file = self.path / 'best.pt'
+        self.best = self.saved = None               # {'step', 'val_loss'} of the best checkpoint; step of the last one
+
+    def open(self, config, data, asked, resume=False, overwrite=False, writer=True, mmap=False):
+        """-> the checkpoint to go on from, or None to start at the beginning. Ends the program if neither is right.
+
+        config, data: of this run, as they will stand in its result; config gets `extended_at`, the steps at which a
+        run was given more updates. asked: {knob: value} before 'auto' and None were resolved. resume: True, False or
+        'auto' (if there is anything to go on with). writer: this process locks the folder. mmap: see load_whole.
+        """
+        there = self.result.exists() or self.checkpoint.exists()
+        if resume is True and not there:
+            fail(f'{self.path} holds no run to go on with; --resume=auto starts one where there is none')
+        if writer:
+            self.lock()
+        if overwrite:
+            if writer:                                      # or a later --resume=True would find what was there before
+                for path in (self.checkpoint, self.best_file):
+                    path.unlink(missing_ok=True)
+            return None
+        if self.result.exists():
+            before = self.read_result()
+            self.compare(before, config, data, asked, resume)
+            more = config['max_steps'] > before['config']['max_steps']
+            if before['status'] == 'diverged':
+                say(f'{self.path} diverged ({before.get("error")}); --overwrite=True runs it again')
+                raise SystemExit(3)
+            if before['status'] == 'complete' and not (resume and more):
+                if resume:
+                    say(f'{self.path} is complete already; a larger --max_steps goes on with it')
+                    raise SystemExit(0)
+                fail(f'{self.path} holds a finished run; --overwrite=True runs it again, --out_dir=... goes elsewhere'
+                     + f', --resume=True goes on with it to update {config["max_steps"]}' * more)
+        if there and not resume:
+            fail(f'{self.path} holds an unfinished run; --resume=True goes on with it, --overwrite=True starts again')
+        if not self.checkpoint.exists():
+            if there:
+                say(f'{self.path} has no checkpoint yet: from the beginning')
+            return None
+        checkpoint = self.read_checkpoint(mmap)
+        self.compare(checkpoint, config, data, asked, resume)
+        before, step = checkpoint['config'], checkpoint['step']
+        extended = before.get('extended_at', []) + [step] * (config['max_steps'] > before['max_steps'])
+        if extended:
+            if checkpoint['optimizer'] is None:
+                fail(f'{self.checkpoint} is of a finished run and has no optimizer state; --init_from={self.path} '
+                     'starts another run from its weights')
+            config['extended_at'] = extended
+        self.best, self.saved = checkpoint.get('best'), step
+        return checkpoint
+
+    def lock(self):
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.held = open(self.path / '.lock', 'w')
+            try:
+                import fcntl                                # not on Windows, where nothing guards the folder
+                fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)       # let go of when this process ends
+            except ImportError:
+                pass
+        except BlockingIOError:
+            fail(f'another process is writing to {self.path}; wait for it, or go elsewhere with --out_dir=...')
+        except OSError as error:
+            fail(f'{self.path} cannot be written to ({error.strerror}); go elsewhere with --out_dir=...')
+
+    def read_result(self):
+        try:
+            content = json.loads(self.result.read_text(encoding='utf-8'))
+        except (OSError, ValueError) as error:
+            fail(f'{self.result} cannot be read ({error}); --overwrite=True replaces it')
+        if not (isinstance(content, dict) and isinstance(content.get('config'), dict)
+                and content.get('status') in STATUSES and 'max_steps' in content['config']):
+            fail(f'{self.result} is no result of this program; --overwrite=True replaces it')
+        return content
+
+    def read_checkpoint(self, mmap=False):
+        from machine import load_whole
+        try:
+            content = load_whole(self.checkpoint, mmap)
+            schema = content['schema']
+            content['config']['max_steps'], content['step'], content['optimizer']
+        except Exception as error:                          # whatever a damaged archive makes torch raise
+            fail(f'{self.checkpoint} cannot be read ({type(error).__name__}); --overwrite=True starts again')
+        if schema != SCHEMA:
+            fail(f'{self.checkpoint} has schema {schema}, this program reads {SCHEMA}; --overwrite=True starts again')
+        return content
+
+    def compare(self, before, config, data, asked, resume):
+        """Fails unless what lies in the folder is this run: by its config, and its data by the hashes."""
+        defaults = {name: knob.default for knobs in run_knobs() for name, knob in knobs.items()}
+
+        def same(k):
+            if k not in before['config'] and k in defaults:             # a knob that is younger than that run
+                return asked.get(k) == defaults[k]
+            if k == 'max_steps' and config[k] > before['config'][k]:    # a run may be given more updates
+                return True
+            return before['config'].get(k) == config.get(k)
+        different = [f'{k}: {before["config"].get(k, "absent")} there, {config.get(k, "absent")} here'
+                     for k in sorted((config.keys() | before['config'].keys()) - INDIFFERENT) if not same(k)]
+        if different:
+            fail(f'{self.path} holds a run of another config ({", ".join(different)}); --overwrite=True replaces it, '
+                 '--out_dir=... goes elsewhere')
+        old = before.get('data') or {}
+        hashes = [k for k in sorted(data) if k.endswith(('sha256', 'tokens', 'size')) and k in old
+                  and None not in (old[k], data[k])]
+        different = [f'{k}: {str(old[k])[:12]} there, {str(data[k])[:12]} here' for k in hashes if old[k] != data[k]]
+        if different:
+            fail(f'{self.path} holds a run on other data ({", ".join(different)}): the text, the vocabulary or how '
+                 'much of it is used has changed; --overwrite=True starts again')
+
+    def write_result(self, result):
+        from machine import write_atomically
+        file = 'checkpoint.pt' if self.best and self.best['step'] == self.saved else 'best.pt'
+        best = self.best and {**self.best, 'file': file}
+        text = json.dumps(json_ready({**result, 'best': best}), indent=1, allow_nan=False) + '\n'
+        write_atomically(self.result, lambda file: file.write(text.encode()))
+
+    def write_checkpoint(self, content):
+        """checkpoint.pt, and `best` in it. If what it replaces is the best so far, that becomes best.pt first."""
+        import torch
+        from machine import write_atomically
+        step, final = content['step'], content['final'] or {}
+        loss = final['val_loss'] if final.get('step') == step else math.inf         # evaluated at this very step
+        if loss < (self.best['val_loss'] if self.best else math.inf):
+            self.best = {'step': step, 'val_loss': loss}
+        elif self.best and self.best['step'] == self.saved != step:
+            aside = self.best_file.with_name('best.pt.tmp')
+            aside.unlink(missing_ok=True)
+            try:
+                os.link(self.checkpoint, aside)             # a second name, no copy
+            except OSError:
+                shutil.copyfile(self.checkpoint, aside)
+            os.replace(aside, self.best_file)
+        write_atomically(self.checkpoint, lambda file: torch.save({**content, 'best': self.best}, file))
+        self.saved = step
+        if self.best and self.best['step'] == step:
+            self.best_file.unlink(missing_ok=True)
 
 
-def lookup(file, run, field):
-    """The value of a dotted field; fails if the file lacks it."""
+def command_to_go_on(overwrite=False, **knobs):
+    """The command line of this program with --resume=True and these knobs, ready to be pasted into a shell.
+
+    overwrite: as configured; where a config file asks for it, a flag must take it back.
+    """
+    env, knobs = os.environ, {'resume': True, **knobs}
+    if overwrite and '--overwrite=True' not in sys.argv:
+        knobs['overwrite'] = False
+    arguments = [a for a in sys.argv if a.partition('=')[0].removeprefix('--') not in {*knobs, 'overwrite'}]
+    launcher, several = [sys.orig_argv[0]], int(env.get('GROUP_WORLD_SIZE', 1)) > 1
+    if int(env.get('WORLD_SIZE', 1)) > 1:
+        launcher = ['torchrun', f'--nproc_per_node={env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])}']
+    where = " on each machine, with torchrun's --nnodes, --node_rank and --master_... as before" * several
+    return shlex.join(launcher + arguments + [f'--{k}={v}' for k, v in knobs.items()]) + where
+
+
+def read_weights(path, asked):
+    """--init_from=PATH -> (fields of ModelConfig, weights by name, tokenizer's state or None, SHA-256 of the files).
+
+    PATH: a run's folder, a checkpoint file, or a Hugging Face folder (see hf.py). The network is the one that is read;
+    what has no weights, context and rotary positions, may be asked for otherwise. asked: {knob: value} of the flags.
+    """
+    path = Path(path).expanduser()
+    file = path / 'checkpoint.pt' if (path / 'checkpoint.pt').exists() else path
+    if file.is_dir() and (file / 'config.json').exists():
+        from hf import from_folder
+        try:
+            model = from_folder(path)
+        except ValueError as error:
+            fail(error)
+        files = sorted(f for f in path.iterdir() if f.suffix in ('.json', '.safetensors'))
+        content = {'model_config': vars(model.config), 'model': model.state_dict(), 'tokenizer': None}
+    else:
+        from machine import load_whole
+        try:
+            content, files = load_whole(file), [file]
+            if content['schema'] != SCHEMA:
+                fail(f'{file} has schema {content["schema"]}, this program reads {SCHEMA}')
+        except FileNotFoundError:
+            fail(f'--init_from={path}: no such run, checkpoint file or Hugging Face folder')
+        except Exception as error:
+            fail(f'--init_from={path}: holds no checkpoint.pt, or it cannot be read ({type(error).__name__})')
+    digest = hashlib.sha256()
+    for name in files:
+        with open(name, 'rb') as f:
+            while block := f.read(2**20):
+                digest.update(block)
+    network = {}
+    for knob, (_, default, *_) in run_knobs()[0].items():
+        network[knob] = content['model_config'].get(knob, default)
+        if knob != 'vocab_size' and asked[knob] not in (default, network[knob]):
+            if not knob.startswith(('rope_', 'block_size')):
+                fail(f'--{knob}={asked[knob]} is not what {path} has: {network[knob]}')
+            network[knob] = asked[knob]
+    return network, content['model'], content['tokenizer'], digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading: what analyze.py computes with is checked here, once, so that later code meets no surprise
+
+SCHEMAS = {1: 'every weight N(0, 0.02), router losses averaged over the layers',
+           2: 'weights by fan-in, router losses summed over the layers'}
+FIELDS = {field: kind for kind, fields in {         # final.* are needed in complete runs only
+    'an object': 'config model data environment environment.source_sha256',
+    'a list': 'history final.expert_load',
+    'a line of text': 'name config.optimizer config.dtype model.attention_class data.dataset data.tokenizer '
+                      'data.train_sha256 data.val_sha256 environment.device_name environment.torch',
+    'a whole number': 'config.seed config.n_layer config.n_head config.n_embd config.d_ff config.n_expert config.top_k '
+                      'config.block_size config.batch_size config.max_steps data.vocab_size data.train_tokens '
+                      'data.val_tokens environment.world_size',
+    'a number': 'config.learning_rate model.params_total model.params_active model.kv_cache_bytes_per_token_16bit '
+                'data.uniform_loss data.unigram_loss final.val_loss final.val_accuracy',
+    'a number or null': 'environment.threads final.val_perplexity final.val_bits_per_byte final.peak_memory_gb '
+                        'final.max_violation final.router_entropy final.balance_loss final.z_loss',
+}.items() for field in fields.split()}
+
+
+def check(file, value, field, kind, within=''):
+    """The dotted field of an object; fails, naming file and field, if it is not there or not of that kind."""
     for part in field.split('.'):
-        if not isinstance(run, dict) or part not in run:
-            fail(f'{file}: lacks the field {field}')
-        run = run[part]
-    return run
+        if not isinstance(value, dict) or part not in value:
+            fail(f'{file}: lacks the field {within}{field}')
+        value = value[part]
+    number = type(value) in (int, float) and abs(value) < 1e150         # false for NaN
+    if not {'an object': isinstance(value, dict), 'a list': isinstance(value, list),
+            'a line of text': isinstance(value, str) and value.isprintable() and value.strip(),
+            'a whole number': number and type(value) is int and value >= 0,
+            'a number': number, 'a number or null': number or value is None}[kind]:
+        fail(f'{file}: {within}{field} is {"null" if value is None else ascii(value)[:60]}, expected {kind}')
+    return value
 
 
 def read_run(file):
@@ -99,65 +307,66 @@ def read_run(file):
         fail(f'{file}: cannot be read ({error.strerror})')
     except (ValueError, RecursionError) as error:
         fail(f'{file}: not valid JSON, perhaps truncated ({error})')
-    schema = lookup(file, run, 'schema')
-    if type(schema) is not int or schema != SCHEMA:
-        fail(f'{file}: schema is {ascii(schema)[:60]}, this program reads {SCHEMA}')
-    status, final = lookup(file, run, 'status'), lookup(file, run, 'final')
+    if (schema := check(file, run, 'schema', 'a whole number')) not in SCHEMAS:
+        fail(f'{file}: schema is {schema}, this program reads {" and ".join(map(str, SCHEMAS))}')
+    status = check(file, run, 'status', 'a line of text')
     if status not in STATUSES:
-        fail(f'{file}: status is {ascii(status)[:60]}, expected {", ".join(STATUSES[:-1])} or {STATUSES[-1]}')
-    if status == 'complete' or final is not None:
-        check(file, 'final', final, 'object')
+        fail(f'{file}: status is {status[:60]}, expected {", ".join(STATUSES[:-1])} or {STATUSES[-1]}')
     for field, kind in FIELDS.items():
         if status == 'complete' or not field.startswith('final.'):
-            check(file, field, lookup(file, run, field), kind)
-    if len(run['name']) > NAME_LENGTH:
-        fail(f'{file}: name is {len(run["name"])} characters long, at most {NAME_LENGTH} fit a table')
+            check(file, run, field, kind)
     for i, row in enumerate(run['history']):
-        check(file, f'history[{i}]', row, 'object')
-        for field, kind in [('step', 'count'), ('val_loss', 'size?')]:
-            if field not in row:
-                fail(f'{file}: lacks the field history[{i}].{field}')
-            check(file, f'history[{i}].{field}', row[field], kind)
+        for field, kind in [('step', 'a whole number'), ('val_loss', 'a number or null'),
+                            ('train_loss', 'a number or null')]:
+            check(file, row, field, kind, f'history[{i}].')
     if status == 'complete':
-        perplexity, loss = final['val_perplexity'], final['val_loss']
+        perplexity, loss, load = (run['final'][key] for key in ('val_perplexity', 'val_loss', 'expert_load'))
         if perplexity is not None and abs(math.log(max(perplexity, 1e-300)) - loss) > 0.01:
             fail(f'{file}: final.val_perplexity {perplexity:g} is not exp(final.val_loss) = exp({loss:g})')
-        if run['model']['params_active'] > run['model']['params_total']:
-            fail(f'{file}: model.params_active is above model.params_total')
-        for i, layer in enumerate(final['expert_load']):
-            check(file, f'final.expert_load[{i}]', layer, 'list')
-            for load in layer:
-                check(file, f'final.expert_load[{i}]', load, 'share')
-            if len(layer) != len(final['expert_load'][0]) or sum(layer) <= 0:
-                fail(f'{file}: final.expert_load[{i}] has no load, or not the number of experts of layer 0')
+        if not all(isinstance(layer, list) and len(layer) == len(load[0]) and all(
+                type(x) in (int, float) and 0 <= x <= 1 for x in layer) and sum(layer) > 0 for layer in load):
+            fail(f'{file}: final.expert_load is not a list of layers with the share of each expert')
     return {**run, 'file': file, 'seed': run['config']['seed']}
 
 
-def load(path, baseline):
-    """Every run at or below the path -> {arm: {seed: run}}: baseline first, then ORDER, then the alphabet."""
+def load(path, baseline=None):
+    """Every run at or below the path -> {arm: {seed: run}}: baseline first, then from the largest cache down."""
     if not os.path.exists(path):
         fail(f'{path}: no such folder or file; train.py makes runs, reproduce.sh all of them')
     files = [path] if os.path.isfile(path) else sorted(
         os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
         if name == 'result.json' or re.search(r'-s\d+\.json$', name))
-    arms = {}
+    arms, first = {}, {}
     for file in files or fail(f'{path}: no result files below it (result.json or <name>-s<seed>.json)'):
         run = read_run(file)
-        twin = arms.setdefault(run['name'], {}).setdefault(run['seed'], run)
-        if twin is not run:
+        if (twin := arms.setdefault(run['name'], {}).setdefault(run['seed'], run)) is not run:
             fail(f'{twin["file"]} and {file} are both {run["name"]} seed {run["seed"]}; if these are two'
                  ' experiments, name the folder of one')
-    if baseline not in arms:
-        names = ', '.join(sorted(arms)[:20])
-        fail(f'{path}: no runs named {ascii(baseline)}, the baseline; there are {names};'
+        first.setdefault(run['schema'], file)
+    if len(first) > 1:
+        fail('not comparable, keep them in two folders: ' + ', '.join(
+            f'{file} is of schema {schema} ({SCHEMAS[schema]})' for schema, file in sorted(first.items())))
+    if baseline is not None and baseline not in arms:
+        fail(f'{path}: no runs named {ascii(baseline)}, the baseline; there are {", ".join(sorted(arms)[:20])};'
              ' --baseline=... takes one of them')
-    rank = {name: i for i, name in enumerate([baseline] + ORDER)}
-    return {name: dict(sorted(arms[name].items()))
-            for name in sorted(arms, key=lambda name: (rank.get(name, len(rank)), name))}
+
+    def order(name):
+        model = next(iter(arms[name].values()))['model']
+        return (name != baseline, -model['kv_cache_bytes_per_token_16bit'], model['params_total'], name)
+    return {name: dict(sorted(arms[name].items())) for name in sorted(arms, key=order)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparability: runs may differ in the variant's knobs and the seed, in nothing else
+
+NETWORK, REST = run_knobs()
+DEFAULTS = {name: knob.default for name, knob in {**NETWORK, **REST}.items()}
+VARIANT = {'attn'} | {name for name, knob in NETWORK.items() if knob.default is None}   # what is being compared
+# `data` says what came of these
+DATA = {'vocab_size'} | {name for name, knob in REST.items() if knob.section.startswith('Data')}
+BOOKKEEPING = (INDIFFERENT - {'extended_at'}) | DATA | {'name', 'seed', 'experiment'}    # may differ between runs
+TOKENS = ('train_sha256', 'val_sha256', 'train_tokens', 'val_tokens', 'vocab_size')     # of data: not names, not paths
+
 
 def complete(arm):
     return {seed: run for seed, run in arm.items() if run['status'] == 'complete'}
@@ -182,38 +391,45 @@ def who(runs):
     return '; '.join(f'{name} seed{"s" * (len(s) > 1)} {spans(s)}' for name, s in seeds.items())
 
 
-def differing(runs, section, key):
-    """'' if all runs have the same run[section][key], else 'value (runs) against value (runs)'."""
+def value_of(run, part, key):
+    """run[part][key] as JSON; of a knob that is younger than the run, its default; None where that tells nothing."""
+    if key in run[part]:
+        return json.dumps(run[part][key], sort_keys=True)
+    if part != 'config' or key in VARIANT:          # a fact that was not recorded, a knob that its row fills in
+        return None
+    return json.dumps(DEFAULTS[key]) if key in DEFAULTS else 'absent'
+
+
+def differing(runs, part, key):
+    """'' if all runs have the same run[part][key], else 'value (runs) against value (runs)'."""
     groups = {}
     for run in runs:
-        value = json.dumps(run[section][key], sort_keys=True)[:80] if key in run[section] else 'absent'
-        groups.setdefault(value, []).append(run)
-    named = [f'{value} ({who(group)})' for value, group in groups.items()]
+        if (value := value_of(run, part, key)) is not None:
+            groups.setdefault(value, []).append(run)
+    named = [f'{value[:80]} ({who(group)})' for value, group in groups.items()]
     return ' against '.join(named) if len(named) > 1 else ''
 
 
-def disagreements(arms, baseline):
+def disagreements(arms, baseline, may_differ=(), metric='val_loss'):
     """What keeps the runs from being comparable, as texts naming field, values and runs. Empty: comparable.
 
-    Over all runs: data (by the tokens' sha256, not by the name, which depends on where the folder lies),
-    device, torch, every knob but the variant's and bookkeeping; over complete runs: the budget they used.
-    Within an arm (and its A/A twin): the model and the variant's knobs.
+    Over all runs: the tokens, device, torch, every knob but the variant's and bookkeeping; over complete runs: the
+    budget they used. Within an arm (and its A/A twin): the model, the variant's knobs and what may_differ names.
+    Bits per byte compare tokenizers: there the text has to be one over all runs, the tokens within an arm.
     """
     runs = [run for arm in arms.values() for run in arm.values()]
-    keys = {part: sorted({key for run in runs for key in run[part]}) for part in ('config', 'data', 'model')}
-    networks, variant, common = {}, [], []
-    for key in set(keys['config']) - BOOKKEEPING:
-        ingredient = key in VARIANT or key.startswith('rope_') and key != 'rope_theta'
-        (variant if ingredient else common).append(key)
+    keys = {part: sorted({key for run in runs for key in run[part]}) for part in ('config', 'model')}
+    by_text = metric == 'val_bits_per_byte' and all(run['data'].get('val_text_sha256') for run in runs)
+    networks, own, may_differ = {}, {*VARIANT, *may_differ}, set(may_differ)
     for run in runs:
         networks.setdefault(baseline if run['name'] == f'{baseline}-again' else run['name'], []).append(run)
-    checks = [(runs, 'config', key) for key in sorted(common)] + [
-        (runs, 'data', key) for key in keys['data'] if key != 'dataset']
-    checks += [(runs, 'environment', key) for key in ('device_name', 'torch')]
     finished = [run for run in runs if run['status'] == 'complete']
-    checks += [(finished, 'final', key) for key in ('updates', 'tokens')]
+    budget = {'updates': {'max_steps'}, 'tokens': {'max_steps', 'batch_size', 'block_size'}}
+    checks = [(runs, 'config', key) for key in keys['config'] if key not in own | BOOKKEEPING]
+    checks += [(runs, 'data', key) for key in (('val_text_sha256',) if by_text else TOKENS) if key not in may_differ]
+    checks += [(runs, 'environment', key) for key in ('device_name', 'torch') if key not in may_differ]
+    checks += [(finished, 'final', key) for key, knobs in budget.items() if not knobs & may_differ]
     for same in networks.values():
-        checks += [(same, 'config', key) for key in sorted(variant)]
-        checks += [(same, 'model', key) for key in keys['model']]
-    return [f'{part}.{ascii(key)[1:-1]}: {text}' for some, part, key in checks
-            if (text := differing(some, part, key))]
+        checks += [(same, 'config', key) for key in keys['config'] if key in own]
+        checks += [(same, 'model', key) for key in keys['model']] + [(same, 'data', key) for key in TOKENS if by_text]
+    return [f'{part}.{ascii(key)[1:-1]}: {text}' for some, part, key in checks if (text := differing(some, part, key))]

@@ -55,16 +55,24 @@ def train(corpus, data_root, tmp_path, monkeypatch, capfd):
         folder = tmp_path / name
         knobs = {**TINY, 'dataset': corpus, 'data_root': data_root, 'out_dir': folder, **knobs}
         monkeypatch.setattr(sys, 'argv', ['train.py', *map(str, arguments), *flags(**{k: v for k, v in knobs.items() if v is not ...})])
-        before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        signals = [getattr(signal, n) for n in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, n)]
+        before = [signal.getsignal(number) for number in signals]
         capfd.readouterr()
         try:
             runpy.run_path(str(REPOSITORY / 'train.py'), run_name='__main__')
             code = 0
         except SystemExit as error:
             code = error.code
+        except Exception:                                   # as the interpreter would
+            try:
+                sys.excepthook(*sys.exc_info())
+            except SystemExit as error:
+                code = error.code
+            else:
+                raise
         finally:
-            signal.signal(signal.SIGINT, before[0])
-            signal.signal(signal.SIGTERM, before[1])
+            for number, handler in zip(signals, before):
+                signal.signal(number, handler)
             sys.excepthook = sys.__excepthook__
             gc.collect()                                    # the script's globals, and with them its lock on the folder
         return SimpleNamespace(code=code, folder=folder, **dict(zip(('out', 'err'), capfd.readouterr())))
@@ -143,7 +151,7 @@ def result(name='baseline', seed=0, loss=4.0, **changes):
     rng = random.Random(f'{name} {seed}')
     kind, total, active, cache = NETWORKS.get(name.removesuffix('-again'), NETWORKS['baseline'])
     run = {
-        'schema': 1, 'status': 'complete', 'name': name, 'started': '2024-01-01T00:00:00',
+        'schema': 2, 'status': 'complete', 'name': name, 'started': '2024-01-01T00:00:00',
         'finished': '2024-01-01T00:02:00',
         'config': {
             'attn': name.removesuffix('-again'), 'name': name, 'seed': seed, 'dataset': 'stdlib',
@@ -161,6 +169,7 @@ def result(name='baseline', seed=0, loss=4.0, **changes):
         'data': {
             'dataset': 'stdlib', 'tokenizer': 'bpe', 'vocab_size': 4096, 'train_tokens': 3_000_000,
             'val_tokens': 100_000, 'val_bytes': 340_000, 'train_sha256': 'ab' * 32, 'val_sha256': 'cd' * 32,
+            'val_text_sha256': 'ef' * 32,
             'uniform_loss': 8.3178, 'unigram_loss': 6.3},
         'environment': {
             'device_name': 'a CPU', 'threads': 2, 'torch': '2.9.0', 'python': '3.11.2', 'platform': 'Linux',

@@ -184,10 +184,10 @@ def test_the_file_says_where_it_was_measured_and_how_fast_the_machine_itself_was
     assert machine['bytes_read']['max'] == approximately(2 ** 28 / min(machine['seconds']['read']))
 
 
-def test_on_a_terminal_one_line_is_rewritten_and_leaves_nothing_behind(tmp_path):
+def test_on_a_terminal_one_line_is_rewritten_until_the_report_stands_there(tmp_path):
     ours, theirs = pty.openpty()
     done = subprocess.Popen(command(out=tmp_path / 'x.json', variants='mqa', dtype='float32'), env=ENVIRONMENT,
-                            stdout=subprocess.DEVNULL, stderr=theirs)
+                            stdout=theirs, stderr=subprocess.DEVNULL)
     os.close(theirs)
     shown = b''
     with contextlib.suppress(OSError):                              # Linux's way to say that the other end is closed
@@ -195,9 +195,8 @@ def test_on_a_terminal_one_line_is_rewritten_and_leaves_nothing_behind(tmp_path)
             shown += new
     os.close(ours)
     assert done.wait() == 0
-    lines = shown.decode().split('\r\x1b[K')
-    assert '\n' not in shown.decode() and lines[-1] == ''
-    assert any('round 3 of 3, 2 of 2: ' in line for line in lines) and any('mqa ours float32' in line for line in lines)
+    rewritten, *report = shown.decode().split('| variant |')
+    assert '\n' not in rewritten and 'round 3 of 3, 2 of 2: mqa ours float32' in rewritten and len(report) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,7 +225,8 @@ def test_train_reports_the_models_own_counts_and_quotients_of_its_timings(update
 def test_the_peak_memory_is_that_of_a_process_with_one_side_alone(tmp_path):
     [row] = measure(tmp_path, variants='lora', dtype='bfloat16', rounds=1, warmup=0, memory_updates=1)['rows']
     # what torch alone takes: a process that holds all sides and the 256 MiB of the yardstick is far above it
-    alone = subprocess.run([sys.executable, '-c', 'import torch; from machine import resident_gb; print(resident_gb())'],
+    code = 'import torch; from machine import resident_gb; print(resident_gb())'
+    alone = subprocess.run([sys.executable, '-c', code],
                            cwd=REPOSITORY, capture_output=True, text=True, check=True, env=ENVIRONMENT)
     assert 0.05 < row['peak_memory']['before_gb'] < row['peak_memory']['peak_gb'] < float(alone.stdout) + 0.2
 
@@ -312,7 +312,8 @@ def test_time_belongs_to_the_module_in_which_an_operator_runs_and_its_gradient_t
     shares = program().parts_of(model, lambda: [model(torch.ones(3)).backward() for _ in range(2)])
     # of 0.8 s in attn's backward, 0.4 in moe's forward, 0.2 in the norms' backward, 0.2 in the head
     assert shares['attn'] == pytest.approx(0.5, abs=0.06) and shares['moe'] == pytest.approx(0.25, abs=0.06)
-    assert shares['norms'] == pytest.approx(0.125, abs=0.06) and shares['head and loss'] == pytest.approx(0.125, abs=0.06)
+    assert shares['norms'] == pytest.approx(0.125, abs=0.06)
+    assert shares['head and loss'] == pytest.approx(0.125, abs=0.06)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), 'nothing is left behind'
 
 
@@ -395,7 +396,8 @@ def test_latent_attention_decodes_every_new_token_in_the_mode_of_its_row(program
 
 def test_each_kernel_takes_turns_at_being_plain(plain):
     forms = ['none', *kernels.NAMES, 'all']
-    assert [(r['plain'], r['mode']) for r in plain['rows']] == [(f, mode) for mode in ('absorb', 'expand') for f in forms]
+    assert [(r['plain'], r['mode']) for r in plain['rows']] == [
+        (form, mode) for mode in ('absorb', 'expand') for form in forms]
     for row in plain['rows']:
         if row['plain'] == 'none':
             assert 'to fast' not in row['decode_speed']
@@ -407,8 +409,8 @@ def test_each_kernel_takes_turns_at_being_plain(plain):
 def test_in_its_turn_a_kernel_alone_is_plain_and_afterwards_fast_again(program, monkeypatch):
     b, used = program(rounds=1, warmup=0), []
     monkeypatch.setattr(kernels, 'use', lambda form, **others: used.append((form, others)))
-    rows = [({'variant': 'mla', 'plain': form, 'seconds': {}}, lambda: {'work': 1.0}) for form in ('none', 'rotate', 'all')]
-    b.take_turns(rows)
+    forms = 'none', 'rotate', 'all'
+    b.take_turns([({'variant': 'mla', 'plain': form, 'seconds': {}}, lambda: {'work': 1.0}) for form in forms])
     assert used == [('fast', {}), ('fast', {}), ('fast', {'rotate': 'plain'}), ('plain', {})]       # first the machine
 
 
@@ -426,7 +428,7 @@ def test_the_peer_trains_the_same_model_in_both_dtypes(beside):
         assert [d for d, r in peers.items() if r.get('best_update')] == [best['dtype']]
         for dtype, theirs in peers.items():
             ours, seconds = find(result, variant=attn, library='ours', dtype=dtype), theirs['seconds']['update']
-            assert theirs['params_total'] == ours['params_total'] and theirs['flops_per_token'] == ours['flops_per_token']
+            assert all(theirs[k] == ours[k] for k in ('params_total', 'flops_per_token'))
             same_ratio(ours['update_speed']['to transformers'], ours['seconds']['update'], seconds)
             same_ratio(ours['update_speed']['to its best'], ours['seconds']['update'], best['seconds']['update'])
             trials = theirs['trials']
@@ -485,7 +487,7 @@ def test_without_transformers_its_peer_is_refused_in_one_line(tmp_path):
 
 @pytest.fixture
 def gpu(tmp_path):
-    """gpu(**environment): gpu.sh with a Python that fails, or takes its time, where the file `fails` or `slow` says so."""
+    """gpu(**environment): gpu.sh with a Python that fails, or takes its time, where the files `fails`, `slow` say so."""
     log, fake = tmp_path / 'log', tmp_path / 'python'
     fake.write_text(f"""#!/usr/bin/env bash
 echo "$@" >> {log}

@@ -74,7 +74,7 @@ def run(program, tmp_path, monkeypatch, capsys):
         except SystemExit as end:
             printed = capsys.readouterr()
             return end.code, printed.out, printed.err
-        assert {key: namespace[key] for key in values} == values
+        assert {key: namespace[key] for key in DEFAULTS} == {key: values[key] for key in DEFAULTS}
         return values
     return run
 
@@ -108,17 +108,49 @@ def test_sections_comments_and_types_are_read_from_the_text_of_the_block(program
 def test_a_block_may_stand_indented_under_main(tmp_path):
     path = tmp_path / 'data.py'
     path.write_text("if __name__ == '__main__':\n" + textwrap.indent(
-        f'# {"-" * 40}\n# part\nroot = 1  # one\n          # two\nb = 2\n# {"-" * 40}\n', '    '))
+        f'# {"-" * 40}\n# part\nroot = 1  # one\n          # two\nb = 2\n# {"-" * 40}\nconfigure(globals())\n', '    '))
     knobs, _ = configurator.read_block(path)
     assert list(knobs) == ['root', 'b'] and knobs['root'].comment == 'one two'
     assert knobs['b'].section == 'part'
 
 
-def test_rulers_and_knobs_inside_a_string_are_not_a_block(tmp_path):
-    path = tmp_path / 'x.py'
-    path.write_text(f'text = """\n# {"-" * 30}\na = 1\n# {"-" * 30}\n"""\n')
-    with pytest.raises(RuntimeError):
-        configurator.read_block(path)
+def test_fields_of_a_dataclass_are_knobs_with_sections_comments_choices_and_types(tmp_path, run):
+    path = tmp_path / 'model.py'
+    path.write_text('''@dataclass
+class Config:
+    """Not a knob."""
+    # first part
+    width: int = 3 * 8          # of it
+                                # in numbers
+    rank: int | None = None     # none: \u00e4 # b
+
+    # second
+    kind: Literal['a', 'b'] | None = None
+    rate: float = 1.0           # a step
+    needed: int
+
+    def f(self):
+        # not a title
+        other: int = 3
+''', encoding='utf-8')
+    knobs = configurator.read_class(path, 'Config')
+    assert list(knobs) == ['width', 'rank', 'kind', 'rate']
+    assert knobs['width'] == ('width', 24, ['int'], [], 'first part', 'of it in numbers')
+    assert knobs['rank'] == ('rank', None, ['None', 'int'], [], 'first part', 'none: \u00e4 # b')
+    assert knobs['kind'] == ('kind', None, ['None'], ['a', 'b'], 'second', '') and knobs['rate'].types == ['float']
+    values = run('--width=7', '--kind=b', more=knobs)
+    assert (values['width'], values['kind'], values['rank'], values['n_layer']) == (7, 'b', None, 6)
+    assert 'one of a, b or none' in error(run, '--kind=c', more=knobs)
+    assert '\nsecond\n' in run('--help', more=knobs)[1]
+
+
+def test_the_knobs_of_a_run_are_the_fields_of_the_network_and_the_block_of_train_and_none_stands_twice():
+    from model import ModelConfig
+    network, rest = configurator.run_knobs()
+    fields = ModelConfig.__dataclass_fields__
+    assert {name: knob.default for name, knob in network.items()} == {name: f.default for name, f in fields.items()}
+    assert 'max_steps' in rest and not network.keys() & rest.keys()
+    assert all(knob.comment and knob.section for knob in [*network.values(), *rest.values()])
 
 
 # ---- the order of the sources ------------------------------------------------------------------------------
@@ -126,8 +158,9 @@ def test_rulers_and_knobs_inside_a_string_are_not_a_block(tmp_path):
 def test_flags_override_config_files_which_override_defaults(run, tmp_path):
     (tmp_path / 'a.py').write_text('"""What for."""\nn_layer = 2 * 4\nlearning_rate = 1\nq_lora_rank = 3\n')
     (tmp_path / 'b.py').write_text("q_lora_rank = None\nattn = 'lora'\ncompile = False\nruns = ['x']\n")
-    values = run('--n_layer=3', 'a.py', 'b.py', '--dataset=a=b c')
-    assert values == {**DEFAULTS, 'n_layer': 3, 'learning_rate': 1.0, 'attn': 'lora', 'compile': False,
+    (tmp_path / 'c.py').write_text("batch_size = 10**6 + 1\n")
+    values = run('--n_layer=3', 'a.py', 'b.py', '--dataset=a=b c', 'c.py')
+    assert values == {**DEFAULTS, 'batch_size': 1_000_001, 'n_layer': 3, 'learning_rate': 1.0, 'attn': 'lora', 'compile': False,
                       'dataset': 'a=b c', 'runs': ['x']}
     assert type(values['learning_rate']) is float
 
@@ -170,8 +203,8 @@ def test_an_unknown_flag_is_told_what_it_may_have_meant(run, flag, hint):
     (['--zzz=1'], 'unknown knob --zzz (python'), (['-x'], 'unknown knob -x'), (['--'], 'unknown knob'),
     (['-'], 'unknown'),
     (['--=3'], 'unknown knob'), (['foo'], 'unexpected argument foo'), (['--help=1'], 'unknown knob --help'),
-    (['--compile'], 'type --compile=True'), (['--n_layer', '9'], 'type --n_layer=9'),
-    (['--attn'], 'type --attn=baseline'),
+    (['--compile'], 'as in --compile=True'), (['--n_layer', '9'], 'as in --n_layer=6'),
+    (['--attn'], 'as in --attn=baseline'),
     (['--n_layer=six'], 'whole number'), (['--n_layer=2.5'], 'whole number'),
     (['--n_layer='], 'whole number'),
     (['--n_layer=True'], 'whole number'), (['--n_layer=1e30'], '64 bits'),
@@ -201,7 +234,7 @@ def test_a_bad_argument_ends_in_one_line_that_says_what_is_needed(run, argv, par
     ('dataset = ["x"]', 1, 'in quotes'), ('n_layer = 2.5', 1, 'whole number'),
     ('n_layer = True', 1, 'whole number'),
     ('n_layer = [1]', 1, ''), ('runs = [1]', 1, ''), ('runs = "x"', 1, ''), ('n_layer = 1/0', 1, 'literal'),
-    ('n_layer = 2**3', 1, 'literal'), ('dataset = "x" * 1000000000', 1, 'literal'),
+    ('n_layer = 9**9**9', 1, 'literal'), ('n_layer = 2**0.5', 1, 'whole'), ('dataset = "x" * 1000000000', 1, 'literal'),
     ('learning_rate = 1e999', 1, 'finite'),
     ('n_layer = 3j', 1, 'whole'), ('n_layer = {}', 1, ''), ('n_layer = ...', 1, ''),
     ('dataset = b"x"', 1, 'quotes'),
@@ -233,6 +266,81 @@ def test_fail_prints_one_line_whatever_the_message(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         configurator.fail(ValueError('one\ntwo\r\nthree\u2028four'))
     assert end.value.code == 2 and capsys.readouterr().err == 'bench.py: one two three four\n'
+
+
+@pytest.mark.parametrize('flag, hint', [
+    ('--max_iters=600', 'unknown knob --max_iters; that is max_steps here'), ('--hidden_size=64', '; that is n_embd here'),
+    ('--gradient_accumulation_steps=40', '; that is batch_size, the sequences of a whole update; micro_batch_size'),
+    ('--num-experts-per-tok=2', '; that is top_k here'), ('--n_layers=2', 'did you mean --n_layer=2')])
+def test_what_others_call_a_knob_is_told_what_it_is_called_here(run, flag, hint):
+    assert hint in error(run, flag, more={**configurator.run_knobs()[0], **configurator.run_knobs()[1]})
+
+
+def test_where_a_program_has_no_such_knob_nothing_is_said_of_it(run):
+    assert 'unknown knob --max_iters (python' in error(run, '--max_iters=3')
+
+
+# ---- what a program says -----------------------------------------------------------------------------------
+
+SPEAK = """
+import sys, configurator
+configurator.rewrite('under way')
+configurator.say('one')
+configurator.rewrite('once more')
+configurator.say('two')
+print('went on', file=sys.stderr)
+"""
+
+
+def test_a_pipe_gets_whole_lines_at_once_and_nothing_of_what_is_rewritten(program):
+    assert start('-c', SPEAK).stdout.decode().splitlines() == ['one', 'two']
+    assert start('-c', SPEAK, env={'RANK': '1'}).stdout == b''                  # the first process speaks
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='a terminal as POSIX has it')
+def test_a_terminal_sees_the_rewritten_line_and_no_rest_of_it_before_the_next():
+    import pty
+    leader, follower = pty.openpty()
+    subprocess.run([sys.executable, '-c', SPEAK], stdout=follower, stderr=subprocess.DEVNULL, cwd=HERE)
+    os.close(follower)
+    seen = os.read(leader, 10_000).decode()
+    os.close(leader)
+    screen, line, at = [], [' '] * 200, 0
+    for c in seen:                                          # what a terminal makes of it
+        if c == '\n':
+            screen, line = screen + [''.join(line).rstrip()], [' '] * 200
+        elif c == '\r':
+            at = 0
+        else:
+            line[at], at = c, at + 1
+    assert 'under way' in seen and 'once more' in seen and screen == ['one', 'two']
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='pipes as POSIX has them')
+def test_where_nobody_reads_any_more_a_program_goes_on(program):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, '-c', SPEAK], stdout=writing, stderr=subprocess.PIPE, cwd=HERE)
+    os.close(writing)
+    assert done.returncode == 0 and done.stderr == b'went on\n'
+
+
+def test_of_several_processes_the_first_says_what_is_wrong_and_another_only_what_it_alone_has_met(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(configurator.time, 'sleep', waited.append)
+    for rank in '0', '1':
+        monkeypatch.setenv('LOCAL_RANK', rank)
+        monkeypatch.setenv('RANK', rank)
+        with pytest.raises(SystemExit) as end:
+            configurator.fail('wrong')
+        assert end.value.code == 2 and capsys.readouterr().err.endswith(': wrong\n')
+    assert len(waited) == 1                                 # torchrun ends it meanwhile, if the first has ended
+
+
+def test_a_character_that_the_terminal_lacks_is_a_question_mark(program):
+    text = "import configurator; configurator.configure({'__file__': %r}, argv=[]); configurator.say('\u6a21 ok')" % str(program)
+    done = start('-c', text, env={'PYTHONIOENCODING': 'cp1252'})
+    assert done.returncode == 0 and done.stdout.strip() == b'? ok'
 
 
 # ---- help --------------------------------------------------------------------------------------------------
