@@ -22,6 +22,7 @@ from conftest import REPOSITORY, one_line
 
 import kernels
 from model import LanguageModel, ModelConfig
+from muon import configure_optimizers
 
 SIZES = dict(n_layer=2, n_head=4, n_embd=64, d_ff=48, vocab_size=128)
 QUICK = {**SIZES, 'device': 'cpu', 'experts': 4, 'contexts': 32, 'micro_batch_sizes': 2, 'rounds': 3, 'warmup': 1,
@@ -248,7 +249,7 @@ def test_an_update_is_the_one_of_train_py(program, dtype):
         o = reference(x[:, :-1], x[:, 1:])                          # all at once
     (o.nll / 128 + 0.01 * o.balance_loss + 0.001 * o.z_loss).backward()
     torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
-    [opt] = reference.configure_optimizers(1e-4)
+    [opt] = configure_optimizers(reference, 1e-4)
     opt.step()
     for p, q, before in zip(model.parameters(), reference.parameters(), start, strict=True):
         # Adam's first step is the sign of the gradient, which rounding may turn where the gradient is almost 0
@@ -487,7 +488,7 @@ def test_without_transformers_its_peer_is_refused_in_one_line(tmp_path):
 
 @pytest.fixture
 def gpu(tmp_path):
-    """gpu(**environment): gpu.sh with a Python that fails, or takes its time, where the files `fails`, `slow` say so."""
+    """gpu(**environment): gpu.sh with a Python that fails, or takes its time, where the files fails, slow say so."""
     log, fake = tmp_path / 'log', tmp_path / 'python'
     fake.write_text(f"""#!/usr/bin/env bash
 echo "$@" >> {log}
@@ -525,7 +526,7 @@ def test_gpu_sh_skips_what_is_done_and_tries_again_what_failed(gpu):
     assert first.code == 1 and 'failed: decode-8192' in first.out
     assert programs(first) == ['-m', *['bench.py'] * 5, *['train.py'] * 14, 'analyze.py']
     assert all('--dataset=/data/code' in line for line in first.asked if line.startswith('train.py'))
-    assert len(list((gpu.folder / 'results/experiment').glob('*.json'))) == 14
+    assert len(list((gpu.folder / 'results/experiment').glob('*-s*.json'))) == 14
     (gpu.folder / 'fails').unlink()
     second = gpu(OUT=str(gpu.folder / 'results'))
     assert second.code == 0 and 'all is done' in second.out
