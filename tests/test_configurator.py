@@ -283,12 +283,13 @@ def test_where_a_program_has_no_such_knob_nothing_is_said_of_it(run):
 # ---- what a program says -----------------------------------------------------------------------------------
 
 SPEAK = """
-import sys, configurator
+import os, sys, configurator
 configurator.rewrite('under way')
 configurator.say('one')
 configurator.rewrite('once more')
 configurator.say('two')
-print('went on', file=sys.stderr)
+print('went on', file=sys.stderr, flush=True)
+os._exit(0)                     # whatever is not out by now is lost
 """
 
 
