@@ -9,7 +9,7 @@ What is in here, in reading order:
     RMSNorm, Cache         the norm of blocks, latents and heads; what decoding keeps, and where it stands
     MultiHeadAttention     q, k, v per head; fewer key/value heads make it grouped-query (gqa) or multi-query (mqa)
     LatentAttention        k and v of all heads through one small latent, which is all that decoding has to keep
-    variants()             the named rows of knobs behind --attn: a new variant is one row, or one class and one row
+    variants()             the rows of knobs behind --attn: a new variant is one row, or one class and one row
 
 Shapes: B sequences, T new tokens, S tokens that can be attended (cached + new), C = n_embd, H = n_head,
 dn = qk_nope_head_dim, dr = qk_rope_head_dim, dv = v_head_dim, r = kv_lora_rank, rq = q_lora_rank.
@@ -288,16 +288,14 @@ class LatentAttention(nn.Module):
     def absorbs(self, T, S):
         """Whether T new tokens should attend to S cached ones in the latent space: compares the multiply-adds a head needs.
 
-        Expanding makes S keys and values, S r (dn + dv), absorbing turns T queries and results, T r (dn + dv); then a
-        pair of tokens costs dn + dr + dv expanded, 2r + dr absorbed. If 2r > dn + dv, absorbing pays for few new tokens:
-        for S >> T, fewer than r (dn + dv) / (2r - dn - dv), which is 64 for `lora`, 96 for `mla` at C = 384, 170.7 at
-        DeepSeek-V3's sizes. If not, it always does.
+        If 2r > dn + dv, absorbing pays for few new tokens: for S >> T, fewer than r (dn + dv) / (2r - dn - dv), which is
+        64 for `lora`, 96 for `mla` at C = 384, 170.7 at DeepSeek-V3's sizes. If not, it always does.
         """
         if self.decode_mode != 'auto':
             return self.decode_mode == 'absorb'
         r, dn, dr, dv = self.kv_lora_rank, self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
-        expand = S * r * (dn + dv) + T * S * (dn + dr + dv)
-        absorb = T * r * (dn + dv) + T * S * (2 * r + dr)
+        expand = S * r * (dn + dv) + T * S * (dn + dr + dv)             # makes S keys and values; then each pair's cost
+        absorb = T * r * (dn + dv) + T * S * (2 * r + dr)               # turns T queries and results
         return absorb < expand
 
     def forward(self, x, rope, cache=None):
@@ -343,9 +341,8 @@ class LatentAttention(nn.Module):
 def variants(n_embd, n_head):
     """The rows behind --attn: name -> {'class': ..., knob: value}, as proportions of the width, so that they hold at any.
 
-    With C = n_embd and d = C / n_head. At Experiment 1's C = 384 and 8 heads (d = 48) the lora row reads: ranks 32 and
-    64, nope 16 + rope 32, v 48, which are the numbers of the report that this project repeats. A row names every knob
-    that means something to its class; giving another one by hand is an error.
+    With C = n_embd and d = C / n_head. At C = 384 and 8 heads the lora row has the numbers of the report that this project
+    repeats: ranks 32 and 64, nope 16 + rope 32, v 48. A knob that a row does not name means nothing to its class.
     """
     C, d = n_embd, n_embd // n_head
     two_thirds = 2 * round(d / 3)                                       # 2d/3, rounded to an even number of dims
@@ -399,11 +396,11 @@ def lay_over_row(config):
     for knob in ('head_dim', 'kv_lora_rank', 'v_head_dim', 'qk_nope_head_dim'):
         if knob in row and getattr(config, knob) < 1:
             raise ValueError(f'{knob} is {getattr(config, knob)} with n_embd={C}, n_head={H}; it must be at least 1')
-    rotary, what = config.head_dim, 'head_dim, by default n_embd / n_head,'
-    if config.qk_rope_head_dim is not None:
-        rotary, what = config.qk_rope_head_dim, 'qk_rope_head_dim'
+    knob = 'head_dim' if config.qk_rope_head_dim is None else 'qk_rope_head_dim'
+    rotary = getattr(config, knob)
     if rotary < 2 or rotary % 2:
-        raise ValueError(f'{what} is {rotary}, it must be even: rotary positions turn pairs of dims')
+        raise ValueError(f'{knob} is {rotary} with n_embd={C}, n_head={H}; it must be even, 2 or more: rotary positions '
+                         f'turn pairs of dims')
     if config.rope_scaling not in ('default', 'linear', 'dynamic', 'yarn'):
         raise ValueError(f'unknown rope_scaling {config.rope_scaling!r} (one of default, linear, dynamic, yarn)')
     if config.rope_scaling == 'dynamic' and rotary == 2:
@@ -422,23 +419,21 @@ def build_attention(config):
 
 if __name__ == '__main__':
     from model import LanguageModel, ModelConfig
-    for attn in ('baseline', 'mla'):
+    for attn, modes in ('baseline', ['']), ('mla', ['expand', 'absorb']):
         config = ModelConfig(attn=attn, n_embd=384, n_head=8, n_layer=1, d_ff=64, block_size=16)
         attention = LanguageModel(config, seed=0).layers[0].attn.double()
         nn.init.normal_(attention.o_proj.weight, std=0.05)              # zeros at first: nothing would be seen
-        x = torch.randn(1, 6, 384, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         print(f'\n{attn}: {type(attention).__name__}, {dict(attention.head_dims())}')
         for name, p in attention.named_parameters():
             print(f'    {name:26} {tuple(p.shape)}')
+        x = torch.randn(1, 6, 384, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         whole = attention(x, rope_tables(config, torch.arange(6), dtype=x.dtype))
         print(f'  six tokens {tuple(x.shape)} -> {tuple(whole.shape)}, all at once')
-        for mode in ('auto',) if attn == 'baseline' else ('expand', 'absorb'):
-            attention.decode_mode = mode
+        for attention.decode_mode in modes:
             cache, steps = Cache([attention.new_cache(1, 16, dtype=x.dtype)], capacity=16), []
             for t in range(6):
                 rope = rope_tables(config, cache.advance(1), dtype=x.dtype)
                 steps.append(attention(x[:, t:t + 1], rope, cache.layers[0]))
             kept = sum(t.size(1) * t.size(3) for t in cache.layers[0].tensors)
-            way = {'auto': '', 'expand': ', expanding keys and values', 'absorb': ', attending to the latents'}[mode]
-            print(f'  one by one from the cache, {kept} numbers a token{way}: '
-                  f'differs by {(torch.cat(steps, 1) - whole).abs().max():.1e}')
+            print(f'  one by one from the cache, {kept} numbers a token{", " * bool(attention.decode_mode)}'
+                  f'{attention.decode_mode}: differs by {(torch.cat(steps, 1) - whole).abs().max():.1e}')

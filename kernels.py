@@ -102,8 +102,10 @@ def rotate(x, angles):
     pairs = x.unflatten(-1, (-1, 2))                                    # (B, heads, T, width/2, 2)
     if _fast['rotate'] and by_hand(x):
         # a pair is a complex number, turning it a product with e^(ia): one pass over memory instead of eight
-        pairs = torch.view_as_complex(pairs.to(angles.dtype).contiguous())
-        return torch.view_as_real(pairs * torch.view_as_complex(angles)).flatten(-2).to(x.dtype)
+        pairs = pairs.to(angles.dtype).contiguous()
+        pairs = pairs.clone() if pairs.storage_offset() % 2 else pairs      # one token's key behind a latent of odd rank
+        turned = torch.view_as_complex(pairs) * torch.view_as_complex(angles)
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
     (even, odd), (cos, sin) = pairs.unbind(-1), angles.unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
@@ -138,7 +140,9 @@ def fast_attention(q, k, v, scale, mask):
     """
     causal = isinstance(mask, str)
     if causal and by_hand(q) and torch.is_grad_enabled() and q.size(2) > 1:
-        return BlockedAttention.apply(q, k, v, scale)
+        q, k, v = (t.to(product_dtype(t)) for t in (q, k, v))           # before autocast is off: it is in no backward
+        with no_autocast(q):
+            return BlockedAttention.apply(q, k, v, scale)
     B, H, T, _ = q.shape
     dv, dk, G = v.size(-1), k.size(-1), k.size(1)
     if dv < dk:
@@ -389,15 +393,17 @@ class ExpertsByHand(torch.autograd.Function):
     def forward(ctx, x, weights, gate, up, down, low, order, sizes, with_grad):
         gate, up, down = low
         x_low, y = x.to(gate.dtype), torch.zeros_like(x, dtype=weights.dtype)
-        padded = [-(-n // ROWS_AT_ONCE) * ROWS_AT_ONCE for n in sizes] if gate.dtype == torch.bfloat16 else sizes
-        place = torch.arange(len(order)) + torch.tensor(padded).cumsum(0).sub_(torch.tensor(padded)).sub_(
-            torch.tensor(sizes).cumsum(0).sub_(torch.tensor(sizes))).repeat_interleave(torch.tensor(sizes))
+        multiple = ROWS_AT_ONCE if gate.dtype == torch.bfloat16 else 1
+        padded = [-(-n // multiple) * multiple for n in sizes]
+        start, padded_start = (torch.tensor([0, *n[:-1]]).cumsum(0) for n in (sizes, padded))
+        # (M,) where each copy stands once every network's rows are filled up
+        place = torch.arange(len(order)) + (padded_start - start).repeat_interleave(torch.tensor(sizes))
         w = weights.new_zeros(sum(padded), 1)                           # (M', 1), 0 in rows that only fill up
         w[place, 0] = weights[order]
         rows_of = order.new_zeros(sum(padded))                          # (M',) whose copy stands at each sorted row
         rows_of[place] = order // (len(order) // len(x))
         # without a backward: one network at a time; with one, always the same size, lest the heap fill with holes
-        kept = len(order) + len(sizes) * (ROWS_AT_ONCE - 1) if with_grad else max(padded)
+        kept = len(order) + len(sizes) * (multiple - 1) if with_grad else max(padded)
         g, u = x_low.new_empty(kept, gate.size(1)), x_low.new_empty(kept, gate.size(1))
         space = x_low.new_empty(max(padded), gate.size(1))              # for h, of every network in turn
         for e, s in segments(padded):
@@ -438,7 +444,9 @@ class ExpertsByHand(torch.autograd.Function):
         return dx, d_weights, d_gate, d_up, d_down, None, None, None, None
 
 
-ROWS_AT_ONCE = 64
+# In bfloat16 a network's rows are filled up with rows of weight 0 to a multiple of this: oneDNN generates code for every new
+# number of rows, which takes as long as several products, and is slow with odd ones
+ROWS_AT_ONCE = 128
 
 
 def product_into(out, a, b):

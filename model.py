@@ -23,7 +23,6 @@ import torch.nn as nn
 import kernels
 from attention import Cache, RMSNorm, build_attention, lay_over_row, rope_tables
 from moe import MixtureOfExperts, SwiGLU
-from muon import Muon
 
 
 @dataclass
@@ -174,7 +173,8 @@ class LanguageModel(nn.Module):
             elif kind.endswith('_proj') or kind in ('embed', 'router', 'lm_head', 'kv_a_proj_with_mqa'):
                 std = 0.02 if kind in ('embed', 'router', 'lm_head') else p.size(-1) ** -0.5
                 key = int.from_bytes(hashlib.sha256(f'{seed}:{name}'.encode()).digest()[:7], 'little')
-                p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=torch.Generator().manual_seed(key)))
+                empty = torch.empty(p.shape, dtype=torch.float32, device='cpu')
+                p.copy_(empty.normal_(0.0, std, generator=torch.Generator().manual_seed(key)))
             else:
                 raise ValueError(f'init_weights has no rule for {name}: name it like what it is, or add a rule')
 
@@ -188,7 +188,10 @@ class LanguageModel(nn.Module):
         if targets is None:
             return self.head(x)
         nll, correct = kernels.cross_entropy(x.flatten(0, 1), self.head_weight(), targets.flatten())
-        balance_loss, z_loss, load, entropy = (torch.stack(s) for s in zip(*routing)) if routing else 4 * [x.new_zeros(0)]
+        if not routing:                                                 # dense layers alone
+            none = x.new_zeros(0)
+            return Output(nll, correct, none.sum(), none.sum(), none.view(0, self.config.n_expert), none)
+        balance_loss, z_loss, load, entropy = (torch.stack(s) for s in zip(*routing))
         return Output(nll, correct, balance_loss.sum(), z_loss.sum(), load, entropy)
 
     def trunk(self, x, rope, cache=None):
@@ -244,13 +247,11 @@ class LanguageModel(nn.Module):
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0, trunk=None, static=False):
         """Yield max_new_tokens times the next token of every prompt, an int64 tensor (B,) on the CPU.
 
-        prompts: B lists of token ids, at least one each; they may differ in length. temperature 0 takes the largest
-        logit; otherwise softmax(logits / temperature) over the top_k largest (None: all) and, of these, over the fewest
-        that together have probability top_p (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751), drawn from a CPU
-        generator seeded with `seed`. A full cache (block_size tokens) is rebuilt from its newest half, so that text can be
-        longer than the context: a token then sees between block_size / 2 and block_size tokens. Until then each prompt
-        gets the logits it would get alone (but under dynamic scaling past its original context, where angles are those of
-        the whole cache); draws come from one generator for all. trunk: see decode(); static: see Cache. Raises ValueError.
+        prompts: B lists of token ids, at least one each, of any lengths; each gets the logits it would get alone.
+        temperature 0 takes the largest logit; else a draw from softmax(logits / temperature) over the top_k largest (None:
+        all) and, of these, the fewest that together have probability top_p (nucleus sampling, Holtzman et al. 2020, arXiv
+        1904.09751), by one CPU generator seeded with `seed`. A full cache (block_size tokens) is rebuilt from its newest
+        half, so that text can be longer than the context. trunk: see decode(); static: see Cache. Raises ValueError.
         """
         if not prompts or not all(prompts):
             raise ValueError('every prompt needs at least one token')
@@ -276,26 +277,6 @@ class LanguageModel(nn.Module):
             for text, token in zip(texts, new.tolist()):
                 text.append(token)
             yield new
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Optimizer
-
-    def configure_optimizers(self, learning_rate, weight_decay=0.1, betas=(0.9, 0.95), muon=False):
-        """-> [AdamW], or [AdamW, Muon]. Each parameter has exactly one owner and decays only if it is a matrix.
-
-        With muon=True the matrices inside the blocks go to Muon, each expert being a matrix of its own; embedding, router,
-        norms and biases stay with AdamW. Fused AdamW: one pass over parameters, gradients and moments.
-        """
-        named = list(self.named_parameters())
-        of_muon = {n for n, p in named if muon and p.ndim >= 2 and not n.startswith(('embed', 'lm_head')) and '.router.' not in n}
-        matrices = [p for n, p in named if p.ndim >= 2 and n not in of_muon]
-        vectors = [p for n, p in named if p.ndim < 2]                               # norm gains and biases
-        groups = [{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.0}]
-        adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
-        kernels.make_moments(adamw)
-        if not muon:
-            return [adamw]
-        return [adamw, Muon([p for n, p in named if n in of_muon], lr=learning_rate, weight_decay=weight_decay)]
 
     # ------------------------------------------------------------------------------------------------------------------
     # What it costs

@@ -1,10 +1,13 @@
-"""Muon: momentum, orthogonalised, for the matrices of the network (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+"""The optimizers: AdamW, and Muon: momentum, orthogonalised, for the matrices of the network (Jordan et al. 2024,
+kellerjordan.github.io/posts/muon).
 
 The update of a matrix is U V^T of its momentum's singular value decomposition U S V^T: every direction moves equally far.
 torch.optim.Muon exists, but takes two-dimensional parameters only; the experts here are stacked (E, rows, cols), and each
 of them is a matrix of its own.
 """
 import torch
+
+import kernels
 
 
 def orthogonalise(g, steps=5):
@@ -49,3 +52,21 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - lr * group['weight_decay'])
                 p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2:]) ** 0.5)
         return loss
+
+
+def configure_optimizers(model, learning_rate, weight_decay=0.1, betas=(0.9, 0.95), muon=False):
+    """-> [AdamW], or [AdamW, Muon]. Each parameter has exactly one owner and decays only if it is a matrix.
+
+    With muon=True the matrices inside the blocks go to Muon, each expert being a matrix of its own; embedding, head, router,
+    norms and biases stay with AdamW. Fused AdamW: one pass over parameters, gradients and moments.
+    """
+    named = list(model.named_parameters())
+    of_muon = {n for n, p in named if muon and p.ndim >= 2 and not n.startswith(('embed', 'lm_head')) and '.router.' not in n}
+    matrices = [p for n, p in named if p.ndim >= 2 and n not in of_muon]
+    vectors = [p for n, p in named if p.ndim < 2]                       # norm gains and biases
+    groups = [{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    kernels.make_moments(adamw)
+    if not muon:
+        return [adamw]
+    return [adamw, Muon([p for n, p in named if n in of_muon], lr=learning_rate, weight_decay=weight_decay)]

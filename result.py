@@ -4,7 +4,7 @@
     checkpoint = folder.open(config, data, asked, resume='auto')    # what to go on from; or one line and the end
     folder.write_checkpoint(content), folder.write_result(result)
 
-    run = read_run('out/laptop/lora-s0/result.json')    # all fields there and sound, or one line and the end
+    run = read_run('out/laptop/lora-s0/result.json')    # sound, or one line and the end
     arms = load('out/laptop', 'baseline')               # {arm: {seed: run}}: an arm is the runs of one name
     for line in disagreements(arms, 'baseline'): ...    # what they differ in beyond variant and seed
 
@@ -261,65 +261,39 @@ def read_weights(path, asked):
     return network, content['model'], content['tokenizer'], digest.hexdigest()
 
 
-# What readers compare by
-ORDER = ['gqa', 'mqa', 'lora', 'enhanced', 'mla']       # of arms, after the baseline; then the alphabet
-VARIANT = {'attn'} | {name for name, knob in run_knobs()[0].items() if knob.default is None}    # what is being compared
-BOOKKEEPING = CONTINUATION | {'name', 'seed', 'experiment', 'log_interval',
-                              'checkpoint_interval'}                # may differ between runs: no influence on numbers
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading: every field that analyze.py uses is checked here, once, so that later code meets no surprise
+# Reading: what analyze.py computes with is checked here, once, so that later code meets no surprise
 
-KINDS = {
-    'object': ('an object', lambda v: isinstance(v, dict)),
-    'list': ('a list', lambda v: isinstance(v, list)),
-    'text': ('a line of text', lambda v: isinstance(v, str) and v.strip() and v.isprintable()),
-    'bool': ('true or false', lambda v: isinstance(v, bool)),
-    'count': ('a whole number, not negative', lambda v: type(v) is int and 0 <= v < 2**63),
-    'number': ('a finite number', lambda v: type(v) in (int, float) and abs(v) < 1e150),     # false for NaN
-    'size': ('a finite number, not negative', lambda v: type(v) in (int, float) and 0 <= v < 1e150),
-    'share': ('a number from 0 to 1', lambda v: type(v) in (int, float) and 0 <= v <= 1),
-}
-FIELDS = {field: kind for kind, *fields in map(str.split, '''
-object  config model data environment environment.source_sha256
-list    history final.expert_load
-text    name status config.attn config.optimizer config.device config.dtype model.attention_class data.dataset
-text    data.tokenizer data.train_sha256 data.val_sha256
-text    environment.device_name environment.torch environment.python environment.platform
-text?   environment.git_commit final.peak_memory_kind
-bool?   environment.git_dirty
-count   config.seed config.n_layer config.n_head config.n_embd config.d_ff config.n_expert config.top_k config.block_size
-count   config.batch_size config.max_steps environment.world_size
-count   data.vocab_size data.train_tokens data.val_tokens
-count   model.params_total model.params_active model.params_attention model.params_embedding
-count   final.step final.updates final.tokens
-count?  data.val_bytes environment.threads
-size    config.learning_rate data.uniform_loss data.unigram_loss model.flops_per_token
-size    model.kv_cache_bytes_per_token model.kv_cache_bytes_per_token_16bit
-size    final.val_loss final.seconds_training final.seconds_total final.step_ms_median final.tokens_per_second
-size?   final.val_perplexity final.val_bits_per_byte final.mfu final.peak_memory_gb
-share   final.val_accuracy
-number? final.max_violation final.router_entropy final.balance_loss final.z_loss
-'''.strip().splitlines()) for field in fields}     # ? = may be null; final.* are needed in complete runs only
-FINAL = [field[6:] for field, kind in FIELDS.items() if field.startswith('final.')       # its plain numbers
-         and kind.rstrip('?') not in ('text', 'list')]
+SCHEMAS = {1: 'every weight N(0, 0.02), router losses averaged over the layers',
+           2: 'weights by fan-in, router losses summed over the layers'}
+FIELDS = {field: kind for kind, fields in {         # final.* are needed in complete runs only
+    'an object': 'config model data environment environment.source_sha256',
+    'a list': 'history final.expert_load',
+    'a line of text': 'name config.optimizer config.dtype model.attention_class data.dataset data.tokenizer '
+                      'data.train_sha256 data.val_sha256 environment.device_name environment.torch',
+    'a whole number': 'config.seed config.n_layer config.n_head config.n_embd config.d_ff config.n_expert config.top_k '
+                      'config.block_size config.batch_size config.max_steps data.vocab_size data.train_tokens '
+                      'data.val_tokens environment.world_size',
+    'a number': 'config.learning_rate model.params_total model.params_active model.kv_cache_bytes_per_token_16bit '
+                'data.uniform_loss data.unigram_loss final.val_loss final.val_accuracy',
+    'a number or null': 'environment.threads final.val_perplexity final.val_bits_per_byte final.peak_memory_gb '
+                        'final.max_violation final.router_entropy final.balance_loss final.z_loss',
+}.items() for field in fields.split()}
 
 
-def check(file, field, value, kind):
-    """Fails, naming file and field, unless the value is of that kind."""
-    needed, fits = KINDS[kind.rstrip('?')]
-    if not (value is None and kind.endswith('?')) and not fits(value):
-        fail(f'{file}: {field} is {"null" if value is None else ascii(value)[:60]}, expected {needed}')
-
-
-def lookup(file, run, field):
-    """The value of a dotted field; fails if the file lacks it."""
+def check(file, value, field, kind, within=''):
+    """The dotted field of an object; fails, naming file and field, if it is not there or not of that kind."""
     for part in field.split('.'):
-        if not isinstance(run, dict) or part not in run:
-            fail(f'{file}: lacks the field {field}')
-        run = run[part]
-    return run
+        if not isinstance(value, dict) or part not in value:
+            fail(f'{file}: lacks the field {within}{field}')
+        value = value[part]
+    number = type(value) in (int, float) and abs(value) < 1e150         # false for NaN
+    if not {'an object': isinstance(value, dict), 'a list': isinstance(value, list),
+            'a line of text': isinstance(value, str) and value.isprintable() and value.strip(),
+            'a whole number': number and type(value) is int and value >= 0,
+            'a number': number, 'a number or null': number or value is None}[kind]:
+        fail(f'{file}: {within}{field} is {"null" if value is None else ascii(value)[:60]}, expected {kind}')
+    return value
 
 
 def read_run(file):
@@ -333,65 +307,66 @@ def read_run(file):
         fail(f'{file}: cannot be read ({error.strerror})')
     except (ValueError, RecursionError) as error:
         fail(f'{file}: not valid JSON, perhaps truncated ({error})')
-    schema = lookup(file, run, 'schema')
-    if type(schema) is not int or schema != SCHEMA:
-        fail(f'{file}: schema is {ascii(schema)[:60]}, this program reads {SCHEMA}')
-    status, final = lookup(file, run, 'status'), lookup(file, run, 'final')
+    if (schema := check(file, run, 'schema', 'a whole number')) not in SCHEMAS:
+        fail(f'{file}: schema is {schema}, this program reads {" and ".join(map(str, SCHEMAS))}')
+    status = check(file, run, 'status', 'a line of text')
     if status not in STATUSES:
-        fail(f'{file}: status is {ascii(status)[:60]}, expected {", ".join(STATUSES[:-1])} or {STATUSES[-1]}')
-    if status == 'complete' or final is not None:
-        check(file, 'final', final, 'object')
+        fail(f'{file}: status is {status[:60]}, expected {", ".join(STATUSES[:-1])} or {STATUSES[-1]}')
     for field, kind in FIELDS.items():
         if status == 'complete' or not field.startswith('final.'):
-            check(file, field, lookup(file, run, field), kind)
-    if len(run['name']) > NAME_LENGTH:
-        fail(f'{file}: name is {len(run["name"])} characters long, at most {NAME_LENGTH} fit a table')
+            check(file, run, field, kind)
     for i, row in enumerate(run['history']):
-        check(file, f'history[{i}]', row, 'object')
-        for field, kind in [('step', 'count'), ('val_loss', 'size?')]:
-            if field not in row:
-                fail(f'{file}: lacks the field history[{i}].{field}')
-            check(file, f'history[{i}].{field}', row[field], kind)
+        for field, kind in [('step', 'a whole number'), ('val_loss', 'a number or null'),
+                            ('train_loss', 'a number or null')]:
+            check(file, row, field, kind, f'history[{i}].')
     if status == 'complete':
-        perplexity, loss = final['val_perplexity'], final['val_loss']
+        perplexity, loss, load = (run['final'][key] for key in ('val_perplexity', 'val_loss', 'expert_load'))
         if perplexity is not None and abs(math.log(max(perplexity, 1e-300)) - loss) > 0.01:
             fail(f'{file}: final.val_perplexity {perplexity:g} is not exp(final.val_loss) = exp({loss:g})')
-        if run['model']['params_active'] > run['model']['params_total']:
-            fail(f'{file}: model.params_active is above model.params_total')
-        for i, layer in enumerate(final['expert_load']):
-            check(file, f'final.expert_load[{i}]', layer, 'list')
-            for load in layer:
-                check(file, f'final.expert_load[{i}]', load, 'share')
-            if len(layer) != len(final['expert_load'][0]) or sum(layer) <= 0:
-                fail(f'{file}: final.expert_load[{i}] has no load, or not the number of experts of layer 0')
+        if not all(isinstance(layer, list) and len(layer) == len(load[0]) and all(
+                type(x) in (int, float) and 0 <= x <= 1 for x in layer) and sum(layer) > 0 for layer in load):
+            fail(f'{file}: final.expert_load is not a list of layers with the share of each expert')
     return {**run, 'file': file, 'seed': run['config']['seed']}
 
 
-def load(path, baseline):
-    """Every run at or below the path -> {arm: {seed: run}}: baseline first, then ORDER, then the alphabet."""
+def load(path, baseline=None):
+    """Every run at or below the path -> {arm: {seed: run}}: baseline first, then from the largest cache down."""
     if not os.path.exists(path):
         fail(f'{path}: no such folder or file; train.py makes runs, reproduce.sh all of them')
     files = [path] if os.path.isfile(path) else sorted(
         os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
         if name == 'result.json' or re.search(r'-s\d+\.json$', name))
-    arms = {}
+    arms, first = {}, {}
     for file in files or fail(f'{path}: no result files below it (result.json or <name>-s<seed>.json)'):
         run = read_run(file)
-        twin = arms.setdefault(run['name'], {}).setdefault(run['seed'], run)
-        if twin is not run:
+        if (twin := arms.setdefault(run['name'], {}).setdefault(run['seed'], run)) is not run:
             fail(f'{twin["file"]} and {file} are both {run["name"]} seed {run["seed"]}; if these are two'
                  ' experiments, name the folder of one')
-    if baseline not in arms:
-        names = ', '.join(sorted(arms)[:20])
-        fail(f'{path}: no runs named {ascii(baseline)}, the baseline; there are {names};'
+        first.setdefault(run['schema'], file)
+    if len(first) > 1:
+        fail('not comparable, keep them in two folders: ' + ', '.join(
+            f'{file} is of schema {schema} ({SCHEMAS[schema]})' for schema, file in sorted(first.items())))
+    if baseline is not None and baseline not in arms:
+        fail(f'{path}: no runs named {ascii(baseline)}, the baseline; there are {", ".join(sorted(arms)[:20])};'
              ' --baseline=... takes one of them')
-    rank = {name: i for i, name in enumerate([baseline] + ORDER)}
-    return {name: dict(sorted(arms[name].items()))
-            for name in sorted(arms, key=lambda name: (rank.get(name, len(rank)), name))}
+
+    def order(name):
+        model = next(iter(arms[name].values()))['model']
+        return (name != baseline, -model['kv_cache_bytes_per_token_16bit'], model['params_total'], name)
+    return {name: dict(sorted(arms[name].items())) for name in sorted(arms, key=order)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparability: runs may differ in the variant's knobs and the seed, in nothing else
+
+NETWORK, REST = run_knobs()
+DEFAULTS = {name: knob.default for name, knob in {**NETWORK, **REST}.items()}
+VARIANT = {'attn'} | {name for name, knob in NETWORK.items() if knob.default is None}   # what is being compared
+# `data` says what came of these
+DATA = {'vocab_size'} | {name for name, knob in REST.items() if knob.section.startswith('Data')}
+BOOKKEEPING = (INDIFFERENT - {'extended_at'}) | DATA | {'name', 'seed', 'experiment'}    # may differ between runs
+TOKENS = ('train_sha256', 'val_sha256', 'train_tokens', 'val_tokens', 'vocab_size')     # of data: not names, not paths
+
 
 def complete(arm):
     return {seed: run for seed, run in arm.items() if run['status'] == 'complete'}
@@ -416,38 +391,45 @@ def who(runs):
     return '; '.join(f'{name} seed{"s" * (len(s) > 1)} {spans(s)}' for name, s in seeds.items())
 
 
-def differing(runs, section, key):
-    """'' if all runs have the same run[section][key], else 'value (runs) against value (runs)'."""
+def value_of(run, part, key):
+    """run[part][key] as JSON; of a knob that is younger than the run, its default; None where that tells nothing."""
+    if key in run[part]:
+        return json.dumps(run[part][key], sort_keys=True)
+    if part != 'config' or key in VARIANT:          # a fact that was not recorded, a knob that its row fills in
+        return None
+    return json.dumps(DEFAULTS[key]) if key in DEFAULTS else 'absent'
+
+
+def differing(runs, part, key):
+    """'' if all runs have the same run[part][key], else 'value (runs) against value (runs)'."""
     groups = {}
     for run in runs:
-        value = json.dumps(run[section][key], sort_keys=True)[:80] if key in run[section] else 'absent'
-        groups.setdefault(value, []).append(run)
-    named = [f'{value} ({who(group)})' for value, group in groups.items()]
+        if (value := value_of(run, part, key)) is not None:
+            groups.setdefault(value, []).append(run)
+    named = [f'{value[:80]} ({who(group)})' for value, group in groups.items()]
     return ' against '.join(named) if len(named) > 1 else ''
 
 
-def disagreements(arms, baseline):
+def disagreements(arms, baseline, may_differ=(), metric='val_loss'):
     """What keeps the runs from being comparable, as texts naming field, values and runs. Empty: comparable.
 
-    Over all runs: data (by the tokens' sha256, not by the name, which depends on where the folder lies),
-    device, torch, every knob but the variant's and bookkeeping; over complete runs: the budget they used.
-    Within an arm (and its A/A twin): the model and the variant's knobs.
+    Over all runs: the tokens, device, torch, every knob but the variant's and bookkeeping; over complete runs: the
+    budget they used. Within an arm (and its A/A twin): the model, the variant's knobs and what may_differ names.
+    Bits per byte compare tokenizers: there the text has to be one over all runs, the tokens within an arm.
     """
     runs = [run for arm in arms.values() for run in arm.values()]
-    keys = {part: sorted({key for run in runs for key in run[part]}) for part in ('config', 'data', 'model')}
-    networks, variant, common = {}, [], []
-    for key in set(keys['config']) - BOOKKEEPING:
-        ingredient = key in VARIANT or key.startswith('rope_') and key != 'rope_theta'
-        (variant if ingredient else common).append(key)
+    keys = {part: sorted({key for run in runs for key in run[part]}) for part in ('config', 'model')}
+    by_text = metric == 'val_bits_per_byte' and all(run['data'].get('val_text_sha256') for run in runs)
+    networks, own, may_differ = {}, {*VARIANT, *may_differ}, set(may_differ)
     for run in runs:
         networks.setdefault(baseline if run['name'] == f'{baseline}-again' else run['name'], []).append(run)
-    checks = [(runs, 'config', key) for key in sorted(common)] + [
-        (runs, 'data', key) for key in keys['data'] if key != 'dataset']
-    checks += [(runs, 'environment', key) for key in ('device_name', 'torch')]
     finished = [run for run in runs if run['status'] == 'complete']
-    checks += [(finished, 'final', key) for key in ('updates', 'tokens')]
+    budget = {'updates': {'max_steps'}, 'tokens': {'max_steps', 'batch_size', 'block_size'}}
+    checks = [(runs, 'config', key) for key in keys['config'] if key not in own | BOOKKEEPING]
+    checks += [(runs, 'data', key) for key in (('val_text_sha256',) if by_text else TOKENS) if key not in may_differ]
+    checks += [(runs, 'environment', key) for key in ('device_name', 'torch') if key not in may_differ]
+    checks += [(finished, 'final', key) for key, knobs in budget.items() if not knobs & may_differ]
     for same in networks.values():
-        checks += [(same, 'config', key) for key in sorted(variant)]
-        checks += [(same, 'model', key) for key in keys['model']]
-    return [f'{part}.{ascii(key)[1:-1]}: {text}' for some, part, key in checks
-            if (text := differing(some, part, key))]
+        checks += [(same, 'config', key) for key in keys['config'] if key in own]
+        checks += [(same, 'model', key) for key in keys['model']] + [(same, 'data', key) for key in TOKENS if by_text]
+    return [f'{part}.{ascii(key)[1:-1]}: {text}' for some, part, key in checks if (text := differing(some, part, key))]

@@ -133,8 +133,8 @@ def hedges(df):
     return math.exp(math.lgamma(df / 2) - math.lgamma((df - 1) / 2)) / math.sqrt(df / 2) if df > 1 else None
 
 
-def summary(values):
-    """n, mean, sd (over n - 1) and the 95% t interval of the mean; None for what this n cannot give."""
+def summary(values, alpha=ALPHA):
+    """n, mean, sd (over n - 1) and the t interval of the mean at 1 - alpha; None for what this n cannot give."""
     n, s = len(values), dict.fromkeys(['mean', 'sd', 'low', 'high'])
     if n:
         s['mean'] = math.fsum(values) / n
@@ -142,15 +142,24 @@ def summary(values):
         s['sd'] = math.sqrt(math.fsum((v - s['mean']) ** 2 for v in values) / (n - 1))
         if s['sd'] <= 1e-12 * max(map(abs, values)):        # equal but for rounding: an sd of 0, not of 1e-17
             s['sd'] = 0.0
-        half = t_quantile(1 - ALPHA / 2, n - 1) * s['sd'] / math.sqrt(n)
+        half = t_quantile(1 - alpha / 2, n - 1) * s['sd'] / math.sqrt(n)
         s['low'], s['high'] = s['mean'] - half, s['mean'] + half
     return {'n': n, **s}
 
 
-def paired(variant, base, margin, alpha=ALPHA):
+def correlation(x, y):
+    """Pearson's r of two lists, or None where it has none: fewer than three pairs, or a list that is one number."""
+    if len(x) < 3 or not summary(x)['sd'] or not summary(y)['sd']:
+        return None
+    return max(-1.0, min(1.0, float(np.corrcoef(x, y)[0, 1])))
+
+
+def paired(variant, base, margin, tests=1):
     """Two lists in the order of their seeds -> all that is said about d_i = variant_i - base_i, as a dict.
 
-    margin in the unit of the values; alpha for the power figures. n = 1: the difference itself, nothing else.
+    margin in the unit of the values. tests: how many comparisons the family has, this one included; low_all to
+    high_all is the interval at the level 1 - ALPHA / tests, so that all of a family cover at once with 95%
+    (Bonferroni), and the power figures are at ALPHA / tests. n = 1: the difference itself, nothing else.
     All d_i one number: no spread, no t statistic; `constant` is True and what would need a spread stays None.
     """
     scale = max(map(abs, [*variant, *base]), default=0.0)
@@ -159,14 +168,15 @@ def paired(variant, base, margin, alpha=ALPHA):
     c = {'d': d, **summary(d), 'constant': False, 'sign_flip_exact': None,
          'floor': 2 / 2 ** n if n > 1 else None,
          'percent': 100 * math.fsum(d) / n / base_mean if base_mean else None, **dict.fromkeys(
-             ['t', 'p', 'sign_flip', 'tost', 'd_z', 'g_z', 'd_z_low', 'd_z_high', 'd_pooled', 'g_pooled',
-              'd_pooled_low', 'd_pooled_high', 'correlation', 'detectable', 'needed_n'])}
+             ['low_all', 'high_all', 't', 'p', 'sign_flip', 'tost', 'd_z', 'g_z', 'd_z_low', 'd_z_high', 'd_pooled',
+              'g_pooled', 'd_pooled_low', 'd_pooled_high', 'correlation', 'detectable', 'needed_n'])}
     if n < 2:
         return c
     c['sign_flip'], c['sign_flip_exact'] = sign_flip(d)
     if c['sd'] <= 1e-11 * scale:
         return {**c, 'constant': True, 'sd': 0.0, 'low': None, 'high': None}
-    se, df = c['sd'] / math.sqrt(n), n - 1
+    se, df, alpha = c['sd'] / math.sqrt(n), n - 1, ALPHA / tests
+    c['low_all'], c['high_all'] = (summary(d, alpha)[end] for end in ('low', 'high'))
     c['t'], c['d_z'] = c['mean'] / se, c['mean'] / c['sd']
     c['p'], c['tost'] = 2 * t_tail(abs(c['t']), df), tost(c['mean'], se, df, margin)
     c['detectable'], c['needed_n'] = c['sd'] * detectable(n, alpha), needed_n(margin / c['sd'], alpha)
@@ -176,9 +186,8 @@ def paired(variant, base, margin, alpha=ALPHA):
     ratio = c['sd'] / math.sqrt((sd_v ** 2 + sd_b ** 2) / 2)        # d_z -> d: Algina & Keselman 2003
     for key in ('', '_low', '_high'):
         c[f'd_pooled{key}'] = c[f'd_z{key}'] * ratio
-    r = (sd_v ** 2 + sd_b ** 2 - c['sd'] ** 2) / (2 * sd_v * sd_b) if sd_v and sd_b else 0.0
-    c['correlation'] = max(-1.0, min(1.0, r))
+    c['correlation'] = correlation(variant, base)
     # sds of correlated groups carry fewer degrees of freedom than 2(n-1): Cousineau 2020, TQMP 16(4)
-    factor = hedges(2 * df / (1 + c['correlation'] ** 2)) if n > 2 else None     # at n = 2 it is all but 0: no estimate
+    factor = hedges(2 * df / (1 + (c['correlation'] or 0.0) ** 2)) if n > 2 else None     # n = 2: all but 0
     c['g_pooled'] = factor and factor * c['d_pooled']
     return c

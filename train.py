@@ -103,12 +103,14 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_model_state_dict, set_optimizer_state_dict)
 
 import data
+import kernels
 import parallel
 import tracker as trackers
-from machine import (PEAK_FLOPS, choose_device, choose_dtype, compiles, environment, keep_freed_memory, now,
+from machine import (PEAK_FLOPS, choose_device, choose_dtype, compiles, environment, now,
                      out_of_memory, peak_memory_gb)
 from model import LanguageModel, ModelConfig
 from moe import LOSS_WEIGHTS
+from muon import configure_optimizers
 from parallel import rank, world_size
 from result import SCHEMA, RunFolder, command_to_go_on, folder_of, read_weights
 from tokenizer import Tokenizer
@@ -157,8 +159,9 @@ block_size, expert_layers = network.block_size, max(0, network.n_layer - network
 # ---------------------------------------------------------------------------------------------------------------------
 # Machine, and `config`: what is used, every none and auto resolved
 
-dtype = choose_dtype(dtype, device)
-keep_freed_memory(device)
+dtype = choose_dtype(dtype, device, network.n_embd)
+if device.type == 'cpu':
+    kernels.keep_freed_memory()
 if device.type == 'cuda' and dtype == 'float32':            # tf32; in bfloat16 runs the router's product stays exact
     torch.set_float32_matmul_precision('high')
 compile = device.type == 'cuda' if compile is None else compile
@@ -193,7 +196,7 @@ else:
     raw_model = LanguageModel(network, seed).to(device)
     evaluator = torch.compile(raw_model) if compile else raw_model
     model = parallel.copies(evaluator, device) if world_size > 1 else evaluator
-optimizers = raw_model.configure_optimizers(learning_rate, weight_decay, (beta1, beta2), muon=optimizer == 'muon')
+optimizers = configure_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), muon=optimizer == 'muon')
 
 # Whole tensors on the CPU, by parameter name: any number of processes, sharded or not, reads what any other wrote
 whole = StateDictOptions(full_state_dict=True, cpu_offload=True)

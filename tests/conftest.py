@@ -151,7 +151,7 @@ def result(name='baseline', seed=0, loss=4.0, **changes):
     rng = random.Random(f'{name} {seed}')
     kind, total, active, cache = NETWORKS.get(name.removesuffix('-again'), NETWORKS['baseline'])
     run = {
-        'schema': 1, 'status': 'complete', 'name': name, 'started': '2024-01-01T00:00:00',
+        'schema': 2, 'status': 'complete', 'name': name, 'started': '2024-01-01T00:00:00',
         'finished': '2024-01-01T00:02:00',
         'config': {
             'attn': name.removesuffix('-again'), 'name': name, 'seed': seed, 'dataset': 'stdlib',
@@ -169,6 +169,7 @@ def result(name='baseline', seed=0, loss=4.0, **changes):
         'data': {
             'dataset': 'stdlib', 'tokenizer': 'bpe', 'vocab_size': 4096, 'train_tokens': 3_000_000,
             'val_tokens': 100_000, 'val_bytes': 340_000, 'train_sha256': 'ab' * 32, 'val_sha256': 'cd' * 32,
+            'val_text_sha256': 'ef' * 32,
             'uniform_loss': 8.3178, 'unigram_loss': 6.3},
         'environment': {
             'device_name': 'a CPU', 'threads': 2, 'torch': '2.9.0', 'python': '3.11.2', 'platform': 'Linux',

@@ -1,16 +1,19 @@
 """analyze.py and figures.py: honest reports, and the program as it is used."""
 
+import base64
 import copy
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from conftest import NETWORKS, experiment, result, save
+from conftest import experiment, refusal, result, save
 
 import analyze
 import figures
@@ -26,14 +29,17 @@ def cli(*arguments, **environment):
                           env={**os.environ, **environment})
 
 
-def analysed(folder, baseline='baseline', metric='val_loss', margin=0.01):
+def analysed(folder, baseline='baseline', metric='val_loss', margin=0.01, contrasts=()):
     arms = load(str(folder), baseline)
-    return arms, analyze.compare(arms, baseline, metric, margin)
+    return arms, analyze.compare(arms, baseline, metric, margin, contrasts)
 
 
 def report_of(folder, **options):
-    arms, r = analysed(folder, **options)
-    return analyze.report(arms, r, [], 'test')
+    return '\n\n'.join(analyze.report(*analysed(folder, **options), 'test'))
+
+
+def section(text, heading):
+    return text.split(f'## {heading}\n')[1].split('\n## ')[0]
 
 
 # ---- what can and cannot be said
@@ -42,7 +48,7 @@ def verdict_of(tmp_path, d, margin=0.01, metric='val_loss'):
     runs = [run for seed, x in enumerate(d) for run in (result('baseline', seed, 4 + seed / 100),
                                                         result('lora', seed, 4 + seed / 100 + x))]
     _, r = analysed(save(tmp_path, *runs), margin=margin, metric=metric)
-    return r['comparisons']['lora']
+    return r['comparisons']['lora - baseline']
 
 
 @pytest.mark.parametrize('d, verdict', [
@@ -109,16 +115,10 @@ def test_differences_equal_up_to_rounding_give_no_t_statistic():
 
 def test_one_seed_gives_no_sd_no_interval_and_no_effect_size_and_says_why(tmp_path):
     text = report_of(save(tmp_path, *experiment(seeds=[0])))
-    assert 'lora: not tested (n = 1)' in text and 'no standard deviation' in text
-    effects = text.split('## Effect sizes')[1].split('d divides')[0]
-    rows = text.split('Cache B/token')[1].split('Time:')[0]
-    assert 'lora' not in effects and 'lora' in rows and '±' not in rows
-
-
-def test_two_seeds_say_that_one_degree_of_freedom_is_little(tmp_path):
-    text = report_of(save(tmp_path, *experiment(seeds=[0, 1])))
-    assert 'n = 2. The spread is estimated from one degree of freedom' in text
-    assert 'cannot fall below 0.5000 with n = 2' in text
+    assert 'lora: not tested (n = 1): one pair has no standard deviation' in text
+    assert 'lora' not in section(text, 'Effect sizes')
+    rows = section(text, 'Results').split('Cache B/token')[1]
+    assert '| lora | 1 |' in rows and ' ± ' not in rows
 
 
 def test_the_sign_flip_floor_is_a_caveat_at_five_seeds_and_none_at_eight(tmp_path):
@@ -129,12 +129,10 @@ def test_the_sign_flip_floor_is_a_caveat_at_five_seeds_and_none_at_eight(tmp_pat
 def test_unpaired_seeds_are_named_and_left_out_of_the_pairs(tmp_path):
     runs = experiment(range(4)) + [result('lora', 9, 5.9), result('baseline', 7, 1.0)]
     arms, r = analysed(save(tmp_path, *runs))
-    c = r['comparisons']['lora']
-    assert c['seeds'] == [0, 1, 2, 3] and c['only_variant'] == [9] and c['only_baseline'] == [7]
-    assert abs(c['mean']) < 0.05
-    text = analyze.report(arms, r, [], 'test')
-    assert 'lora seed(s) 9: no complete baseline run of that seed' in text
-    assert 'lora: no run for seed(s) 7' in text
+    c = r['comparisons']['lora - baseline']
+    assert c['seeds'] == [0, 1, 2, 3] and abs(c['mean']) < 0.05
+    text = '\n'.join(analyze.report(arms, r, 'test'))
+    assert 'baseline: no run for seed(s) 9, which' in text and 'lora: no run for seed(s) 7, which' in text
 
 
 @pytest.mark.parametrize('status', ['diverged', 'interrupted', 'running'])
@@ -143,9 +141,8 @@ def test_a_run_that_is_not_complete_is_named_and_not_counted(tmp_path, status):
                       result('lora', 4, 4.0, status=status, error='loss is NaN')]
     runs[-1]['final'] = None if status == 'running' else {**runs[-1]['final'], 'val_loss': None}
     arms, r = analysed(save(tmp_path, *runs))
-    assert r['arms']['lora']['seeds'] == [0, 1, 2, 3] and r['comparisons']['lora']['n'] == 4
-    text = analyze.report(arms, r, [], 'test')
-    assert f'lora seed 4: {status}' in text and 'loss is NaN' in text and 'over the seeds that did' in text
+    assert r['arms']['lora']['seeds'] == [0, 1, 2, 3] and r['comparisons']['lora - baseline']['n'] == 4
+    assert f'- lora seed 4: {status} (loss is NaN); not in the tables' in '\n'.join(analyze.report(arms, r, 'test'))
 
 
 def test_an_arm_without_any_complete_run_is_reported_without_numbers(tmp_path):
@@ -154,21 +151,147 @@ def test_an_arm_without_any_complete_run_is_reported_without_numbers(tmp_path):
     assert 'mla: not tested (n = 0' in text and '| mla | 0 | - | - |' in text
 
 
-def test_the_aa_arm_is_reported_as_noise_floor_and_left_out_of_holm(tmp_path):
+def test_the_aa_arm_is_the_noise_floor_and_no_hypothesis(tmp_path):
     runs = experiment(range(4))
     runs += [{**copy.deepcopy(run), 'name': 'baseline-again'} for run in runs if run['name'] == 'baseline']
     arms, r = analysed(save(tmp_path, *runs))
-    assert r['family'] == ['lora', 'enhanced'] and r['comparisons']['baseline-again']['d'] == [0.0] * 4
-    text = analyze.report(arms, r, [], 'test')
-    assert 'largest difference 0.0000 nats. The same seed gives the same number' in text
-    assert 'baseline over 4 seeds: sd ' in text
+    assert sorted(r['family']) == ['enhanced - baseline', 'lora - baseline']
+    assert r['comparisons']['baseline-again - baseline']['d'] == [0.0] * 4
+    same = 'baseline-again repeats 4 seed(s) of baseline: largest difference 0.0000 nats, the same to the last bit.'
+    assert same in '\n'.join(analyze.report(arms, r, 'test'))
+    runs[-1]['final']['val_loss'] += 1e-5
+    runs[-1]['final']['val_perplexity'] = None
+    assert 'largest difference 1.0e-05 nats, from the machine alone.' in report_of(save(tmp_path, *runs))
 
 
 def test_a_variant_that_is_the_baseline_to_the_last_digit_is_suspected(tmp_path):
-    runs = [result(name, seed, 4 + seed / 50, model__params_total=13_200_000) for seed in range(3)
-            for name in ('baseline', 'lora')]
-    assert 'was it the same network?' in report_of(save(tmp_path, *runs))
+    runs = [result(name, seed, 4 + seed / 50) for seed in range(3) for name in ('baseline', 'window')]
+    text = report_of(save(tmp_path, *runs))
+    assert 'was it the same network?' in text and 'baseline, window: the same attention class' in text
 
+
+# ---- planned contrasts
+
+def planned(tmp_path, seeds=8):
+    effects = {'baseline': 0, 'gqa': 0.05, 'mqa': 0.07, 'lora': 0.11, 'mla': 0.02}
+    return save(tmp_path, *experiment(range(seeds), effects))
+
+
+def test_contrasts_are_the_family_and_what_is_not_planned_is_only_described(tmp_path):
+    contrasts = [('lora', 'mqa'), ('mqa', 'baseline')]
+    arms, r = analysed(planned(tmp_path), contrasts=contrasts)
+    assert r['family'] == ['lora - mqa', 'mqa - baseline']
+    c, values = r['comparisons']['lora - mqa'], {name: r['arms'][name]['values'] for name in arms}
+    assert c['d'] == pytest.approx(np.subtract(values['lora'], values['mqa']))
+    assert c['verdict'] == 'worse' and c['sentence'].startswith('lora: worse than mqa: validation loss 0.03')
+    assert [c['p_holm'] for c in r['comparisons'].values() if c['planned']] == stats.holm(
+        [r['comparisons'][name]['p'] for name in r['family']])
+    described = {name for name, c in r['comparisons'].items() if c['verdict'] == 'descriptive'}
+    assert described == {'gqa - baseline', 'lora - baseline', 'mla - baseline'}
+    assert all(r['comparisons'][name]['p_holm'] is None for name in described)
+    text = '\n\n'.join(analyze.report(arms, r, 'test'))
+    verdicts, after = section(text, 'Verdicts').split('Not in the family: described, not tested')
+    assert 'The 2 planned contrasts are one family' in verdicts and 'mla' not in verdicts
+    assert '- mla - baseline: +0.02' in after and 'better' not in after and 'worse' not in after
+    row = next(line for line in text.splitlines() if line.startswith('| mla - baseline | 8 |'))
+    assert row.endswith(' | - | - | - | - | - | - | descriptive |')
+    seed_3 = next(line for line in section(text, 'Paired differences').splitlines() if line.startswith('| 3 |'))
+    assert f'| {c["d"][3]:+.4f} |' in seed_3                               # every single difference
+
+
+def test_beyond_the_margin_speaks_of_the_simultaneous_interval(tmp_path):
+    """Five tests: Bonferroni's interval reaches inside a margin that the single one clears."""
+    d = [0.0165, 0.0195, 0.0180, 0.0150, 0.0210, 0.0170, 0.0190, 0.0180]
+    alone = verdict_of(tmp_path / 'one', d, margin=0.016)
+    assert alone['low'] == alone['low_all'] > 0.016 and 'lies wholly beyond the margin' in alone['sentence']
+    assert '(95% interval' in alone['sentence']
+    runs = [result(name, seed, 4 + seed / 100 + (name != 'baseline') * x)
+            for seed, x in enumerate(d) for name in ('baseline', 'gqa', 'mqa', 'lora', 'enhanced', 'mla')]
+    _, r = analysed(save(tmp_path / 'five', *runs), margin=0.016)
+    c = r['comparisons']['lora - baseline']
+    assert c['verdict'] == 'worse' and c['low'] > 0.016 > c['low_all'] > 0
+    assert 'reaches inside the margin' in c['sentence']
+    assert f'simultaneous 95% interval {c["low_all"]:+.4f} to {c["high_all"]:+.4f}' in c['sentence']
+    half = stats.t_quantile(1 - 0.05 / 5 / 2, 7) * np.std(d, ddof=1) / 8 ** 0.5
+    assert (c['low_all'], c['high_all']) == pytest.approx((np.mean(d) - half, np.mean(d) + half))
+
+
+@pytest.mark.parametrize('contrasts, words', [
+    ('lora:mqqa', ['no runs named mqqa', 'did you mean mqa']), ('lora', ['lora is not FIRST:SECOND']),
+    ('lora:lora', ['FIRST:SECOND']), ('lora:mqa:mla', ['FIRST:SECOND'])])
+def test_a_contrast_that_names_no_two_arms_is_refused(tmp_path, capsys, contrasts, words):
+    line = refusal(capsys, analyze.arms_of, [contrasts], load(planned(tmp_path), 'baseline'))
+    assert all(word in line for word in words)
+
+
+def test_arms_may_differ_in_what_is_named_and_the_report_lists_it(tmp_path):
+    runs = experiment(range(2))
+    for run in runs:
+        run['config']['learning_rate'] = 2e-3 if run['name'] == 'lora' else 1e-3
+    folder = save(tmp_path, *runs)
+    refused = cli(folder, '--plots=False')
+    assert refused.returncode == 2 and 'config.learning_rate: 0.001 (baseline' in refused.stderr
+    done = cli(folder, '--may_differ=learning_rate,d_ff', '--plots=False')
+    assert done.returncode == 0, done.stderr
+    assert re.search(r'- lora: 2 complete \(seeds 0-1\); attn lora, .*learning_rate 0.002', done.stdout)
+    assert 'not comparable' not in done.stdout and '--may_differ=learning_rate,d_ff`' in done.stdout
+    assert 'd_ff 256' not in done.stdout                                   # named, but all the same
+    wrong = cli(folder, '--may_differ=learning_rates', '--plots=False')
+    assert wrong.returncode == 2 and 'did you mean learning_rate' in wrong.stderr
+    runs[-1]['config']['learning_rate'] = 5e-3                             # not within one arm
+    assert cli(save(tmp_path, *runs), '--may_differ=learning_rate', '--plots=False').returncode == 2
+
+
+# ---- early and late, learning rates
+
+def test_early_and_late_losses_are_correlated_over_seeds(tmp_path):
+    early, late = [5.0, 5.2, 5.1, 5.4], [3.5, 3.7, 3.55, 3.8]
+    runs = [result('baseline', seed, b, history=[{'step': step, 'val_loss': loss, 'train_loss': None} for step, loss in (
+        (0, 8.0), (25, None), (50, a), (100, b))]) for seed, (a, b) in enumerate(zip(early, late))]
+    _, r = analysed(save(tmp_path, *runs))
+    e = r['arms']['baseline']['early']
+    assert e['steps'] == [50, 100] and e['r'] == pytest.approx(np.corrcoef(early, late)[0, 1])
+    row = f'| baseline | 4 | {np.mean(early):.4f} ± {np.std(early, ddof=1):.4f}, 50 | {np.mean(late):.4f} ± '
+    assert row in section(report_of(tmp_path), 'Early and late')
+
+
+def rates(folder, **losses):
+    """Runs ARM@RATE on seed 100 from {arm: {rate: loss, or None for a diverged run}}."""
+    return save(folder, *(
+        result(f'{arm}@{rate:g}', 100, loss or 4.0, config__attn=arm, config__learning_rate=rate,
+               **({} if loss else {'status': 'diverged', 'final': None}))
+        for arm, grid in losses.items() for rate, loss in grid.items()))
+
+
+def test_the_best_rate_of_each_arm_is_marked_and_an_edge_is_said(tmp_path):
+    folder = rates(tmp_path / 'laptop-rates', baseline={0.001: 4.2, 0.002: 4.1, 0.004: 4.15}, mqa={
+        0.001: 4.3, 0.002: 4.25, 0.004: 4.2}, lora={0.001: 4.0, 0.002: 4.05, 0.004: None})
+    done = cli(folder, '--rates=True')
+    assert done.returncode == 0, done.stderr
+    for line in ('| Configuration | 0.001 | 0.002 | 0.004 |', '| baseline | 4.2000 | **4.1000** | 4.1500 |',
+                 '| lora | **4.0000** | 4.0500 | diverged |', 'seed(s) 100', '- baseline: best at 0.002.',
+                 '- mqa: best at 0.004, the highest rate tried', '- lora: best at 0.001, the lowest rate tried'):
+        assert line in done.stdout, line
+    assert 'rates.png' not in done.stdout or (tmp_path / 'laptop-rates/rates.png').stat().st_size > 10_000
+    assert json.loads((tmp_path / 'laptop-rates/report.json').read_text())['rates']['lora']['0.004'] == 'diverged'
+    runs = [result('baseline@0.001', 100, config__learning_rate=0.001), result(
+        'baseline@0.002', 100, config__learning_rate=0.002, config__max_steps=50)]
+    assert 'config.max_steps' in cli(save(tmp_path / 'other', *runs), '--rates=True').stderr
+
+
+def test_a_metric_that_a_run_lacks_is_refused(tmp_path):
+    runs = [result('baseline@0.001', 100, final__val_bits_per_byte=None)]
+    for more in ('--rates=True', '--baseline=baseline@0.001'):
+        done = cli(save(tmp_path, *runs), '--metric=val_bits_per_byte', '--plots=False', more)
+        assert done.returncode == 2 and 'final.val_bits_per_byte is null' in done.stderr and done.stderr.count('\n') == 1
+
+
+def test_of_accuracies_the_highest_is_the_best_rate(tmp_path):
+    r = analyze.compare_rates(load(rates(tmp_path, baseline={0.001: 4.2, 0.002: 4.1, 0.004: 4.15})), 'val_accuracy')
+    assert 'best at 0.002.' in '\n'.join(analyze.report_rates(load(str(tmp_path)), r, 'x'))
+
+
+# ---- what the report says
 
 def test_the_report_states_epochs_parameters_and_a_loss_above_unigram(tmp_path):
     runs = [{**run} for run in experiment(range(3))]
@@ -176,17 +299,17 @@ def test_the_report_states_epochs_parameters_and_a_loss_above_unigram(tmp_path):
         run['data'].update(train_tokens=51200, unigram_loss=3.0)
     text = report_of(save(tmp_path, *runs))
     assert 'saw its training data 2.00 times' in text
-    assert 'lora has -9.1% parameters against baseline (-16.9% active)' in text
+    assert 'Parameters against baseline: lora -9.1% (-16.9% active), enhanced -6.1%' in text
     assert 'is not below the 3.0000 of token frequencies' in text
 
 
-def test_pareto_holds_whatever_nothing_else_beats_on_both(tmp_path):
+def test_unbeaten_is__whatever_nothing_else_beats_on_both(tmp_path):
     runs = [result(name, 0, loss)
                    for name, loss in [('baseline', 4.0), ('gqa', 4.1), ('mqa', 4.2), ('lora', 4.05)]]
     runs += [result('baseline-again', 0, 3.9)]         # the same network: does not beat the baseline
     _, r = analysed(save(tmp_path, *runs))
-    assert r['pareto']['params_total'] == ['baseline', 'lora']         # gqa, mqa: larger and worse than lora
-    assert r['pareto']['kv_cache_bytes_per_token_16bit'] == ['baseline', 'lora']
+    assert r['unbeaten']['params_total'] == ['baseline', 'lora']         # gqa, mqa: larger and worse than lora
+    assert r['unbeaten']['kv_cache_bytes_per_token_16bit'] == ['baseline', 'lora']
 
 
 def test_the_table_has_the_mean_and_the_spread_of_numpy(tmp_path):
@@ -206,14 +329,6 @@ def test_expert_load_is_sorted_before_it_is_averaged(tmp_path):
     assert np.allclose(r['arms']['baseline']['load_by_rank'], [[1.4, 0.6]])
 
 
-def test_the_text_forest_has_a_line_per_variant_with_zero_margin_and_mean(tmp_path):
-    _, r = analysed(save(tmp_path, *experiment()))
-    lines = analyze.text_forest(r)
-    lora, enhanced = (next(line for line in lines if line.startswith(name)) for name in ('lora', 'enhanced'))
-    assert lora.index('o', 6) > lora.index('|') > enhanced.index('o', 9)
-    assert lora.count(':') >= 1 and '---' in lora
-
-
 # ---- the program as it is used
 
 def test_importing_analyze_needs_neither_torch_nor_scipy_nor_matplotlib():
@@ -231,7 +346,7 @@ def test_the_report_is_printed_and_written_and_the_same_bytes_each_time(tmp_path
     for run in runs:                                    # flat files, in another order, their keys as well
         shuffled = {key: run[key] for key in sorted(run, reverse=True)}
         (two / f'{run["name"]}-s{run["config"]["seed"]}.json').write_text(json.dumps(shuffled))
-    a, b = cli(one, PYTHONHASHSEED='1'), cli(two, '--plots=False', PYTHONHASHSEED='2')
+    a, b = cli(one, '--plots=False', PYTHONHASHSEED='1'), cli(two, '--plots=False', PYTHONHASHSEED='2')
     assert (a.returncode, b.returncode) == (0, 0), a.stderr + b.stderr
     assert a.stdout == b.stdout == (
         one / 'report.md').read_text('utf-8') == (two / 'report.md').read_text('utf-8')
@@ -248,8 +363,9 @@ def test_report_json_is_strict_json_with_the_numbers_of_the_report(tmp_path):
         raise AssertionError(text)
     data = json.loads((tmp_path / 'report.json').read_text(), parse_constant=refuse)
     _, r = analysed(folder)
-    assert data['comparisons']['lora']['mean'] == pytest.approx(r['comparisons']['lora']['mean'], rel=1e-11)
-    assert data['comparisons']['lora']['verdict'] == r['comparisons']['lora']['verdict']
+    name = 'lora - baseline'
+    assert data['comparisons'][name]['mean'] == pytest.approx(r['comparisons'][name]['mean'], rel=1e-11)
+    assert data['comparisons'][name]['verdict'] == r['comparisons'][name]['verdict']
 
 
 def test_disagreeing_runs_exit_2_and_with_force_stand_in_the_report(tmp_path):
@@ -283,35 +399,129 @@ def test_another_metric_and_baseline_are_used_and_named(tmp_path):
     done = cli(save(tmp_path, *experiment(range(3))),
                '--metric=val_bits_per_byte', '--baseline=lora', '--plots=False')
     assert done.returncode == 0, done.stderr
-    assert 'validation bits per byte against lora' in done.stdout
-    assert 'is bits/byte here, not nats' in done.stdout
-    assert 'baseline: ' in done.stdout.split('## What')[0]
+    assert done.stdout.splitlines()[0].endswith(': validation bits per byte')
+    assert 'is 0.01 (bits/byte)' in done.stdout and '--baseline=lora --metric=val_bits_per_byte`' in done.stdout
+    assert '- baseline: ' in section(done.stdout, 'Verdicts')
 
 
-def test_without_matplotlib_one_line_says_so_and_the_report_is_the_same(tmp_path):
+def without_matplotlib(folder, *arguments):
+    hide = os.path.join(folder, os.pardir, 'hide')
+    os.makedirs(os.path.join(hide, 'matplotlib'), exist_ok=True)
+    with open(os.path.join(hide, 'matplotlib', '__init__.py'), 'w') as file:
+        file.write('raise ImportError("hidden")')
+    return cli(folder, *arguments, PYTHONPATH=hide)
+
+
+def test_pictures_are_shown_only_where_they_are(tmp_path):
     pytest.importorskip('matplotlib', reason='compares with and without matplotlib')
     folder = save(tmp_path / 'runs', *experiment(range(3)))
-    with_it = cli(folder)
-    hide = tmp_path / 'hide' / 'matplotlib'
-    hide.mkdir(parents=True)
-    (hide / '__init__.py').write_text('raise ImportError("hidden")')
-    without = cli(folder, PYTHONPATH=str(hide.parent))
-    assert without.returncode == 0 and without.stdout == with_it.stdout
-    assert len(without.stderr.splitlines()) == 1 and 'pip install matplotlib' in without.stderr
-
-
-def test_every_figure_the_report_shows_is_written(tmp_path):
-    pytest.importorskip('matplotlib', reason='no figures without matplotlib')
-    runs = experiment(range(3), {name: 0.01 * i for i, name in enumerate(NETWORKS)})
-    folder = save(tmp_path, *runs, result('gqa', 3, status='diverged', final=None))
-    arms, r = analysed(folder)
-    figures.draw(arms, r, folder)
-    shown = [line.split('](')[1].rstrip(')') for line in analyze.report(
-        arms, r, [], 'x').splitlines() if line.startswith('![')]
-    assert shown == ['forest.png', 'pairs.png', 'curves.png', 'efficiency.png', 'experts.png']
+    bare, without = cli(folder, '--plots=False'), without_matplotlib(folder)
+    assert '![' not in bare.stdout and without.stdout == bare.stdout and without.returncode == 0
+    assert without.stderr.count('\n') == 1 and 'pip install matplotlib' in without.stderr
+    drawn = cli(folder)
+    shown = re.findall(r'\]\((.*)\)', drawn.stdout)
+    assert shown == ['cache.png', 'forest.png', 'curves.png', 'training.png', 'experts.png']
+    assert without_matplotlib(folder).stdout == drawn.stdout       # committed pictures: the report is reprinted
     for file in shown:
-        content = (tmp_path / file).read_bytes()
+        content = (tmp_path / 'runs' / file).read_bytes()
         assert content.startswith(b'\x89PNG') and len(content) > 10_000
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_names_in_the_figure_of_the_cache_cover_no_point_and_no_other_name(tmp_path, seed):
+    """The arms of config/laptop.plan at losses near those expected, of which three share one size."""
+    pytest.importorskip('matplotlib', reason='a figure')
+    sizes = {'baseline': 192, 'baseline+norm': 192, 'gqa2': 96, 'mla96': 96, 'mqa': 48, 'mla48': 48, 'mqa+params': 48,
+             'mla': 36, 'lora': 32, 'enhanced': 32}
+    runs = experiment(range(3), {name: 0.3 / x ** 0.5 for name, x in sizes.items()}, noise=0.01, rng_seed=seed)
+    for run in runs:
+        run['model'].update(kv_cache_bytes_per_token_16bit=8 * sizes[run['name']], attention_class=(
+            'LatentAttention' if run['name'].startswith(('mla', 'lora', 'enh')) else 'MultiHeadAttention'))
+    figure = figures.figure_cache(*analysed(save(tmp_path, *runs)))
+    ax, = figure.axes
+    names = {text.get_text(): text.get_window_extent() for text in ax.texts if text.get_text()}
+    assert set(names) == set(sizes)
+    frame, boxes = ax.get_window_extent(), list(names.values())
+    assert all(frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1 for box in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    points = [line.get_xydata() for line in ax.lines if len(line.get_xdata()) == 1 and line.get_marker() != 'None']
+    assert len(points) == len(sizes)
+    assert not any(box.contains(*ax.transData.transform(point)[0]) for point in points for box in boxes)
+
+
+def test_options_beside_the_runs_hold_unless_the_command_line_says_otherwise(tmp_path):
+    folder = planned(tmp_path / 'laptop', 3)
+    flags = ['--contrasts=lora:mqa,mqa:baseline', '--margin=0.03']
+    by_hand = cli(folder, '--plots=False', *flags).stdout
+    assert '`python analyze.py laptop --contrasts=lora:mqa,mqa:baseline --margin=0.03`' in by_hand
+    (tmp_path / 'laptop/options.json').write_text(json.dumps(flags))
+    assert cli(folder, '--plots=False').stdout == by_hand
+    other = cli(folder, '--plots=False', '--margin=0.5').stdout
+    assert '--contrasts=lora:mqa,mqa:baseline --margin=0.5`' in other and 'worth having, is 0.5 (nats)' in other
+    for broken in ('["--margni=0.03"]', '{', '3', '[3]'):
+        (tmp_path / 'laptop/options.json').write_text(broken)
+        done = cli(folder, '--plots=False')
+        assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'Traceback' not in done.stderr
+
+
+def test_a_report_that_cannot_be_written_is_printed_all_the_same(tmp_path):
+    folder = save(tmp_path / 'runs', *experiment(range(2)))
+    wanted = cli(folder, '--plots=False').stdout
+    for file in ('report.md', 'report.json', 'report.html'):
+        (tmp_path / 'runs' / file).unlink()
+        (tmp_path / 'runs' / file).mkdir()                         # root, who runs tests too, may write anything else
+    done = cli(folder, '--plots=False')
+    assert done.stdout == wanted and done.returncode == 2
+    assert done.stderr.count('\n') == 1 and '--out=' in done.stderr
+    done = cli(folder, '--plots=False', f'--out={tmp_path / "new" / "place"}')
+    assert done.stdout == wanted and done.returncode == 0, done.stderr
+    assert (tmp_path / 'new/place/report.md').read_text('utf-8') == wanted
+
+
+def test_a_closed_pipe_ends_the_program_in_silence_with_everything_written(tmp_path):
+    folder = save(tmp_path, *experiment(range(2), {'baseline': 0, **{f'arm{i}': i / 1000 for i in range(150)}}))
+    done = subprocess.Popen([sys.executable, os.path.join(ROOT, 'analyze.py'), folder, '--plots=False'],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+                            env={key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'})
+    assert done.stdout.read(1) == b'#'
+    done.stdout.close()                                            # as `head` does; the rest is more than a pipe holds
+    assert done.stderr.read() == b'' and (tmp_path / 'report.md').stat().st_size > 2 ** 16 and done.wait() != 1
+
+
+class Page(HTMLParser):
+    """What a browser would find: the text by tag, and everything that would be fetched."""
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.texts, self.fetched = [], {}, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.open += [tag] * (tag not in ('meta', 'img'))
+        self.fetched += [value for key, value in attributes if key in ('src', 'href')]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.setdefault(self.open[-1] if self.open else '', []).append(data)
+
+
+def test_the_page_holds_the_whole_report_and_its_pictures_and_fetches_nothing(tmp_path):
+    pytest.importorskip('matplotlib', reason='no pictures without matplotlib')
+    runs = experiment(range(3), {'baseline': 0, 'a|<i>&amp;': 0.02})
+    folder = save(tmp_path, *runs[::2])
+    for run in runs[1::2]:                                         # a name that is no file name everywhere
+        (tmp_path / f'a-s{run["config"]["seed"]}.json').write_text(json.dumps(run))
+    assert cli(folder).returncode == 0
+    text, page = (tmp_path / 'report.md').read_text('utf-8'), Page((tmp_path / 'report.html').read_text('utf-8'))
+    assert page.open == ['html']                                   # every other tag is closed again
+    assert [base64.b64decode(source.removeprefix('data:image/png;base64,')) for source in page.fetched] == [
+        (tmp_path / file).read_bytes() for file in re.findall(r'\]\((.*)\)', text)]
+    assert page.texts['h2'] == re.findall('^## (.*)', text, re.M) and page.texts['h1'] == page.texts['title']
+    cells = [cell.replace('\\|', '|') for line in text.splitlines() if line.startswith('| ') and '--:' not in line
+             for cell in re.split(r'(?<!\\) \| ', line[2:-2])]
+    assert sorted(page.texts['th'] + page.texts['td']) == sorted(cells) and 'a|<i>&amp; - baseline' in cells
+    assert page.texts['li'][0] == re.search('^- (.*)', text, re.M)[1]
 
 
 @pytest.mark.parametrize('runs', [[result('baseline', 0)], [result('baseline', 0, history=[])],
@@ -321,10 +531,9 @@ def test_every_figure_the_report_shows_is_written(tmp_path):
 def test_figures_and_report_survive_runs_with_little_in_them(tmp_path, runs):
     pytest.importorskip('matplotlib', reason='no figures without matplotlib')
     arms, r = analysed(save(tmp_path, *runs))
-    text = analyze.report(arms, r, [], 'x')
-    figures.draw(arms, r, str(tmp_path))
-    assert sorted(p.name for p in tmp_path.glob('*.png')) == sorted(
-        line.split('](')[1].rstrip(')') for line in text.splitlines() if line.startswith('!['))
+    pictures = figures.draw(arms, r, str(tmp_path))
+    text = '\n'.join(analyze.report(arms, r, 'x', pictures=pictures))
+    assert sorted(p.name for p in tmp_path.glob('*.png')) == sorted(file for file, _ in pictures)
     assert 'nan' not in text.lower().replace('finance', '') and 'None' not in text.replace('None:', '')
 
 
@@ -338,6 +547,6 @@ def test_a_thousand_result_files_take_less_than_5_seconds(tmp_path, names, seeds
     start = time.process_time()
     arms, r = analysed(tmp_path)
     assert disagreements(arms, 'baseline') == []
-    text = analyze.report(arms, r, [], 'many')
+    text = '\n'.join(analyze.report(arms, r, 'many'))
     assert sum(len(arm) for arm in arms.values()) >= 1000 and len(text) > 10_000
     assert time.process_time() - start < 5

@@ -64,13 +64,19 @@ def test_a_device_that_the_program_cannot_use_is_one_line_though_it_is_here(gpus
     assert 'runs on cpu and cuda only' in capsys.readouterr().err
 
 
-def test_auto_is_bfloat16_only_where_a_gpu_computes_in_it(monkeypatch):
-    cpu, cuda = torch.device('cpu'), torch.device('cuda')
+def test_auto_is_bfloat16_only_where_the_processor_computes_in_it_and_the_model_is_wide_enough(monkeypatch):
+    cpu, cuda, mps = map(torch.device, ('cpu', 'cuda', 'mps'))
     for has in (True, False):
+        best = 'bfloat16' if has else 'float32'
         monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: has)
-        assert machine.choose_dtype('auto', cuda) == ('bfloat16' if has else 'float32')
-        assert machine.choose_dtype('auto', cpu) == machine.choose_dtype('float32', cuda) == 'float32'
-        assert machine.choose_dtype('bfloat16', cpu) == 'bfloat16'
+        for amx, avx512 in ((has, False), (False, has)):
+            monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
+            monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx512)
+            assert machine.choose_dtype('auto', cpu, 256) == machine.choose_dtype('auto', cpu, 384) == best
+            assert machine.choose_dtype('auto', cpu, 255) == machine.choose_dtype('auto', mps, 384) == 'float32'
+        assert machine.choose_dtype('auto', cuda, 64) == best
+        assert machine.choose_dtype('float32', cuda, 384) == 'float32'
+        assert machine.choose_dtype('bfloat16', cpu, 64) == 'bfloat16'
 
 
 def test_the_environment_needs_neither_git_nor_proc(monkeypatch, tmp_path):
@@ -96,25 +102,6 @@ def test_resident_memory_grows_with_what_is_held_and_the_peak_stays():
     hog.close()
     assert machine.resident_gb('VmRSS') < before + 0.15
     assert machine.peak_memory_gb(torch.device('cpu')) > before + 0.25
-
-
-FAULTS = '''
-import resource, sys, torch, machine
-if sys.argv[1] == 'keep':
-    machine.keep_freed_memory(torch.device('cpu'))
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for i in range(30):
-    before = faults() if i == 10 else before if i else 0
-    torch.ones(10_000_000)                                  # 40 MB, 9,766 pages
-print(faults() - before)
-'''
-
-
-@pytest.mark.skipif(sys.platform != 'linux' or 'glibc' not in platform.libc_ver(), reason='it is glibc that is told')
-def test_freed_memory_is_kept_for_the_next_update():
-    faults = {way: int(subprocess.run([sys.executable, '-c', FAULTS, way], cwd=REPOSITORY, capture_output=True,
-                                      text=True, check=True).stdout) for way in ('keep', 'leave')}
-    assert faults['leave'] > 20 * 9_000 and faults['keep'] < faults['leave'] / 4    # the heap may still grow now and then
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, capsys):

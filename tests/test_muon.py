@@ -35,13 +35,13 @@ def test_one_step_is_weight_decay_and_an_update_of_adamws_size():
     before, p.grad = p.detach().clone(), torch.randn(64, 256, dtype=torch.float64)
     Muon([p], lr=0.01, weight_decay=0.5).step()
     update = (before * (1 - 0.01 * 0.5) - p.detach()) / 0.01
-    assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.15)      # Moonlight's aim: rms 0.2, as AdamW's is about
+    assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.15)      # Moonlight's aim, about AdamW's
     assert (update * p.grad).sum() > 0
 
 
 def test_momentum_is_nesterovs():
     p = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
-    first, second = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64), torch.tensor([[0.0, 2.0], [1.0, 0.0]], dtype=torch.float64)
+    first, second = torch.tensor([[[3.0, 0.0], [0.0, 1.0]], [[0.0, 2.0], [1.0, 0.0]]], dtype=torch.float64)
     opt = Muon([p], lr=1.0, momentum=0.9, weight_decay=0.0)
     p.grad = first
     opt.step()

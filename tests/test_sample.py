@@ -12,13 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiktoken
 import torch
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import attention
-from data import Tokenizer
+import hf
 from model import LanguageModel, ModelConfig
+from result import SCHEMA
+from tokenizer import Tokenizer
 
 ON_CPU = ('--device=cpu', '--dtype=float32', '--compile=False')
 GREEDY = (*ON_CPU, '--temperature=0')
@@ -62,13 +65,13 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def lively(trained, tmp_path_factory):
-    """A checkpoint file with larger weights, whose text wanders (the trained one repeats itself) and does not end."""
+    """A checkpoint file with random weights, whose text wanders (the trained one repeats itself) and does not end."""
     model, tokenizer = load(trained / 'checkpoint.pt')
-    model.init_weights(seed=0)
-    model.embed.weight.data[tokenizer.eot] = 0              # a logit of 0 where the largest are far above
+    generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
-        if p.ndim > 1 and name.startswith('layers') and 'router' not in name:
-            p.data *= 16
+        if p.ndim > 1:
+            p.data.normal_(0, 0.3 if name.startswith('layers') and 'router' not in name else 0.02, generator=generator)
+    model.embed.weight.data[tokenizer.eot] = 0              # a logit of 0 where the largest are far above
     return changed(trained, tmp_path_factory.mktemp('lively'), model=model.state_dict())
 
 
@@ -164,21 +167,46 @@ def test_expanding_and_absorbing_give_the_same_greedy_text(lively, sample, monke
     assert texts['expand'] == texts['absorb'] == texts['auto'] and len(texts['auto']) > 50
 
 
+def nucleus(logits, top_k, top_p, temperature):
+    """Probabilities of the next token, one by one: top_k likeliest, of these the fewest that reach top_p together."""
+    p = (logits.double() / temperature).softmax(-1).tolist()
+    likeliest, kept = sorted(range(len(p)), key=lambda i: -p[i])[:top_k], []
+    total = sum(p[i] for i in likeliest)
+    while sum(p[i] for i in kept) < top_p * total:
+        kept.append(likeliest[len(kept)])
+    return torch.tensor([p[i] if i in kept else 0 for i in range(len(p))])
+
+
+@pytest.mark.parametrize('top_k, top_p', [(300, 0.5), (20, 0.9), (300, 0.99)])
+def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it(lively, sample, top_k, top_p):
+    model, tokenizer = load(lively)
+    ids, generator, sizes = tokenizer.encode(PROMPT), torch.Generator().manual_seed(7), set()
+    start = len(ids)
+    for _ in range(30):
+        with torch.no_grad():
+            p = nucleus(model(torch.tensor([ids]))[0, -1], top_k, top_p, temperature=0.05)
+        sizes.add(int((p > 0).sum()))
+        ids.append(torch.multinomial(p, 1, generator=generator).item())
+    run = sample(lively, *ON_CPU, f'--prompt={PROMPT}', '--max_new_tokens=30', '--seed=7', '--temperature=0.05',
+                 f'--top_k={top_k}', f'--top_p={top_p}')
+    assert run.out == shown(tokenizer, PROMPT, ids[start:]) and len(sizes) > 3
+
+
 def test_no_top_k_means_all_tokens_and_a_top_k_of_one_the_likeliest(lively, sample):
     def text(*flags):
         return sample(lively, *ON_CPU, f'--prompt={PROMPT}', '--max_new_tokens=40', *flags).out
     everything = text('--top_k=0')
     assert everything == text('--top_k=1000') != text('--top_k=2')
-    assert text('--top_k=1', '--temperature=5') == text('--temperature=0') != everything
+    assert text('--top_k=1', '--temperature=5') == text('--temperature=0') == text('--top_p=1e-9') != everything
 
 
 def test_a_static_cache_under_compile_gives_the_same_text(lively, sample, monkeypatch):
     shapes = []
 
     def compiled(function):                                 # the real one takes a minute; tested is what it is handed
-        def wrapped(x, rope, mask, caches, slots, span):
-            shapes.append((x.shape, rope[0].shape, mask.shape, slots.shape, span))
-            return function(x, rope, mask, caches, slots, span)
+        def wrapped(x, rope, cache):
+            shapes.append((x.shape, rope[0].shape, cache.mask.shape, cache.slots.shape, cache.attended))
+            return function(x, rope, cache)
         return wrapped
     monkeypatch.setattr(torch, 'compile', compiled)
     arguments = lively, f'--prompt={PROMPT}', '--max_new_tokens=90', '--temperature=0', *ON_CPU[:2]
@@ -217,6 +245,8 @@ def test_end_of_text_ends_a_sample_and_the_others_go_on(trained, sample, tmp_pat
         path, tokenizer.eot = changed(trained, tmp_path, tokenizer=lambda state: {**state, 'eot': eot}), eot
         run = sample(path, *ON_CPU, f'--prompt={PROMPT}', '--max_new_tokens=40', '--num_samples=2', '--seed=3')
         assert run.out == DASHES.join(shown(tokenizer, PROMPT, row) for row in rows)
+        decoded = sum(row.index(eot) if eot in row else 39 for row in rows)     # but for the token that the prompt gave
+        assert f'then {decoded} tokens' in run.err
     once = next(model.generate([tokenizer.encode(PROMPT)], 1, temperature=0)).item()
     path = changed(trained, tmp_path, tokenizer=lambda state: {**state, 'eot': once})
     run = sample(path, *GREEDY, f'--prompt={PROMPT}')
@@ -229,15 +259,164 @@ def test_an_empty_prompt_starts_from_the_end_of_text(trained, sample):
     assert sample(trained, *ON_CPU, '--max_new_tokens=30', '--seed=1').out == shown(tokenizer, '', ids)
 
 
+def test_an_empty_prompt_starts_after_a_line_end_where_the_tokenizer_has_no_end_of_text(lively, sample, tmp_path):
+    path = changed(lively, tmp_path, tokenizer=lambda state: {**state, 'eot': None})
+    arguments = *ON_CPU, '--max_new_tokens=9'
+    assert sample(path, *arguments, '--prompt=\n').out == '\n' + sample(path, *arguments).out != '\n'
+
+
+def test_a_prompt_that_a_vocabulary_cannot_say_is_one_line(trained, sample, monkeypatch):
+    def encode(self, text):
+        raise ValueError('there is no \U0001f600 in this vocabulary')
+    monkeypatch.setattr(Tokenizer, 'encode', encode)
+    one_line(sample(trained, *ON_CPU, '--prompt=\U0001f600'), 'prompt 1: there is no \U0001f600')
+
+
+def test_a_prompt_without_a_token_is_one_line(trained, sample, monkeypatch, tmp_path):
+    monkeypatch.setattr(Tokenizer, 'encode', lambda self, text: [])     # a folder's may leave out what it does not know
+    path = changed(trained, tmp_path, tokenizer=lambda state: {**state, 'eot': None})
+    one_line(sample(path, *ON_CPU, '--prompt=\U0001f600'), 'prompt 1 has no token in this vocabulary')
+
+
+def test_a_vocabulary_that_was_out_of_reach_in_training_is_looked_for_again(lively, sample, monkeypatch, tmp_path):
+    tokenizer, arguments = load(lively)[1], (*GREEDY, f'--prompt={PROMPT}', '--max_new_tokens=20')
+    path = changed(lively, tmp_path, tokenizer=None, config=lambda c: {**c, 'tokenizer': 'gpt2'})
+
+    def get(name):
+        ranks = {token: i for i, token in enumerate(tokenizer.tokens) if token is not None}
+        return tiktoken.Encoding(name, pat_str=tokenizer.pattern, mergeable_ranks=ranks,
+                                 special_tokens={'<|endoftext|>': tokenizer.eot})
+    monkeypatch.setattr(tiktoken, 'get_encoding', get)
+    assert sample(path, *arguments).out == sample(lively, *arguments).out
+
+    def fail(name):
+        raise OSError('no network')
+    monkeypatch.setattr(tiktoken, 'get_encoding', fail)
+    run = sample(path, *arguments)
+    one_line(run, 'gpt2 is not in the cache', 'TIKTOKEN_CACHE_DIR')
+    assert '--tokenizer' not in run.err                     # it was given
+
+
 def test_a_prompt_from_a_file_or_standard_input_is_taken_as_it_stands(lively, sample, tmp_path):
     text = 'class \u00e9:\n\n    pass \n'
-    (tmp_path / 'a prompt.txt').write_bytes(text.encode())
     arguments = lively, '--max_new_tokens=20', *ON_CPU
     direct = sample(*arguments, f'--prompt={text}')
     assert direct.out.startswith(text) and len(direct.out) > len(text) + 5
-    assert sample(*arguments, f'--prompt=FILE:{tmp_path / "a prompt.txt"}').out == direct.out
+    for encoding in ('utf-8', 'utf-8-sig', 'utf-16'):       # the latter two as Windows writes them, with a mark
+        (tmp_path / 'a prompt.txt').write_bytes(text.encode(encoding))
+        assert sample(*arguments, f'--prompt=FILE:{tmp_path / "a prompt.txt"}').out == direct.out
     piped = ended(python('sample.py', *arguments, '--prompt=-', stdin=subprocess.PIPE), text.encode())
     assert piped.out == direct.out and piped.code == 0
+
+
+def test_each_line_of_a_file_is_a_prompt_whose_texts_are_what_they_are_alone(lively, sample, tmp_path):
+    prompts = [PROMPT, 'class \u00e9\u2028 import', '  ' + 'return x * 12345 # then ' * 12, '\U0001f600 ']
+    (tmp_path / 'prompts').write_bytes('\r\n'.join(['', *prompts[:2], ' ', *prompts[2:], '']).encode())
+    arguments = lively, '--max_new_tokens=70', '--num_samples=2', *ON_CPU
+    alone = [sample(*arguments, f'--prompt={prompt}').out for prompt in prompts]
+    assert all(out.startswith(prompt) and out.count(DASHES + prompt) == 1 for out, prompt in zip(alone, prompts))
+    run = sample(*arguments, f'--prompt=LINES:{tmp_path / "prompts"}')
+    assert run.out == DASHES.join(alone)
+    tokens = [len(load(lively)[1].encode(prompt)) for prompt in prompts]
+    cut, statistics = run.err.splitlines()                  # one of them is longer than the context, and that is said
+    assert cut == f'prompt 3 has {tokens[2]} tokens; the model sees the last {BLOCK}'
+    assert statistics.startswith(f'prompts: {sum(min(n, BLOCK) for n in tokens)} tokens')
+    piped = ended(python('sample.py', *arguments, '--prompt=LINES:-', stdin=subprocess.PIPE), f'{PROMPT}\n'.encode())
+    assert piped.out == alone[0]
+
+
+def test_paths_may_begin_at_home(trained, sample, monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(trained.parent))
+    (trained.parent / 'words.txt').write_text('def')
+    arguments = *ON_CPU, '--max_new_tokens=5'
+    direct = sample(trained, *arguments, '--prompt=def')
+    assert sample('~/run', *arguments, '--prompt=FILE:~/words.txt').out == direct.out
+
+
+def test_the_best_checkpoint_is_taken_when_asked_for(trained, lively, sample, tmp_path):
+    (tmp_path / 'checkpoint.pt').write_bytes((trained / 'checkpoint.pt').read_bytes())
+    arguments = *GREEDY, f'--prompt={PROMPT}', '--max_new_tokens=9'
+    last, best = sample(trained, *arguments).out, sample(lively, *arguments).out
+    run = sample(tmp_path, '--checkpoint=best', *arguments)             # where the last is the best, no other is kept
+    assert run.out == last and 'no best.pt: the last checkpoint is the best' in run.err
+    (tmp_path / 'best.pt').write_bytes(lively.read_bytes())
+    assert sample(tmp_path, '--checkpoint=best', *arguments).out == best != last
+    assert sample(tmp_path, *arguments).out == last
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A stop text
+
+@pytest.mark.parametrize('pieces, stop, out', [
+    (['one ', 'two', ' three', ' four'], 'two', 'one '),                    # a token of its own
+    (['one t', 'w', 'o thr', 'ee four'], 'two th', 'one '),                 # spans tokens, amid them
+    (['aab', 'aab', 'aaa', 'c'], 'aabaaa', 'aab'),                          # begins anew within its own beginning
+    (['one', 'two '], 'three', 'onetwo '),                                  # does not come
+    (['one', '\n', '\n', 'two'], '\n\n', 'one'),
+    (['one ', 'th'], 'three', 'one th'),                                    # has only begun at the end
+    (['say \u4e2d', '\u6587', 'x'], '\u6587', 'say \u4e2d'),
+    (['one', 'two'], 'one', '')])
+def test_a_stop_text_ends_the_text_before_it(sample, tmp_path, monkeypatch, pieces, stop, out):
+    path, wire = reciter(tmp_path, [piece.encode() for piece in pieces]), Wire()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BufferedWriter(wire), encoding='utf-8'))
+    run = sample(path, *GREEDY, f'--max_new_tokens={len(pieces)}', '--num_samples=2', f'--stop={stop}')
+    assert run.code == 0 and b''.join(wire.pieces).decode() == f'{out}\n{DASHES}{out}\n'     # nothing is taken back
+    whole = next((i for i in range(len(pieces)) if stop in ''.join(pieces[:i + 1])), len(pieces) - 1)
+    assert f'then {2 * whole} tokens' in run.err            # none is made after the stop
+
+
+def test_a_stop_text_does_not_hold_back_what_cannot_become_it(sample, tmp_path, monkeypatch):
+    path, wire = reciter(tmp_path, [b'a', b'x', b'y', b'b', b'x', b'y', b'z', b'c']), Wire()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BufferedWriter(wire), encoding='utf-8'))
+    sample(path, *GREEDY, '--max_new_tokens=8', '--stop=xyz')
+    assert wire.pieces == [b'a', b'xyb', b'\n']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face's folders
+
+def exported(path, folder):
+    model, tokenizer = hf.from_run(path)
+    hf.to_folder(model, tokenizer, folder)
+    return folder
+
+
+@pytest.mark.parametrize('prompt', [PROMPT, '', '\u4e2d\u6587 \U0001f600', PROMPT * 20],
+                         ids=['plain', 'empty', 'emoji', 'long'])
+def test_a_folder_of_hugging_face_gives_the_text_of_the_run_it_was_made_of(lively, sample, tmp_path, prompt):
+    pytest.importorskip('tokenizers')
+    folder = exported(lively, tmp_path / 'theirs')
+    for flags in (GREEDY, (*ON_CPU, '--top_p=0.9', '--num_samples=2', '--stop=\ufffd\ufffd')):
+        run, ours = (sample(path, *flags, f'--prompt={prompt}', '--max_new_tokens=70') for path in (folder, lively))
+        assert run.code == 0 and run.out == ours.out and len(run.out) > len(prompt) + 3
+
+
+def test_a_vocabulary_with_marks_for_blanks_and_bytes_streams_whole_words(sample, tmp_path, monkeypatch):
+    tokenizers = pytest.importorskip('tokenizers')         # sentencepiece's manner: Mixtral, Llama
+    pieces = ['\u2581Hello', '\u2581world', 'ly', '<0xE4>', '<0xB8>', '<0xAD>', '\u2581end', ',']
+    hf.to_folder(hf.from_run(reciter(tmp_path, [b'?'] * len(pieces)))[0], None, tmp_path / 'folder')
+    words = tokenizers.models.WordLevel({piece: i for i, piece in enumerate(['</s>', *pieces])}, '</s>')
+    theirs, decoders = tokenizers.Tokenizer(words), tokenizers.decoders
+    theirs.decoder = decoders.Sequence([decoders.Replace('\u2581', ' '), decoders.ByteFallback(), decoders.Fuse(),
+                                        decoders.Strip(' ', 1, 0)])
+    theirs.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend('\u2581'),
+                                                         tokenizers.normalizers.Replace(' ', '\u2581')])
+    theirs.save(str(tmp_path / 'folder' / 'tokenizer.json'))
+    wire = Wire()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BufferedWriter(wire), encoding='utf-8'))
+    assert sample(tmp_path / 'folder', *GREEDY, '--prompt=Hello', '--max_new_tokens=7').code == 0
+    assert [piece.decode() for piece in wire.pieces] == ['Hello', ' world', 'ly', '\u4e2d', ' end', ',', '\n']
+
+
+def test_what_is_wrong_with_a_folder_is_one_line(lively, sample, tmp_path, monkeypatch):
+    folder = exported(lively, tmp_path / 'theirs')
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'tokenizers', None)      # not installed
+        one_line(sample(folder, *ON_CPU), 'pip install tokenizers')
+    (folder / 'tokenizer.json').unlink()
+    one_line(sample(folder, *ON_CPU), 'has no tokenizer.json')
+    (folder / 'config.json').write_text('{}')
+    one_line(sample(folder, *ON_CPU), folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,15 +430,16 @@ def reciter(folder, pieces):
     """
     n = len(pieces) + 1
     config = ModelConfig(vocab_size=n, block_size=64, n_layer=1, n_head=1, n_embd=n + 1 + (n + 1) % 2, d_ff=4,
-                         n_expert=1, top_k=1)
+                         n_expert=2, top_k=2)
     model = LanguageModel(config)
     with torch.no_grad():
         unit = torch.eye(config.n_embd)
         model.embed.weight.copy_(torch.stack([2.5**i * (unit[i] + unit[i + 1]) for i in range(n)]))
         model.layers[0].attn.o_proj.weight.zero_()
         model.layers[0].moe.down_proj.zero_()
-    torch.save({'schema': 1, 'model_config': vars(config), 'model': model.state_dict(),
-                'tokenizer': Tokenizer('bytes', [None, *pieces], eot=0).state()}, folder / 'reciter.pt')
+    torch.save({'schema': SCHEMA, 'config': {'tokenizer': 'bytes'}, 'model_config': vars(config),
+                'model': model.state_dict(), 'tokenizer': Tokenizer('bytes', [None, *pieces], eot=0).state()},
+               folder / 'reciter.pt')
     return folder / 'reciter.pt'
 
 
@@ -318,6 +498,12 @@ def test_control_c_ends_it_quietly_with_the_statistics(lively):
     assert f'\n{DASHES}def' in run.out                      # the other sample as far as it got
 
 
+def test_a_terminal_that_lacks_a_character_shows_another(trained):
+    process = python('sample.py', trained, *GREEDY, '--prompt=\u4e2d\u6587 def', '--max_new_tokens=1',
+                     env={'PYTHONIOENCODING': 'cp1252'})
+    assert ended(process).out.startswith('?? def')
+
+
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full here')
 def test_a_full_disk_is_told_in_one_line(trained, sample, monkeypatch):
     with open('/dev/full', 'w') as full:
@@ -349,7 +535,7 @@ def test_the_statistics_tell_the_bytes_that_the_cache_has(lively, sample, monkey
 
 @pytest.mark.parametrize('flag, code, words', [
     ('--help', 0, '--mla_decode=auto'), ('--temprature=1', 2, 'did you mean --temperature=1?'),
-    ('out/none', 2, 'no such run folder'), ('--prompt=', 2, 'which run?')])
+    ('out/none', 2, 'out/none is not there: no such run folder'), ('--prompt=', 2, 'which run?')])
 def test_help_and_typos_are_answered_without_importing_torch(tmp_path, flag, code, words):
     (tmp_path / 'torch.py').write_text('raise SystemExit(77)\n')
     run = ended(python('sample.py', flag, env={'PYTHONPATH': str(tmp_path)}))
@@ -370,7 +556,7 @@ def damaged(trained, folder, kind):
                 'overwritten': whole[:-300] + bytes(300), 'flipped': flipped(whole)}
     objects = {'list': [1, 2], 'weights': {'w': torch.zeros(2)},
                'code': {'schema': 1, 'model': Touch(folder / 'touched')}}
-    entries = {'schema': {'schema': 2}, 'no tokenizer': {'tokenizer': None},
+    entries = {'schema': {'schema': SCHEMA + 1}, 'no tokenizer': {'tokenizer': None, 'config': {'tokenizer': 'bpe'}},
                'odd tokenizer': {'tokenizer': {'name': 'x'}},
                'small tokenizer': {'tokenizer': Tokenizer('bytes', [b'a'] * 10).state()},
                'config': {'model_config': {'width': 3}}, 'sizes': {'model_config': lambda c: {**c, 'n_embd': 63}},
@@ -393,13 +579,11 @@ class Touch:
 
 
 @pytest.mark.parametrize('kind, words', [
-    ('truncated', 'cannot be read'), ('empty', 'cannot be read'), ('text', 'cannot be read'),
-    ('overwritten', 'cannot be read'), ('flipped', 'cannot be read'), ('code', 'cannot be read'),
-    ('list', 'no checkpoint of train.py'),
-    ('weights', 'no checkpoint of train.py'), ('schema', 'has schema 2, this program reads 1'),
-    ('no tokenizer', 'no tokenizer'), ('odd tokenizer', 'no sound checkpoint'),
-    ('small tokenizer', '10 tokens in the tokenizer, 300 in the model'), ('config', 'width'), ('sizes', 'n_embd'),
-    ('other model', 'no sound checkpoint'), ('missing weight', 'no sound checkpoint')])
+    *((kind, 'is no sound checkpoint of train.py') for kind in (
+        'truncated', 'empty', 'text', 'overwritten', 'flipped', 'code', 'list', 'weights', 'odd tokenizer',
+        'other model', 'missing weight')),
+    ('schema', f'has schema {SCHEMA + 1}'), ('no tokenizer', 'no tokenizer'),
+    ('small tokenizer', 'has 300 tokens, its tokenizer 10'), ('config', 'width'), ('sizes', 'n_embd')])
 def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(trained, sample, tmp_path, kind, words):
     path = damaged(trained, tmp_path, kind)
     one_line(sample(path, *ON_CPU, '--prompt=a'), path, words)
@@ -407,7 +591,8 @@ def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(trained, sample,
 
 
 @pytest.mark.parametrize('flag, words', [
-    ('--max_new_tokens=0', 'at least 1'), ('--num_samples=0', 'at least 1'), ('--top_k=-1', 'top_k must be'),
+    ('--max_new_tokens=0', 'at least 1'), ('--num_samples=0', 'at least 1'), ('--top_k=-1', 'top_k (-1) must be'),
+    ('--top_p=0', 'top_p (0.0) above 0'), ('--top_p=1.5', 'at most 1'),
     ('--temperature=-1', 'temperature must'), ('--temperature=1e-300', 'temperature must'),
     ('--temperature=1e300', 'temperature must'), ('--device=gpu', 'is no device'), ('--device=meta', 'sees 0'),
     ('--device=cuda:99', 'sees'), ('--prompt=\udcff', 'not UTF-8'), ('--prompt=FILE:/no/such', 'No such file'),
@@ -421,19 +606,24 @@ def test_asking_for_cuda_where_there_is_none_is_one_line(trained, sample):
     one_line(sample(trained, '--device=cuda'), 'no cuda', '--device=auto')
 
 
+def test_out_of_memory_is_one_line(trained, sample, monkeypatch):
+    def new_cache(*arguments, **kwargs):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB')
+    monkeypatch.setattr(LanguageModel, 'new_cache', new_cache)
+    run = sample(trained, *ON_CPU, '--num_samples=2000', '--max_new_tokens=9')
+    assert run.code == 2 and run.err.count('\n') == 1 and '2,000 samples of up to 9 tokens' in run.err
+
+
 def test_a_prompt_file_that_is_not_utf_8_is_one_line(trained, sample, tmp_path):
     (tmp_path / 'latin.txt').write_bytes('caf\u00e9'.encode('latin-1'))
     one_line(sample(trained, *ON_CPU, f'--prompt=FILE:{tmp_path / "latin.txt"}'), 'not UTF-8')
 
 
 def test_a_folder_without_a_checkpoint_is_one_line(sample, tmp_path):
-    one_line(sample(tmp_path, *ON_CPU), tmp_path, 'holds no checkpoint.pt')
-
-
-def test_an_empty_prompt_needs_an_end_of_text_in_the_tokenizer(trained, sample, tmp_path):
-    path = changed(trained, tmp_path, tokenizer=lambda state: {**state, 'eot': None})
-    one_line(sample(path, *ON_CPU), 'give a --prompt')
-    assert sample(path, *ON_CPU, '--prompt=a', '--max_new_tokens=5').code == 0
+    one_line(sample(tmp_path, *ON_CPU), tmp_path / 'checkpoint.pt', 'nothing was saved in it yet')
+    (tmp_path / 'mla-s0').mkdir()
+    (tmp_path / 'mla-s0' / 'checkpoint.pt').touch()         # it was an experiment's folder
+    one_line(sample(tmp_path, *ON_CPU), f'did you mean {tmp_path / "mla-s0"}?')
 
 
 def test_a_way_to_decode_latents_is_refused_where_there_are_none(sample, tmp_path):

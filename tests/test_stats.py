@@ -132,13 +132,16 @@ def test_paired_agrees_with_scipy_in_everything_scipy_has():
         expected = reference.ttest_rel(variant, base)
         assert (c['t'], c['p']) == pytest.approx((expected.statistic, expected.pvalue), rel=1e-8)
         assert (c['low'], c['high']) == pytest.approx(tuple(expected.confidence_interval()), rel=1e-8)
+        wider = stats.paired(list(variant), list(base), 0.01, tests=4)
+        assert (wider['low_all'], wider['high_all']) == pytest.approx(tuple(expected.confidence_interval(1 - 0.05 / 4)), rel=1e-8)
+        assert (wider['low'], wider['p']) == (c['low'], c['p']) and c['low_all'] == c['low']
         upper = reference.ttest_1samp(d, 0.01, alternative='less').pvalue
         lower = reference.ttest_1samp(d, -0.01, alternative='greater').pvalue
         assert c['tost'] == pytest.approx(max(upper, lower), abs=1e-10)
-        assert c['correlation'] == pytest.approx(np.corrcoef(variant, base)[0, 1], abs=1e-8)
         assert c['d_pooled'] == pytest.approx(
             d.mean() / math.sqrt((variant.var(ddof=1) + base.var(ddof=1)) / 2))
         if n > 2:
+            assert c['correlation'] == pytest.approx(reference.pearsonr(variant, base).statistic, abs=1e-8)
             assert c['g_z'] == pytest.approx(stats.hedges(n - 1) * c['d_z'])
             carried = 2 * (n - 1) / (1 + c['correlation'] ** 2)        # Cousineau 2020; 2(n-1) when unrelated
             assert c['g_pooled'] == pytest.approx(stats.hedges(carried) * c['d_pooled'])
@@ -204,3 +207,17 @@ def test_effect_sizes_are_unbiased_and_their_intervals_cover():
     assert abs(covers_pooled - 0.95) < 0.05            # approximate by construction
 
 
+
+
+def test_a_correlation_needs_three_pairs_and_two_spreads():
+    assert stats.correlation([1.0, 2.0], [1.0, 2.0]) is stats.correlation([1.0, 2.0, 3.0], [0.1 + 0.2] * 3) is None
+    assert stats.correlation([1.0, 2.0, 3.0], [-1.0, -2.0, -3.0]) == pytest.approx(-1)
+
+
+def test_simultaneous_intervals_cover_at_once_where_single_ones_do_not():
+    rng, rounds, single, together = np.random.default_rng(6), 2000, 0, 0
+    for family in rng.normal(0, 1, (rounds, 5, 8)):
+        both = [(stats.summary(list(d)), stats.summary(list(d), 0.05 / 5)) for d in family]
+        single += all(s['low'] < 0 < s['high'] for s, _ in both)
+        together += all(s['low'] < 0 < s['high'] for _, s in both)
+    assert together / rounds > 0.95 - 0.015 and single / rounds < 0.85
