@@ -294,7 +294,7 @@ os._exit(0)                     # whatever is not out by now is lost
 
 
 def test_a_pipe_gets_whole_lines_at_once_and_nothing_of_what_is_rewritten(program):
-    assert start('-c', SPEAK).stdout.decode().splitlines() == ['one', 'two']
+    assert start('-c', SPEAK, env={'PYTHONUNBUFFERED': ''}).stdout.decode().splitlines() == ['one', 'two']
     assert start('-c', SPEAK, env={'RANK': '1'}).stdout == b''                  # the first process speaks
 
 
