@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import pty
 import re
 import runpy
 import shutil
@@ -187,6 +186,7 @@ def test_the_file_says_where_it_was_measured_and_how_fast_the_machine_itself_was
 
 
 def test_on_a_terminal_one_line_is_rewritten_until_the_report_stands_there(tmp_path):
+    pty = pytest.importorskip('pty', reason='Windows has no such terminals')
     ours, theirs = pty.openpty()
     done = subprocess.Popen(command(out=tmp_path / 'x.json', variants='mqa', dtype='float32'), env=ENVIRONMENT,
                             stdout=theirs, stderr=subprocess.DEVNULL)
@@ -493,6 +493,8 @@ def test_without_transformers_its_peer_is_refused_in_one_line(tmp_path):
 @pytest.fixture
 def gpu(tmp_path):
     """gpu(**environment): gpu.sh with a Python that fails, or takes its time, where the files fails, slow say so."""
+    if not shutil.which('timeout'):
+        pytest.skip('gpu.sh is for Linux, where timeout is')
     log, fake = tmp_path / 'log', tmp_path / 'python'
     fake.write_text(f"""#!/usr/bin/env bash
 echo "$@" >> {log}
