@@ -1,15 +1,16 @@
-"""Speed and memory of every attention variant, side by side in one process: python bench.py [--knob=value ...]
+"""Speed and memory of every attention variant, beside the same models in Hugging Face transformers.
 
-    --task=train      one whole update: tokens/s, share of the machine's own matrix rate, peak memory
-    --task=parts      where an update's time goes: attention, router, dispatch, experts, head, optimizer, rest
-    --task=scaling    tokens/s against the number of experts and against the context, with a figure
-    --task=decode     prefill and decoding with a cache, expand against absorb; with several --prompts a figure
-    --peer=transformers sets the same models in Hugging Face transformers beside ours, in train and decode
+    python bench.py                                                         an update of 4 x 512 tokens
+    python bench.py --batch_size=24 --micro_batch_sizes=4,8,24              more of it at once
+    python bench.py --variants=baseline --peer=none --experts=8,16,32,64    against experts: 14 GB of memory
+    python bench.py --batch_size=8 --contexts=512,1024,2048,4096            against the context
+    python bench.py --task=decode --prompts=512,8192                        after so many tokens, batch 1 and 8
+    python bench.py --variants=mla --peer=none --plain=each                 what is each fast form of kernels.py worth?
 
-Every figure is a median over rounds with minimum and maximum. A round runs every side once, from first to last and from
-last to first in turn, and with them a matrix product and a copy of the machine's own, so that drift hits all of them
-alike. A ratio is the quotient of two medians, its range that of the quotients within a round. Prints Markdown, writes
-strict JSON with every single timing.
+Every combination of variant, library, dtype, sizes and --plain is a side. All sides take turns in one process, in
+rounds that go from the first side to the last and back alternately, and with them a matrix product of the machine's own:
+drift hits all alike. A figure is the median over the rounds with minimum and maximum, a ratio that of the quotients
+within a round. Prints Markdown; writes it, and JSON with every single timing.
 """
 import os
 from pathlib import Path
@@ -19,53 +20,41 @@ from configurator import as_text, configure, fail
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is timed
-task: Literal['train', 'parts', 'scaling', 'decode', 'memory'] = 'train'    # memory: train starts that itself
-variants = ['all']              # attention variants, comma list; all of them (parts, scaling: baseline, lora, enhanced)
-peer: Literal['none', 'transformers'] = 'none'      # the same models in another library; in train and decode
-peer_experts = 'auto'           # its experts implementation: eager, grouped_mm, batched_mm; auto: the fastest
+task: Literal['train', 'decode'] = 'train'              # whole updates; prefill and decoding
+variants = ['baseline', 'lora', 'enhanced', 'mla']      # attention variants
+dtype: Literal['both', 'float32', 'bfloat16'] = 'both'  # train: of the products alone; decode: of weights and cache
+peer: Literal['auto', 'none', 'transformers'] = 'auto'  # the same models in another library; auto: if it is installed
+plain = ['none']                # functions of kernels.py that run plain, each in a side of its own; each: all in turn
 rounds = 5                      # timed rounds
 warmup = 2                      # rounds before them that do not count
-quick = False                   # a tiny model and few rounds, to see that everything works; other knobs still count
 
 # Model: Experiment 1
 n_layer = 6                     # blocks
 n_head = 8                      # query heads
 n_embd = 384                    # width
 d_ff = 1536                     # hidden width of one expert
-n_expert = 8                    # experts in each layer
 top_k = 2                       # experts that each token visits
 vocab_size = 4096               # tokens in the vocabulary
+experts = ['8']                 # experts in each layer; decode takes the first
 
-# train, parts, scaling
-batch_size = 4                  # sequences in one update
-block_size = 512                # context in tokens
-micro_batch_size = 4            # sequences at once
-memory_steps = 3                # updates after which the peak memory is read; 0: it is not
-experts = ['8', '16', '32', '64']               # scaling: how many, top_k and d_ff staying; these need 14 GB of memory
-contexts = ['512', '1024', '2048', '4096']      # scaling: tokens of context, at a constant number of tokens
+# train
+contexts = ['512']              # tokens in a sequence; every update has batch_size times the first of them
+batch_size = 4                  # sequences in an update
+micro_batch_sizes = ['4']       # sequences at once; at longer contexts fewer, so that they are as many tokens
+memory_updates = 3              # updates after which the peak memory of a side is read; 0: it is not
 
 # decode
 prompts = ['512']               # tokens in the cache before decoding starts
 batch_sizes = ['1', '8']        # sequences decoded at once
 new_tokens = 64                 # tokens decoded after the prompt, one at a time
-prefill_chunk = 512             # tokens of the prompt at once
 
 # Machine
 device = 'auto'                 # auto: cuda, else cpu; or one of them by name
-dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the products; auto: bfloat16 on GPUs that have it
-compile: bool | None = None     # torch.compile for train, scaling and decoding steps, also of the peer's; none: on GPUs
+compile: bool | None = None     # torch.compile in train, of both libraries; none: on GPUs
 matrix_size = 0                 # the machine's matrix product is n x n x n; 0: 2048, on a GPU 8192
-copy_mib = 256                  # the machine's copy, into memory that was touched before
-out = ''                        # JSON file, a figure beside it; empty: out/bench/<task>.json
+out = ''                        # JSON file, Markdown beside it; empty: out/bench/<task>.json
 # ---------------------------------------------------------------------------------------------------------------------
-defaults = dict(globals())
 config = configure(globals())   # config files, then flags, over the block above; first: a typo is answered at once
-QUICK = dict(n_layer=2, n_head=4, n_embd=64, d_ff=48, n_expert=4, vocab_size=128, block_size=32, micro_batch_size=2,
-             rounds=3, warmup=1, memory_steps=1, experts=['4', '8'], contexts=['16', '32'], prompts=['8', '24'],
-             batch_sizes=['1', '2'], new_tokens=4, prefill_chunk=16, matrix_size=128, copy_mib=1)
-if quick:
-    config |= {k: v for k, v in QUICK.items() if config[k] == defaults[k]}
-    globals().update(config)
 
 
 def numbers(knob):
@@ -75,96 +64,108 @@ def numbers(knob):
     return sorted({int(n) for n in config[knob]})
 
 
-experts, contexts, prompts, batch_sizes = (numbers(k) for k in ('experts', 'contexts', 'prompts', 'batch_sizes'))
-for knob in ('rounds', 'batch_size', 'block_size', 'micro_batch_size', 'new_tokens', 'prefill_chunk', 'copy_mib',
-             'warmup', 'memory_steps', 'matrix_size'):
-    least = int(knob not in ('warmup', 'memory_steps', 'matrix_size'))
+experts, contexts, micro_batch_sizes, prompts, batch_sizes = map(
+    numbers, ('experts', 'contexts', 'micro_batch_sizes', 'prompts', 'batch_sizes'))
+for knob, least in dict(rounds=1, warmup=0, batch_size=micro_batch_sizes[-1], new_tokens=1, memory_updates=0).items():
     if config[knob] < least:
         fail(f'{knob} must be at least {least}, not {config[knob]}')
-if peer != 'none' and task in ('parts', 'scaling'):
-    fail(f'--peer={peer} is for --task=train and --task=decode, not for --task={task}')
 if not variants or len(set(variants)) < len(variants):
     fail(f'--variants={as_text(variants)} must be names, each once, with commas between: --variants=baseline,lora')
-tokens_of_scaling = max(batch_size * block_size, *contexts)
-if task == 'scaling' and any(tokens_of_scaling % n for n in contexts):
-    fail(f'--contexts={as_text(config["contexts"])}: each must divide the {tokens_of_scaling} tokens of a batch')
-if task == 'scaling' and experts[0] < top_k:
-    fail(f'--experts={as_text(config["experts"])}: each must be at least top_k, {top_k}')
-
+tokens_in_update = batch_size * contexts[0]
+if any(tokens_in_update % n for n in contexts):
+    fail(f'--contexts={as_text(config["contexts"])}: each must divide the {tokens_in_update} tokens of an update; '
+         f'--batch_size={-(-contexts[-1] // contexts[0])} may do')
 path = Path(out or f'out/bench/{task}.json')
-if path.is_dir():
-    fail(f'{path} is a folder; name a file in it: --out={path / task}.json')
 try:                                                            # told now, not after an hour of measuring
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + '.tmp')
-    aside.touch()
-    aside.unlink()
+    path.open('ab').close()
 except OSError as error:
-    fail(f'{path} cannot be written to ({error.strerror}); go elsewhere with --out=...')
+    fail(f'{path} cannot be written to ({error.strerror}); go elsewhere with --out=FILE.json')
 
-import gc
+import itertools
 import json
-import re
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')                 # else torch's profiler writes lines of its own
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 
-import attention
-from figures import canvas
-from machine import (choose_device, choose_dtype, environment, keep_freed_memory, now, resident_gb,
-                     write_atomically)
-from muon import configure_optimizers
+import kernels
+from machine import choose_device, environment, now, peak_memory_gb, write_atomically
 from model import LanguageModel, ModelConfig
 from moe import LOSS_WEIGHTS
-from stopwatch import PARTS, Stopwatch
+from muon import configure_optimizers
 
-if variants == ['all']:
-    every = list(attention.variants(384, 8))
-    variants = ['baseline', 'lora', 'enhanced'] if task in ('parts', 'scaling') else every
-sizes = {k: config[k] for k in ('n_layer', 'n_head', 'n_embd', 'd_ff', 'n_expert', 'top_k', 'vocab_size', 'block_size')}
-try:
-    for attn in variants:
-        ModelConfig(attn=attn, **sizes)                         # what cannot be built is told before anything runs
-except ValueError as error:
-    fail(error)
-transformers = None
-if peer == 'transformers':
-    try:
-        import transformers
-
-        from peers import build_peer, fastest_experts
-    except ImportError as error:
-        fail(f'--peer=transformers: the package cannot be imported ({error}); pip install transformers')
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Machine, as in train.py
-
+# As in train.py
 device = choose_device(device, kinds=('cuda', 'cpu'))
-dtype, cuda = choose_dtype(dtype, device), device.type == 'cuda'
-keep_freed_memory(device)
-if cuda and dtype == 'float32':
+cuda = device.type == 'cuda'
+if cuda:
     torch.set_float32_matmul_precision('high')
+else:
+    kernels.keep_freed_memory()
 compile = cuda if compile is None else compile
-autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16')
-synchronize = torch.cuda.synchronize if cuda else lambda: None
-matrix_size = matrix_size or (8192 if cuda else 2048)
-micro_batch_size = min(micro_batch_size, batch_size)
-config |= {k: globals()[k] for k in ('variants', 'dtype', 'compile', 'matrix_size', 'micro_batch_size')}
-config |= {'device': str(device)}
-compiled = torch.compile if compile else lambda model: model
-if compile:     # the variants share their code, so their graphs count together: beyond 8 the rest would run eagerly
+if compile:     # the variants share code: beyond 8 graphs of a function the rest would run eagerly
     torch._dynamo.config.recompile_limit = 128
+matrix_size = matrix_size or (8192 if cuda else 2048)
+if peer == 'auto':
+    peer = 'transformers' if find_spec('transformers') else 'none'
+if plain == ['each']:
+    plain = ['none', *kernels.NAMES, 'all']
+if not plain or not set(plain) <= {'none', 'all', *kernels.NAMES}:
+    fail(f'--plain={as_text(plain)} must be of none, all, each, {", ".join(kernels.NAMES)}')
+libraries, dtypes = ['ours'] + [peer] * (peer != 'none'), ['float32', 'bfloat16'] if dtype == 'both' else [dtype]
+config |= {'compile': compile, 'matrix_size': matrix_size, 'peer': peer, 'device': str(device)}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Timing
+# Taking turns. A row says what a side is, and holds its seconds, {measure: [of each round]}; turn() does one round
+
+SIDE = ('variant', 'library', 'dtype', 'experts', 'context', 'micro_batch_size', 'prompt', 'batch_size', 'mode',
+        'plain')
+
+
+def take_turns(sides):
+    """[(row, turn), ...] -> the machine's own row and the others, with their seconds."""
+    sides = [({'variant': 'machine', 'seconds': {}}, yardstick()), *sides]
+    for i in range(-warmup, rounds):
+        order = sides[::1 if i % 2 == 0 else -1]                # so that no side always follows the same one
+        for n, (row, turn) in enumerate(order):
+            which = f'round {i + 1} of {rounds}' if i >= 0 else 'warm-up'
+            progress(f'{which}, {n + 1} of {len(order)}: {label(row)}')
+            use_kernels(row)
+            for measure, seconds in turn().items():
+                if i >= 0:
+                    row['seconds'].setdefault(measure, []).append(seconds)
+    machine, *rows = [row for row, _ in sides]
+    machine |= {f'flops_{d}': rate(2 * matrix_size ** 3, machine['seconds'][d]) for d in ('float32', 'bfloat16')}
+    return machine | {'bytes_read': rate(2 ** 28, machine['seconds']['read'])}, rows
+
+
+def forms(library):
+    return plain if library == 'ours' else ['none']
+
+
+def use_kernels(row):
+    form = row.get('plain')
+    kernels.use('plain' if form == 'all' else 'fast', **({form: 'plain'} if form in kernels.NAMES else {}))
+
+
+def yardstick():
+    """The machine itself: a matrix product in both dtypes, and 256 MiB of a matrix times a vector, which is reading."""
+    a, wide = torch.randn(matrix_size, matrix_size, device=device), torch.ones(2 ** 16, 2 ** 10, device=device)
+    b, vector, times = a.bfloat16(), wide[0], 10 if cuda else 1     # one alone is too short for the clock on a GPU
+    works = {'float32': lambda: a @ a, 'bfloat16': lambda: b @ b, 'read': lambda: wide @ vector}
+    return lambda: {name: timed(lambda: [work() for _ in range(times)]) / times for name, work in works.items()}
+
 
 def timed(work):
     """Seconds that work() takes, the device's queue empty before and after."""
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
     synchronize()
     clock = time.perf_counter()
     work()
@@ -172,569 +173,388 @@ def timed(work):
     return time.perf_counter() - clock
 
 
-def interleave(sides, timings):
-    """Runs {name: function -> {measure: seconds}} in rounds; appends to timings {name: {measure: [seconds]}}."""
-    for i in range(-warmup, rounds):
-        for name in list(sides)[::1 if i % 2 == 0 else -1]:     # so that no side always follows the same one
-            for measure, seconds in sides[name]().items():
-                if i >= 0:
-                    timings.setdefault(name, {}).setdefault(measure, []).append(seconds)
-    return timings
+def progress(line=''):
+    """One line that is rewritten, on a terminal; nothing in files and pipes."""
+    if sys.stderr.isatty():
+        print(f'\r\x1b[K{line[:110]}', end='', file=sys.stderr, flush=True)
 
 
-def yardstick():
-    """The machine itself, a side like any other: a matrix product, a matrix-vector product (all reading) and a copy."""
-    kind = {'device': device, 'dtype': getattr(torch, dtype)}
-    a, b, c = (torch.randn(matrix_size, matrix_size, **kind) for _ in range(3))
-    wide, vector = torch.ones(copy_mib * 2 ** 20 // 1024 // kind['dtype'].itemsize, 1024, **kind), torch.ones(1024, **kind)
-    source, target = torch.ones(2, copy_mib * 2 ** 18, device=device)
-    times = 10 if cuda else 1                                   # a single one is too short for the clock on a GPU
-    return lambda: {'matmul': timed(lambda: [torch.mm(a, b, out=c) for _ in range(times)]) / times,
-                    'read': timed(lambda: [torch.mv(wide, vector) for _ in range(times)]) / times,
-                    'copy': timed(lambda: [target.copy_(source) for _ in range(times)]) / times}
+def label(row):
+    return ' '.join(f'{k} {row[k]}' if type(row[k]) is int else row[k] for k in SIDE if k in row)
 
 
-def machine_rates(seconds):
-    return {'matmul_size': matrix_size, 'matmul_flops': rate(2 * matrix_size ** 3, seconds['matmul']),
-            'bytes_read': rate(copy_mib * 2 ** 20, seconds['read']),
-            'copy_bytes_read_and_written': rate(copy_mib * 2 ** 21, seconds['copy'])}
-
-
-def summary(values, unit=1.0):
-    return {'median': unit * statistics.median(values), 'min': unit * min(values), 'max': unit * max(values)}
+def spread(values):
+    values = list(values)
+    return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
 
 
 def rate(work, seconds):
-    """Work per second; its median is that of the time."""
-    s = summary(seconds)
-    return {'median': work / s['median'], 'min': work / s['max'], 'max': work / s['min']}
+    """Work per second."""
+    return spread(work / s for s in seconds)
 
 
-def ratio(ours, theirs):
-    """How many times as fast as `theirs`; two lists of seconds from the same rounds. None without them."""
-    if theirs is None:
-        return None
-    within = [t / o for o, t in zip(ours, theirs)]
-    return {'of_medians': statistics.median(theirs) / statistics.median(ours), 'min': min(within), 'max': max(within)}
+def compare(rows, measure):
+    """Adds to each row how many times as fast it is as others of the same sizes, {column of the table: figure}."""
+    for row in rows:
+        def like(*but, **wanted):       # the rows that are as this one is, but in some things
+            return [r for r in rows if all(r.get(k) == wanted.get(k, row.get(k)) for k in SIDE if k not in but)]
+        others = {f'to {variants[0]}': like('mode', variant=variants[0]), 'to float32': like(dtype='float32'),
+                  'to fast': like(plain='none')}
+        if row['library'] == 'ours' and peer != 'none':
+            others[f'to {peer}'] = like('mode', 'plain', library=peer)
+            every = sorted(like('mode', 'plain', 'dtype', library=peer),
+                           key=lambda r: statistics.median(r['seconds'][measure]))
+            others['to its best'] = every
+            every[0][f'best_{measure}'] = True
+        row[f'{measure}_speed'] = {
+            name: spread(theirs / ours for ours, theirs in zip(row['seconds'][measure], found[0]['seconds'][measure]))
+            for name, found in others.items() if found and found[0] is not row}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The sides: our models, and the same ones in transformers
+# The models, ours and the peer's
 
-def build(attn, **changes):
-    return LanguageModel(ModelConfig(attn=attn, **{**sizes, **changes})).to(device)
-
-
-PEER_NOTE = ('transformers: the experts implementation that was fastest in a trial; DeepseekV3 routes by sigmoid and '
-             'has shared experts of width 0; neither it nor Mixtral computes auxiliary losses here.')
+def config_of(row, block_size):
+    sizes = {k: config[k] for k in ('n_layer', 'n_head', 'n_embd', 'd_ff', 'top_k', 'vocab_size')}
+    return ModelConfig(attn=row['variant'], n_expert=row.get('experts', experts[0]), block_size=block_size, **sizes)
 
 
-def fastest(model, work, tokens):
-    """Sets the experts implementation of a peer with which work() runs fastest -> its name, {name: seconds or None}.
+def build(row, block_size):
+    progress(f'building {label(row)}')
+    c = config_of(row, block_size)
+    if row['library'] == 'ours':
+        return LanguageModel(c).to(device)
+    import hf
+    return hf.peer(LanguageModel(c)).to(device)
 
-    tokens: how many work() puts through the experts at once.
+
+def outline(row, block_size):
+    """Our model of these sizes without its numbers: it knows what it costs."""
+    with torch.device('meta'):
+        return LanguageModel(config_of(row, block_size), seed=None)
+
+
+def fastest_experts(model, work, tokens):
+    """-> the experts implementation of a transformers model with which work() is fastest, {name: seconds}.
+
+    tokens: how many work() puts through the experts at once; batched_mm gathers the matrices of every copy of them,
+    which beyond a GiB is out of the question.
     """
-    # batched_mm gathers the matrices of every token copy: beyond a GiB of them it is out of the question
-    batched = tokens * top_k * 2 * d_ff * n_embd * 4 < 2 ** 30
-    names = ('eager', 'grouped_mm') + ('batched_mm',) * batched if peer_experts == 'auto' else (peer_experts,)
-    try:
-        return fastest_experts(model, lambda: timed(work), names)
-    except RuntimeError as error:
-        fail(error)
+    trials = {}
+    for name in ['eager', 'grouped_mm'] + ['batched_mm'] * (tokens * top_k * 2 * d_ff * n_embd * 4 < 2 ** 30):
+        try:
+            model.set_experts_implementation(name)
+            work()
+            trials[name] = min(timed(work), timed(work))
+        except Exception:                                       # whatever an implementation lacks on this machine
+            if name == 'eager':
+                raise
+    return min(trials, key=trials.get), trials
 
 
 def tokens_of(rows, length):
     return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def our_loss(model):
-    """-> function (x, y, tokens in the update): train.py's loss with the default weights of the auxiliary ones."""
-    balance, z = LOSS_WEIGHTS['softmax']
+# ---------------------------------------------------------------------------------------------------------------------
+# --task=train
 
-    def loss(x, y, total):
-        with autocast:
-            o = model(x, y)
-        return o.nll / total + (balance * o.balance_loss + z * o.z_loss) * (x.numel() / total)
-    return loss
-
-
-def peer_loss(model):
-    def loss(x, y, total):
-        with autocast:
-            return model(input_ids=x, labels=x, use_cache=False).loss * (x.numel() / total)
-    return loss
+def training_sides():
+    sides = []
+    for attn, library, n_expert in itertools.product(variants, libraries, experts):
+        row = {'variant': attn, 'library': library, 'experts': n_expert}
+        model = build(row, contexts[-1])                        # one for all dtypes: weights are float32
+        for name, context, micro, form in itertools.product(dtypes, contexts, micro_batch_sizes, forms(library)):
+            row = row | {'dtype': name, 'context': context, 'micro_batch_size': micro, 'plain': form, 'seconds': {},
+                         'params_total': sum(p.numel() for p in model.parameters())}
+            row['flops_per_token'] = outline(row, context).flops_per_token()
+            sides.append((row, training_turn(model, row)))
+    return sides
 
 
-def backward(loss, x, micro):
-    """Forward and backward over x (rows, T), `micro` rows at once; the targets are tokens, as random as x."""
-    for i in range(0, len(x), micro):
-        loss(x[i:i + micro], x.flip(1)[i:i + micro], x.numel()).backward()
+def training_turn(model, row):
+    """-> turn(). Before it: where the time goes in ours, which experts implementation is the peer's fastest."""
+    update, opt = update_of(model, row), optimizer_of(model)
+    use_kernels(row)
+    if row['library'] == 'ours':
+        eager = update_of(model, row, compile=False)
+        eager(opt)
+        row['parts'] = parts_of(model, lambda: eager(opt))
+    else:
+        tokens = row['micro_batch_size'] * contexts[0]
+        row['experts_implementation'], row['trials'] = fastest_experts(model, lambda: update(opt), tokens)
+    del opt
+
+    def turn():
+        if row['library'] != 'ours':
+            model.set_experts_implementation(row['experts_implementation'])
+        opt = optimizer_of(model)       # with new moments: those of all sides at once would fill the memory
+        if cuda:
+            update(opt)                 # there the first step makes them
+        return {'update': timed(lambda: update(opt))}
+    return turn
 
 
-def adamw(model):
+def optimizer_of(model):
     """AdamW as train.py has it; the peer's parameters too are matrices that decay and vectors that don't."""
     return configure_optimizers(model, 1e-4)[0]
 
 
-def update_of(model, loss, lap=lambda part: None):
-    """-> function that does one whole update as train.py does: micro-batches forward and backward, clip, optimizer."""
-    opt, x = adamw(model), tokens_of(batch_size, block_size)
+def update_of(model, row, compile=compile):
+    """-> update(opt): a whole update as train.py does it; micro-batches forward and backward, clip, optimizer."""
+    run, (balance, z) = torch.compile(model) if compile else model, LOSS_WEIGHTS['softmax']
+    x = tokens_of(tokens_in_update // row['context'], row['context'] + 1)
+    micro = max(1, row['micro_batch_size'] * contexts[0] // row['context'])
+    model.train()
 
-    def update():
-        backward(loss, x, micro_batch_size)
-        lap('rest')
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
-        lap('optimizer')
+    def update(opt):
+        for rows in x.split(micro):
+            tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+            with torch.autocast(device.type, torch.bfloat16, enabled=row['dtype'] == 'bfloat16'):
+                if row['library'] == 'ours':
+                    o = run(tokens, targets)
+                    loss = o.nll / targets.numel() + balance * o.balance_loss + z * o.z_loss
+                else:
+                    loss = run(input_ids=tokens, labels=tokens, use_cache=False).loss
+            (loss * (len(rows) / len(x))).backward()
+        with record_function('part: optimizer'):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+            opt.zero_grad()
     return update
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# --task=train
+def parts_of(model, work):
+    """Where the time of work() goes, by torch's profiler -> {part: share}: of the CPU's, or on a GPU of its kernels'.
 
-def attention_kernels(work):
-    """Names of the attention kernels (on a CPU: operators) that work() runs forward, by torch's profiler."""
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
-    with torch.profiler.profile(activities=activities, acc_events=True) as profile:     # else 2.11 warns
-        work()
-        synchronize()
-    pattern = r'aten::_scaled_dot_product_\w+' + r'|[\w:]*(flash|fmha|sdpa)[\w:]*' * cuda
-    found = {m.group()[:80] for event in profile.key_averages() if (m := re.search(pattern, event.key))}
-    return sorted(name for name in found if not re.search('backward|bwd|bprop|cutlassB', name))
+    An operator belongs to the module in whose forward it runs, and what runs in the backward to the module of the
+    operator whose gradient it is: autograd gives both the same sequence number.
+    """
+    scopes, hooks, backward = [], [], 'autograd::engine::evaluate_function'
+    for name, module in model.named_modules():
+        if name.count('.') <= 2:                                # the model itself, its blocks, their halves
+            last = name.split('.')[-1]
+            part = 'norms' if 'norm' in last else 'residual' if last.isdecimal() else last or 'head and loss'
+            enter = lambda *_, part=part: scopes.append(record_function(f'part: {part}').__enter__())
+            leave = lambda *_: scopes.pop().__exit__(None, None, None)
+            hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with profile(activities=kinds, acc_events=True) as profiled, record_function('part: rest'):     # else 2.11 warns
+        timed(work)
+    for hook in hooks:
+        hook.remove()
+    part_of, shares = {}, Counter()
+    for event in sorted(profiled.events(), key=lambda event: event.time_range.start):
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            above = event
+            while above and not above.name.startswith(('part: ', backward)):
+                above = above.cpu_parent
+            if above and above.name.startswith(backward):
+                part = part_of.get(above.sequence_nr, 'gradients')          # of no operator: they are added up
+            else:
+                part = above.name.removeprefix('part: ') if above else 'rest'
+                if event.sequence_nr >= 0:
+                    part_of[event.sequence_nr] = part           # of several with one number the last has the gradient
+            shares[part] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    return {part: share / shares.total() for part, share in shares.most_common()}
 
 
-def task_memory():
-    """The process behind peak_memory(): one side alone, a few updates, one line of JSON."""
-    before, model = resident_gb('VmRSS'), build(variants[0])
-    if transformers:
-        model = build_peer(model.config).to(device)
-        model.set_experts_implementation(peer_experts)
-    update = update_of(model.train(), (peer_loss if transformers else our_loss)(compiled(model)))
-    for _ in range(memory_steps):
-        update()
-    print(json.dumps({'peak_gb': resident_gb(), 'before_model_gb': before}))
-
-
-def peak_memory(attn, experts_implementation):
-    """Peak resident memory of a fresh process that runs one side alone -> what task_memory prints, or None."""
-    if not memory_steps:
-        return None
-    library = 'transformers' if experts_implementation else 'none'
-    knobs = config | {'task': 'memory', 'variants': [attn], 'quick': False, 'peer': library,
-                      'peer_experts': experts_implementation or 'auto'}
-    flags = [f'--{k}={as_text(v)}' for k, v in knobs.items()]
-    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ['killed'])[-1]
-        print(f'peak memory of {attn} is missing: {reason}', file=sys.stderr)
-        return None
-    return json.loads(done.stdout.splitlines()[-1])
+def peak_memory(row):
+    """Peak memory in GB, before the model and after a few updates of one side: called in a process of its own."""
+    before, model = peak_memory_gb(device), build(row, row['context'])
+    if row['library'] != 'ours':
+        model.set_experts_implementation(row['experts_implementation'])
+    use_kernels(row)
+    update, opt = update_of(model, row), optimizer_of(model)
+    for _ in range(memory_updates):
+        update(opt)
+    return {'before_gb': before, 'peak_gb': peak_memory_gb(device)}
 
 
 def task_train():
-    sides, updates, rows = {'machine': yardstick()}, {}, {}
-    for attn in variants:
-        for library in ['ours'] + ['transformers'] * bool(transformers):
-            gc.collect()
-            before = torch.cuda.memory_allocated() if cuda else 0
-            row = rows[f'{attn} {library}'] = {'variant': attn, 'library': library}
-            if library == 'ours':
-                model = build(attn).train()
-                facts, sizes_of_ours = {'flops_per_token': model.flops_per_token()}, model.config
-                row |= facts | {'experts_implementation': None}
-                update = update_of(model, our_loss(compiled(model)))
-            else:
-                model = build_peer(sizes_of_ours).to(device).train()
-                update = update_of(model, peer_loss(compiled(model)))
-                best, trials = fastest(model, update, micro_batch_size * block_size)
-                row |= facts | {'experts_implementation': best, 'trials': trials}
-            row['params_total'] = sum(p.numel() for p in model.parameters())
-            if cuda and memory_steps:                           # what this side adds to what the others keep there
-                torch.cuda.reset_peak_memory_stats()
-                for _ in range(memory_steps):
-                    update()
-                row['peak_memory'] = {'peak_gb': (torch.cuda.max_memory_allocated() - before) / 1e9}
-            updates[f'{attn} {library}'] = update
-            sides[f'{attn} {library}'] = lambda update=update: {'update': timed(update)}
-    timings = interleave(sides, {})
-    for side, row in rows.items():
-        row['attention_kernels'] = attention_kernels(updates[side])
-    del model, update
-    sides.clear(), updates.clear(), gc.collect()                # the processes below need the memory
-
-    tokens, speed = batch_size * block_size, machine_rates(timings['machine'])
-    seconds = {side: measures.get('update') for side, measures in timings.items()}
-    for side, row in rows.items():
-        attn, ours = row['variant'], row['library'] == 'ours'
-        if not cuda:
-            row['peak_memory'] = peak_memory(attn, row['experts_implementation'])
-        row |= {'ms': summary(seconds[side], 1e3), 'tokens_per_second': rate(tokens, seconds[side]),
-                'speed_to_first': ratio(seconds[side], seconds[f'{variants[0]} ours']),
-                'speed_to_peer': ratio(seconds[side], seconds.get(f'{attn} transformers')) if ours else None}
-        row['of_matrix_rate'] = (row['tokens_per_second']['median'] * row['flops_per_token']
-                                 / speed['matmul_flops']['median'])
-    gb = lambda row: f'{row["peak_memory"]["peak_gb"]:.2f}' if row.get('peak_memory') else '-'
-    text = table(['variant', 'library', 'tokens/s', 'ms', 'MFLOPs/token', 'of matrix rate', 'peak GB', 'parameters',
-                  f'speed to {variants[0]}', 'to transformers'],
-                 [[r['variant'], library_of(r), show(r['tokens_per_second']), show(r['ms'], '.1f'),
-                   f'{r["flops_per_token"] / 1e6:.1f}', f'{r["of_matrix_rate"]:.1%}', gb(r),
-                   f'{r["params_total"] / 1e6:.1f}M', show(r['speed_to_first'], '.2f'), show(r['speed_to_peer'], '.2f')]
-                  for r in rows.values()])
-    notes = [f'An update is {batch_size} x {block_size} tokens in micro-batches of {micro_batch_size}: forward, loss, '
-             'backward, clip, fused AdamW.',
-             'Model FLOPs: LanguageModel.flops_per_token, 6 per active parameter, and attention as if nothing were '
-             'masked.']
-    notes += ['Peak memory: ' + ('device memory above what the other sides keep there.' if cuda else
-                                f'resident peak (VmHWM) of a fresh process that does {memory_steps} updates of this '
-                                'side alone, Python included.')] * bool(memory_steps)
-    notes += [PEER_NOTE + ' The loss is its own.'] * bool(transformers)
-    notes += [f'{side} attends by {", ".join(row["attention_kernels"])}' for side, row in rows.items()]
-    return {'machine': speed, 'rows': list(rows.values()), 'timings': timings}, text, notes, None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# --task=parts
-
-def flops_of_parts(model):
-    """model.flops_per_token() part by part."""
-    n, pairs = model.parameter_counts(), sum(sum(layer.attn.score_and_value_width()) for layer in model.layers)
-    flops = {'attention': 6 * n['params_attention'] + 6 * block_size * pairs, 'router': 6 * n['params_router'],
-             'experts': 6 * n['params_experts'] * model.config.top_k // model.config.n_expert, 'head': 6 * n['params_embedding'],
-             'rest': 6 * n['params_norm']}
-    assert sum(flops.values()) == model.flops_per_token()
-    return dict.fromkeys(PARTS, 0) | flops
-
-
-def task_parts():
-    watch, models = Stopwatch(cuda), {attn: build(attn).train() for attn in variants}
-    sides = {'machine': yardstick()}
-    for attn, model in models.items():
-        update = update_of(model, our_loss(model), watch.lap)
-        sides[f'{attn} whole'] = lambda update=update: {'update': timed(update)}
-        sides[f'{attn} parts'] = lambda update=update, model=model: watch.time(update, model)
-    timings = interleave(sides, {})
-
-    rows, lines, speed, tokens = [], [], machine_rates(timings['machine']), batch_size * block_size
-    for attn, model in models.items():
-        whole, flops, parts = summary(timings[f'{attn} whole']['update'], 1e3), flops_of_parts(model), []
-        at_matrix_rate = lambda n: 1e3 * tokens * n / speed['matmul_flops']['median']           # FLOPs per token -> ms
-        for part, seconds in timings[f'{attn} parts'].items():
-            ms, ideal = summary(seconds, 1e3), at_matrix_rate(flops[part])
-            parts.append({'part': part, 'ms': ms, 'share': ms['median'] / whole['median'],
-                          'flops_per_token': flops[part], 'ms_at_matrix_rate': ideal,
-                          'share_lost': (ms['median'] - ideal) / whole['median']})
-        total, share = sum(p['ms']['median'] for p in parts), {p['part']: p['share'] for p in parts}
-        left, ideal = whole['median'] - total, at_matrix_rate(model.flops_per_token())
-        rows.append({'variant': attn, 'whole_ms': whole, 'parts': parts, 'parts_ms': total, 'remainder_ms': left,
-                     'routing_share': share['router'] + share['dispatch'], 'flops_per_token': model.flops_per_token(),
-                     'of_matrix_rate': ideal / whole['median']})
-        lines += [[attn, p['part'], show(p['ms'], '.1f'), f'{p["share"]:.1%}', f'{p["ms_at_matrix_rate"]:.1f}',
-                   f'{p["share_lost"]:.1%}'] for p in parts]
-        lines += [[attn, 'remainder', f'{left:.1f}', f'{left / whole["median"]:.1%}', '', ''],
-                  [attn, 'the whole', show(whole, '.1f'), '100%', f'{ideal:.1f}', f'{1 - ideal / whole["median"]:.1%}']]
-    text = table(['variant', 'part', 'ms', 'of the whole', 'ms at matrix rate', 'lost'], lines)
-    notes = [f'{r["variant"]}: routing (router + dispatch, all of the MoE layer but its products) is '
-             f'{r["routing_share"]:.1%} of an update, which runs at {r["of_matrix_rate"]:.1%} of the matrix rate.'
-             for r in rows]
-    notes += ['Parts are timed inside real updates, at their borders, forward and backward. The whole is an update '
-              'without marks in the same rounds; the remainder is what marks cost or noise moved.'
-              + ' Not compiled.' * compile,
-              'head: with the loss. optimizer: with clipping. dispatch: sort, gather, sum. rest: embedding, '
-              'norms, residuals. lost: time above that of the part\'s model FLOPs at the matrix rate, of the whole.']
-    return {'machine': speed, 'rows': rows, 'timings': timings}, text, notes, None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# --task=scaling
-
-def training_side(model, x, micro, with_optimizer):
-    """-> a side: forward and backward over x; apart from it clip and optimizer, which work on all parameters."""
-    loss = our_loss(compiled(model))
-
-    def finish(opt):
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-
-    def side():
-        seconds = {'forward_backward': timed(lambda: backward(loss, x, micro))}
-        if with_optimizer:
-            opt = adamw(model)                                  # moments of all sides at once would fill the memory
-            finish(opt)
-            seconds['optimizer'] = timed(lambda: finish(opt))
-        model.zero_grad()
-        return seconds
-    return side
-
-
-def task_scaling():
-    machine, rows, sides, tokens = yardstick(), [], {}, tokens_of_scaling
-
-    def add(kind, model, n, x, micro):
-        side = f'experts {n}' if kind == 'experts' else f'{model.config.attn} context {n}'
-        sides[side] = training_side(model, x, micro, with_optimizer=kind == 'experts')
-        rows.append({'kind': kind, 'variant': model.config.attn, 'n': n, 'tokens': x.numel(), 'side': side,
-                     'flops_per_token': model.flops_per_token(),
-                     'params_total': model.parameter_counts()['params_total']})
-
-    for n in experts:
-        add('experts', build(variants[0], n_expert=n).train(), n, tokens_of(batch_size, block_size), micro_batch_size)
-    timings = interleave({'machine': machine, **sides}, {})
-    sides.clear()
-    for attn in variants:
-        model = build(attn, block_size=contexts[-1]).train()    # one for all contexts: its weights are the same
-        for n in contexts:
-            model.config = replace(model.config, block_size=n)  # for flops_per_token
-            add('context', model, n, tokens_of(tokens // n, n), tokens // n)
-    interleave({'machine': machine, **sides}, timings)
-
+    machine, rows = take_turns(training_sides())
+    compare(rows, 'update')
     for row in rows:
-        first = next(r for r in rows if (r['kind'], r['variant']) == (row['kind'], row['variant']))
-        seconds = timings[row['side']]
-        row |= {'tokens_per_second': rate(row['tokens'], seconds['forward_backward']),
-                'ms': summary(seconds['forward_backward'], 1e3),
-                'optimizer_ms': summary(seconds['optimizer'], 1e3) if 'optimizer' in seconds else None,
-                'speed_to_first': ratio(seconds['forward_backward'], timings[first['side']]['forward_backward']),
-                'speed_to_first_by_flops': first['flops_per_token'] / row['flops_per_token']}
-    cells = lambda r: [r['n'], r['variant'], show(r['tokens_per_second']), show(r['speed_to_first'], '.3f'),
-                       f'{r["speed_to_first_by_flops"]:.3f}']
-    head = ['variant', 'tokens/s', 'speed to the first', 'by FLOPs']
-    text = table(['experts', *head, 'parameters', 'clip + optimizer ms'],
-                 [cells(r) + [f'{r["params_total"] / 1e6:.1f}M', show(r['optimizer_ms'], '.1f')]
-                  for r in rows if r['kind'] == 'experts'])
-    text += '\n\n' + table(['context', *head], [cells(r) for r in rows if r['kind'] == 'context'])
-    notes = [f'tokens/s: forward and backward, of {batch_size * block_size} tokens in the first table, of {tokens} at '
-             'each context in the second. The optimizer\'s work grows with all parameters, whatever the tokens: it '
-             'stands apart.',
-             'by FLOPs: the quotient of the model FLOPs per token, attention\'s own share. In the first table it is '
-             'below 1 because a router has a row for each expert.']
-
-    def curve(kind, attn):
-        return [(r['n'], r['tokens_per_second']) for r in rows if (r['kind'], r['variant']) == (kind, attn)]
-
-    first = [r for r in rows if (r['kind'], r['variant']) == ('context', variants[0])]
-    expected = [(r['n'], flat(r['speed_to_first_by_flops'] * first[0]['tokens_per_second']['median'])) for r in first]
-    figure = [('experts', 'tokens/s', {variants[0]: curve('experts', variants[0])}),
-              ('context', 'tokens/s', {attn: curve('context', attn) for attn in variants}
-               | {f'{variants[0]} by FLOPs': expected})]
-    return {'machine': machine_rates(timings['machine']), 'rows': rows, 'timings': timings}, text, notes, figure
+        row |= {'ms': spread(1e3 * s for s in row['seconds']['update']), 'peak_memory': None,
+                'tokens_per_second': rate(tokens_in_update, row['seconds']['update'])}
+        row['of_matrix_rate'] = (row['tokens_per_second']['median'] * row['flops_per_token']
+                                 / machine[f'flops_{row["dtype"]}']['median'])
+        try:
+            if memory_updates:
+                progress(f'peak memory of {label(row)}')
+                with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+                    row['peak_memory'] = pool.submit(peak_memory, row).result()
+        except Exception as error:                              # killed for it, say
+            print(f'peak memory of {label(row)} is missing: {error}', file=sys.stderr)
+    text = table(rows, {
+        'tokens/s': lambda r: show(r['tokens_per_second']), 'ms': lambda r: show(r['ms'], '.1f'),
+        'MFLOPs/token': lambda r: f'{r["flops_per_token"] / 1e6:.1f}',
+        'of matrix rate': lambda r: f'{r["of_matrix_rate"]:.1%}',
+        'peak GB': lambda r: f'{r["peak_memory"]["peak_gb"]:.2f}' if r['peak_memory'] else '-',
+        **speeds(rows, 'update')})
+    ours = [r for r in rows if r['library'] == 'ours']
+    parts = dict.fromkeys(part for r in ours for part in r['parts'])
+    text += '\n\n' + table(ours, {part: lambda r, part=part: f'{r["parts"].get(part, 0):.1%}' for part in parts})
+    return machine, rows, text, [
+        f'An update is {tokens_in_update} random tokens: forward, loss, backward, clip, fused AdamW. In bfloat16 are the '
+        'products, by autocast; weights, moments and gradients are float32.',
+        "of matrix rate: model FLOPs (LanguageModel.flops_per_token) at the machine's own product in the same dtype.",
+        'peak GB: of a process that does a few updates of one side alone; on a CPU with Python and all it loads.',
+        "Second table: shares of an update under torch's profiler, not compiled, by the module in which an operator or "
+        'what it is the gradient of runs; optimizer: with clipping; gradients: adding them up.']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # --task=decode
 
-def chunks(prompt):
-    return [slice(i, min(i + prefill_chunk, prompt)) for i in range(0, prompt, prefill_chunk)]
+def decoding_sides():
+    sides, size = [], prompts[-1] + new_tokens
+    for attn, library, name in itertools.product(variants, libraries, dtypes):
+        row, kind = {'variant': attn, 'library': library, 'dtype': name}, getattr(torch, name)
+        model, plan = build(row, size).eval(), outline(row, size)
+        model = model.for_decoding(kind) if library == 'ours' else model.to(kind)
+        latent = library == 'ours' and hasattr(model.layers[0].attn, 'decode_mode')
+        modes = ['absorb', 'expand'] if latent else ['decode']
+        for prompt, batch, mode, form in itertools.product(prompts, batch_sizes, modes, forms(library)):
+            # What a step must read: the cache, and once for the batch the weights in use. If all experts are equally
+            # likely, 1 - (1 - k/E)^batch of them are in use
+            n, cache = plan.parameter_counts(), plan.cache_bytes_per_token(kind) * batch * (prompt + new_tokens / 2)
+            weights = n['params_total'] - n['params_experts'] * (1 - top_k / experts[0]) ** batch
+            row = row | {'prompt': prompt, 'batch_size': batch, 'mode': mode, 'plain': form, 'seconds': {},
+                         'least_bytes': weights * kind.itemsize + cache}
+            sides.append((row, decoding_turn(model, tokens_of(batch, prompt + new_tokens), row)))
+    return sides
 
 
-def our_decoding(model, trunk, tokens, prompt):
-    """-> a side: the prompt, then the same new tokens in each way its attention can decode; facts about its run."""
-    latent = isinstance(model.layers[0].attn, attention.LatentAttention)
-    facts, new = {}, range(prompt, prompt + new_tokens)
+@torch.no_grad()
+def decoding_turn(model, tokens, row):
+    """-> turn(): the prompt at once, in latent attention in the cheaper way, then the new tokens, in the row's mode.
+
+    In transformers: a DynamicCache and one forward a token, no generate() around it.
+    """
+    (batch, size), prompt, ours = tokens.shape, row['prompt'], row['library'] == 'ours'
 
     def choose(way):
-        for layer in model.layers:
-            layer.attn.decode_mode = way                             # means nothing to multi-head attention
+        for layer in model.layers if ours else ():
+            layer.attn.decode_mode = way                        # means nothing to multi-head attention
+        if not ours:
+            model.set_experts_implementation(way)
 
-    def side():
-        cache = model.new_cache(len(tokens), prompt + new_tokens)
-        facts['bytes'] = cache.bytes()
-        choose('auto')
-        seconds = {'prefill': timed(lambda: [model.decode(tokens[:, s], cache) for s in chunks(prompt)])}
-        cache.static = trunk is not None                        # a compiled trunk wants shapes that stay
-        for way in ('absorb', 'expand') if latent else ('decode',):
-            choose(way)
-            cache.filled = prompt
-            seconds[way] = timed(lambda: [model.decode(tokens[:, i:i + 1], cache, trunk) for i in new])
-        choose('auto')
-        return seconds
-    return side, facts
+    def new_cache():
+        if ours:
+            return model.new_cache(batch, size)
+        import transformers
+        return transformers.DynamicCache(config=model.config)
 
-
-def least_bytes(model, batch, cached):
-    """What one step of decoding must read: every weight that a token uses, once for the batch, and the cache.
-
-    Of the experts those that are visited, if all are equally likely: of E a share of 1 - (1 - k/E)^batch.
-    """
-    n, kind = model.parameter_counts(), getattr(torch, dtype)
-    weights = n['params_total'] - n['params_experts'] * (1 - model.config.top_k / model.config.n_expert) ** batch
-    return weights * kind.itemsize + batch * cached * model.cache_bytes_per_token(kind)
-
-
-def peer_decoding(model, tokens, prompt):
-    """The same of a transformers model: its DynamicCache and one forward a token, no generate() around it."""
-    state, facts = {}, {}
-
-    def step(s):
-        model(input_ids=tokens[:, s], past_key_values=state['cache'], use_cache=True, logits_to_keep=1)
-
-    def prefill():
-        state['cache'] = transformers.DynamicCache(config=model.config)
-        for s in chunks(prompt):
-            step(s)
-
-    def decode(count=new_tokens):
-        for i in range(prompt, prompt + count):
-            step(slice(i, i + 1))
+    def step(cache, start, end):
+        if ours:
+            model.decode(tokens[:, start:end], cache)
+        else:
+            model(input_ids=tokens[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     @torch.no_grad()
-    def side():
-        model.set_experts_implementation(facts['prefill_experts'])
-        seconds = {'prefill': timed(prefill)}
-        model.set_experts_implementation(facts['experts'])
-        seconds['decode'] = timed(decode)
-        kept = [t for layer in state['cache'].layers for t in (layer.keys, layer.values)]
-        facts['bytes'] = sum(t.numel() * t.element_size() for t in kept)
-        state.clear()
+    def turn():
+        cache = new_cache()
+        choose('auto' if ours else row['prefill_implementation'])
+        seconds = {'prefill': timed(lambda: step(cache, 0, prompt))}
+        choose(row['mode'] if ours else row['experts_implementation'])
+        seconds['decode'] = timed(lambda: [step(cache, i, i + 1) for i in range(prompt, size)])
+        kept = [t for layer in cache.layers for t in (layer.tensors if ours else (layer.keys, layer.values))]
+        row['cache_bytes'] = sum(t.numel() * t.element_size() for t in kept)
         return seconds
 
-    with torch.no_grad():
-        at_once = len(tokens) * min(prompt, prefill_chunk)
-        facts['prefill_experts'], prefill_trials = fastest(model, prefill, at_once)
-        facts['experts'], decode_trials = fastest(model, lambda: decode(min(8, new_tokens)), len(tokens))
-    facts['trials'] = {'prefill': prefill_trials, 'decode': decode_trials}
-    return side, facts
+    if not ours:
+        cache, some = new_cache(), range(prompt, min(size, prompt + 8))
+        row['prefill_implementation'], row['prefill_trials'] = fastest_experts(
+            model, lambda: step(new_cache(), 0, prompt), batch * prompt)
+        step(cache, 0, prompt)
+        row['experts_implementation'], row['trials'] = fastest_experts(
+            model, lambda: [step(cache, i, i + 1) for i in some], batch)
+    return turn
 
 
 def task_decode():
-    size = prompts[-1] + new_tokens
-    ours = {attn: build(attn, block_size=size).narrow(getattr(torch, dtype)).eval() for attn in variants}
-    theirs = {attn: build_peer(model.config).to(device, getattr(torch, dtype)).eval()
-              for attn, model in ours.items() if transformers}
-    trunks = {attn: torch.compile(model.trunk) if compile else None for attn, model in ours.items()}
-    machine, timings, rows = yardstick(), {}, []
-    for prompt, batch in ((p, b) for p in prompts for b in batch_sizes):
-        tokens, sides, facts = tokens_of(batch, prompt + new_tokens), {'machine': machine}, {}
-        for attn in variants:
-            side = f'{attn} ours batch {batch} prompt {prompt}'
-            sides[side], facts[side] = our_decoding(ours[attn], trunks[attn], tokens, prompt)
-            if transformers:
-                side = side.replace('ours', 'transformers')
-                sides[side], facts[side] = peer_decoding(theirs[attn], tokens, prompt)
-        interleave(sides, timings)
-        for side, fact in facts.items():
-            attn, library, *_ = side.split()
-            seconds, least = timings[side], least_bytes(ours[attn], batch, prompt + new_tokens / 2)
-            other = timings.get(side.replace('ours', 'transformers'), {}) if library == 'ours' else {}
-            for mode in sorted(seconds.keys() - {'prefill'}):
-                rows.append({
-                    'variant': attn, 'library': library, 'mode': mode, 'batch_size': batch, 'prompt': prompt,
-                    'side': side, 'experts_implementation': fact.get('experts'),
-                    'prefill_experts_implementation': fact.get('prefill_experts'), 'trials': fact.get('trials'),
-                    'prefill_tokens_per_second': rate(batch * prompt, seconds['prefill']),
-                    'decode_tokens_per_second': rate(batch * new_tokens, seconds[mode]),
-                    'ms_per_token': summary(seconds[mode], 1e3 / new_tokens),
-                    'least_bytes': least, 'cache_bytes': fact['bytes'],
-                    'cache_bytes_per_token': fact['bytes'] / (batch * (prompt + new_tokens)),
-                    'prefill_speed_to_peer': ratio(seconds['prefill'], other.get('prefill')),
-                    'decode_speed_to_peer': ratio(seconds[mode], other.get('decode')),
-                    'absorb_speed_to_expand': ratio(seconds[mode], seconds['expand'] if mode == 'absorb' else None)})
-        print(f'prompt {prompt}, batch {batch}: done', file=sys.stderr, flush=True)
-
-    speed = machine_rates(timings['machine'])
-    text = table(['prompt', 'batch', 'variant', 'library', 'mode', 'prefill tokens/s', 'to transformers',
-                  'decode tokens/s', 'ms/token', 'least ms', 'absorb to expand', 'to transformers', 'cache B/token', 'cache MB'],
-                 [[r['prompt'], r['batch_size'], r['variant'], library_of(r), r['mode'],
-                   show(r['prefill_tokens_per_second']), show(r['prefill_speed_to_peer'], '.2f'),
-                   show(r['decode_tokens_per_second'], ',.1f'), show(r['ms_per_token'], '.2f'),
-                   f'{1e3 * r["least_bytes"] / speed["bytes_read"]["median"]:.2f}',
-                   show(r['absorb_speed_to_expand'], '.2f'), show(r['decode_speed_to_peer'], '.2f'),
-                   f'{r["cache_bytes_per_token"]:,.0f}', f'{r["cache_bytes"] / 1e6:.2f}'] for r in rows])
-    notes = [f'Random tokens: a prompt, {prefill_chunk} at a time, then {new_tokens} one at a time. ms/token: one step '
-             f'of the whole batch. Cache: what is allocated for prompt and new tokens, in {dtype}.',
-             'Latent attention reads the prompt in the cheaper way (auto), then decodes the same tokens absorbed and '
-             'expanded.',
-             'least ms: reading once what a step needs, weights (of the experts those that are visited, if all are '
-             'equally likely) and cache, at the rate at which the machine multiplies a large matrix by a vector.']
-    notes += [PEER_NOTE + ' DynamicCache, one forward a token without generate().'] * bool(transformers)
-    figure = panels_of_decoding(rows) if len(prompts) > 1 else None
-    return {'machine': speed, 'rows': rows, 'timings': timings}, text, notes, figure
-
-
-def panels_of_decoding(rows):
-    """Time and cache against the context, of the smallest batch; variants whose caches are equal share a curve."""
-    times, sizes, caches, batch = {}, {}, {}, min(r['batch_size'] for r in rows)
-    for r in rows:
-        if r['batch_size'] == batch:
-            words = [r['variant']] + [r['mode']] * (r['mode'] != 'decode') + [r['library']] * (r['library'] != 'ours')
-            times.setdefault(' '.join(words), []).append((r['prompt'], r['ms_per_token']))
-            if r['library'] == 'ours' and r['mode'] != 'expand':
-                sizes.setdefault(r['variant'], []).append((r['prompt'], flat(r['cache_bytes'] / 1e6)))
-    for attn, points in sizes.items():
-        same = next((name for name, others in caches.items() if others == points), None)
-        caches[f'{same}, {attn}' if same else attn] = caches.pop(same, points)
-    return [('context', f'ms per token, batch {batch}', times), ('context', f'cache in MB, batch {batch}', caches)]
+    machine, rows = take_turns(decoding_sides())
+    compare(rows, 'prefill')
+    compare(rows, 'decode')
+    for row in rows:
+        seconds, batch = row['seconds'], row['batch_size']
+        row |= {'prefill_tokens_per_second': rate(batch * row['prompt'], seconds['prefill']),
+                'decode_tokens_per_second': rate(batch * new_tokens, seconds['decode']),
+                'ms_per_token': spread(1e3 * s / new_tokens for s in seconds['decode']),
+                'least_ms': 1e3 * row['least_bytes'] / machine['bytes_read']['median'],
+                'cache_bytes_per_token': row['cache_bytes'] / (batch * (row['prompt'] + new_tokens))}
+    text = table(rows, {
+        'prefill tokens/s': lambda r: show(r['prefill_tokens_per_second']),
+        'prefill to its best': lambda r: show(r['prefill_speed'].get('to its best'), '.2f'),
+        'decode tokens/s': lambda r: show(r['decode_tokens_per_second'], ',.1f'),
+        'ms/token': lambda r: show(r['ms_per_token'], '.2f'), 'least ms': lambda r: f'{r["least_ms"]:.2f}',
+        **speeds(rows, 'decode'), 'cache B/token': lambda r: f'{r["cache_bytes_per_token"]:,.0f}',
+        'cache MB': lambda r: f'{r["cache_bytes"] / 1e6:.2f}'})
+    return machine, rows, text, [
+        f'Random tokens: a prompt at once, then {new_tokens} one at a time. ms/token: one step of the whole batch.',
+        'Cache: of prompt and new tokens, in the dtype of the row.',
+        'Latent attention reads the prompt in the cheaper way, then decodes absorbed or expanded.',
+        'least ms: reading once what a step needs, weights (of the experts those that are visited, if all are equally '
+        'likely) and cache, as fast as the machine multiplies a large matrix by a vector.']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Report
 
 def show(s, form=',.0f'):
-    """'median (min-max)' of a summary, rate or ratio; '-' of None."""
-    return '-' if s is None else f'{s.get("median", s.get("of_medians")):{form}} ({s["min"]:{form}}-{s["max"]:{form}})'
+    """'median (min-max)'; '-' of None."""
+    return f'{s["median"]:{form}} ({s["min"]:{form}}-{s["max"]:{form}})' if s else '-'
 
 
-def flat(x):
-    return {'median': x, 'min': x, 'max': x}
+def speeds(rows, measure):
+    names = dict.fromkeys(name for r in rows for name in r[f'{measure}_speed'])
+    return {name: lambda r, name=name: show(r[f'{measure}_speed'].get(name), '.2f') for name in names}
 
 
-def library_of(row):
-    return row['library'] + (f' ({row["experts_implementation"]})' if row['experts_implementation'] else '')
+def table(rows, columns):
+    """Markdown: what tells the sides apart, then the columns, {head: function of a row -> cell}."""
+    apart = [k for k in SIDE if k in SIDE[:3] or len({r.get(k) for r in rows}) > 1]
+    library = lambda r: 'ours' if r['library'] == 'ours' else (
+        f'{peer} ({r["experts_implementation"]})' + ', best' * any(f'best_{m}' in r for m in ('update', 'decode')))
+    return markdown([*apart, *columns], [[library(r) if k == 'library' else r[k] for k in apart]
+                                         + [cell(r) for cell in columns.values()] for r in rows])
 
 
-def table(head, lines):
+def markdown(head, lines):
     return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in [head, ['---'] * len(head), *lines])
 
 
-def draw(path, panels):
-    """Panels (x label, y label, {name: [(x, summary), ...]}) side by side, bars from least to most -> file name
-
-    A curve has the colour of the variant that its name begins with; expanded, expected and the peer's are broken lines.
-    """
-    try:
-        figure, axes = canvas(6.5 * len(panels), 4.5, columns=len(panels))
-    except ImportError:
-        print('bench.py: no figure without matplotlib; pip install matplotlib', file=sys.stderr)
-        return None
-    colours = {}
-    for ax, (xlabel, ylabel, curves) in zip(axes, panels):
-        for name, points in curves.items():
-            x, stats = [p[0] for p in points], [p[1] for p in points]
-            bars = [[s['median'] - s['min'] for s in stats], [s['max'] - s['median'] for s in stats]]
-            style = ':' if 'transformers' in name else '--' if 'expand' in name or 'FLOPs' in name else '-'
-            colour = colours.setdefault(name.replace(',', ' ').split()[0], f'C{len(colours)}')
-            ax.errorbar(x, [s['median'] for s in stats], bars, color=colour, linestyle=style, marker='o', markersize=4,
-                        capsize=3, label=name)
-        ax.set_xscale('log', base=2)
-        ax.set_xticks(x, [str(n) for n in x])
-        ax.set(xlabel=xlabel, ylabel=ylabel)
-        if 'tokens/s' in ylabel:
-            ax.set_ylim(0, None)
-        else:                                                   # costs, of which the small ones matter too
-            ax.set_yscale('log', base=2)
-            ax.yaxis.set_major_formatter('{x:g}')
-        ax.legend(fontsize=7)
-    figure.savefig(path)
-    return path.name
-
-
 def main():
-    started = now()
-    tasks = {'train': task_train, 'parts': task_parts, 'scaling': task_scaling, 'decode': task_decode}
-    content, text, notes, panels = tasks[task]()
-    figure, speed = draw(path.with_suffix('.png'), panels) if panels else None, content['machine']
-    env = environment(device) | {'transformers': transformers and transformers.__version__}
-    content = {'schema': 1, 'task': task, 'started': started, 'finished': now(), 'config': config, 'environment': env,
-               'notes': notes, 'figure': figure, **content}
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1, allow_nan=False) + '\n').encode()))
-    giga = lambda r: show({k: v / 1e9 for k, v in r.items()}, ',.1f')
-    print(f'{text}\n\n{env["device_name"]}, {env["threads"]} threads, torch {env["torch"]}, {dtype}'
-          f'{", compiled" if compile else ""}, {rounds} rounds; its own {matrix_size}^3 matrix product '
-          f'{giga(speed["matmul_flops"])} GFLOP/s, it reads {giga(speed["bytes_read"])} GB/s and copies '
-          f'{giga(speed["copy_bytes_read_and_written"])} GB/s (read and written)\n')
-    print('\n'.join(f'- {note}' for note in notes))
-    print(f'\n{path}' + (f', {path.with_suffix(".png")}' if figure else ''))
+    started, version = now(), None
+    try:
+        for attn, n in itertools.product(variants, experts):    # what cannot be built is told before anything runs
+            config_of({'variant': attn, 'experts': n}, contexts[0])
+        if peer != 'none':
+            import transformers
+            version = transformers.__version__
+    except ValueError as error:
+        fail(error)
+    except ImportError as error:
+        fail(f'--peer={peer}: the package cannot be imported ({error}); pip install {peer}, or --peer=none')
+    machine, rows, text, notes = task_train() if task == 'train' else task_decode()
+    progress()
+    if peer != 'none':
+        notes.append('transformers: DeepseekV3, which routes by sigmoid, for latent attention, Mixtral otherwise, both '
+                     'without auxiliary losses; in brackets the experts implementation, the fastest in a trial of that '
+                     'side. best: the faster of its dtypes.')
+    env = environment(device) | {'transformers': version}
+    giga = lambda name: show({k: v / 1e9 for k, v in machine[name].items()}, ',.1f')
+    text += (f'\n\n{env["device_name"]}, {env["threads"]} threads, torch {env["torch"]}{", compiled" * compile}, '
+             f'{rounds} rounds; its own {matrix_size}^3 matrix product: {giga("flops_float32")} GFLOP/s in float32, '
+             f'{giga("flops_bfloat16")} in bfloat16; it reads {giga("bytes_read")} GB/s\n\n'
+             + '\n'.join(f'- {note}' for note in notes) + '\n')
+    content = {'schema': 2, 'task': task, 'started': started, 'finished': now(), 'config': config, 'environment': env,
+               'notes': notes, 'machine': machine, 'rows': rows}
+    for suffix, whole in {'.json': json.dumps(content, indent=1, allow_nan=False) + '\n', '.md': text}.items():
+        write_atomically(path.with_suffix(suffix), lambda file: file.write(whole.encode()))
+    print(f'{text}\n{path}')
 
 
 if __name__ == '__main__':
-    task_memory() if task == 'memory' else main()
+    main()

@@ -409,7 +409,7 @@ def header(folder, change):
     (lambda f: (f / 'config.json').write_bytes(b'\xff'), ('config.json', 'cannot be read')),
     (lambda f: (f / 'config.json').write_text('[]'), ('config.json', 'no JSON object')),
     (lambda f: (f / 'config.json').unlink(), ('config.json', 'No such file')),
-    (to_pickle, ('pytorch_model.bin is a pickle',))], ids=str)
+    (to_pickle, ('pytorch_model.bin is a pickle',))], ids=lambda value: value.__name__.strip("<>") if callable(value) else str(value))
 def test_a_damaged_folder_is_refused_in_one_line(folder, damage, words):
     damage(folder)
     refused(folder, *words)
