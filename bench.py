@@ -540,8 +540,8 @@ def main():
     machine, rows, text, notes = task_train() if task == 'train' else task_decode()
     progress()
     if peer != 'none':
-        notes.append('transformers: DeepseekV3, which routes by sigmoid, for latent attention, Mixtral otherwise, both '
-                     'without auxiliary losses; in brackets the experts implementation, the fastest in a trial of that '
+        notes.append('transformers: the same network with the same weights, as hf.py writes it (Mistral4 for latent '
+                     'attention, Mixtral otherwise), without auxiliary losses; in brackets the experts implementation, the fastest in a trial of that '
                      'side. best: the faster of its dtypes.')
     env = environment(device) | {'transformers': version}
     giga = lambda name: show({k: v / 1e9 for k, v in machine[name].items()}, ',.1f')

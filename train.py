@@ -49,9 +49,10 @@ bias_update_rate = 0.001        # sigmoid: step of the selection bias after each
 
 # Machine
 device = 'auto'                 # auto: cuda, else mps, else cpu; or one of them by name (cuda:1, ...)
-dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the products; auto: bfloat16 on GPUs that have it,
-                                # else float32
+dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the products; auto: bfloat16 where the processor computes in
+                                # it, on a CPU (AVX512-BF16, AMX) from a width of 256; else float32
 compile: bool | None = None     # torch.compile; none: on GPUs
+plain_kernels = False           # every computation of kernels.py in its plain form: slower; for double backward, for doubt
 shard = False                   # several GPUs: split parameters and optimizer over them (FSDP2); otherwise copies (DDP)
 
 # Folder and log
@@ -160,6 +161,7 @@ block_size, expert_layers = network.block_size, max(0, network.n_layer - network
 # Machine, and `config`: what is used, every none and auto resolved
 
 dtype = choose_dtype(dtype, device, network.n_embd)
+kernels.use('plain' if plain_kernels else 'fast')
 if device.type == 'cpu':
     kernels.keep_freed_memory()
 if device.type == 'cuda' and dtype == 'float32':            # tf32; in bfloat16 runs the router's product stays exact

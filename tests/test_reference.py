@@ -15,7 +15,7 @@ import pytest
 REPOSITORY, CURVE = Path(__file__).resolve().parent.parent, Path(__file__).with_name('reference_curve.json')
 
 
-def losses(attn, folder):
+def losses(attn, folder, *flags):
     """-> the 20 training losses and the last validation loss of config/smoke.py with this attention."""
     rng, texts = random.Random(0), folder / 'texts'
     texts.mkdir()
@@ -23,15 +23,16 @@ def losses(attn, folder):
     for i in range(40):
         (texts / f'{i}.txt').write_text(' '.join(words[int(rng.random() ** 2 * len(words))] for _ in range(600)))
     command = [sys.executable, 'train.py', 'config/smoke.py', f'--attn={attn}', f'--dataset={texts}', f'--data_root={folder}',
-               f'--out_dir={folder / "run"}', '--device=cpu', '--dtype=float32', '--compile=False', '--log_interval=1']
+               f'--out_dir={folder / "run"}', '--device=cpu', '--dtype=float32', '--compile=False', '--log_interval=1', *flags]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
     run = json.loads((folder / 'run' / 'result.json').read_text())
     return [row['train_loss'] for row in run['history']] + [run['final']['val_loss']]
 
 
+@pytest.mark.parametrize('plain', [False, True])
 @pytest.mark.parametrize('attn', ['baseline', 'mla'])
-def test_twenty_updates_give_the_committed_losses(attn, tmp_path):
-    assert losses(attn, tmp_path) == pytest.approx(json.loads(CURVE.read_text())[attn], abs=1e-4)
+def test_twenty_updates_give_the_committed_losses(attn, plain, tmp_path):
+    assert losses(attn, tmp_path, f'--plain_kernels={plain}') == pytest.approx(json.loads(CURVE.read_text())[attn], abs=1e-4)
 
 
 if __name__ == '__main__':
