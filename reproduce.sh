@@ -89,10 +89,10 @@ reap 1
 
 # analyze.py finds what the plan says beside the results, today and whenever the report is made again
 folder=${KEEP:-out/$experiment}
-if [ -n "$search" ]; then
-    options='"--rates=True"'
-else
-    options="\"--margin=$(value margin)\", \"--contrasts=$(value contrasts)\", \"--may_differ=$(value may_differ)\""
-fi
+options=
+for word in margin contrasts may_differ; do
+    [ -z "$(value $word)" ] || options="$options${options:+, }\"--$word=$(value $word)\""
+done
+[ -z "$search" ] || options='"--rates=True"'
 echo "[$options]" > "$folder/options.json"
 "$PYTHON" analyze.py "$folder"

@@ -154,11 +154,9 @@ class RunFolder:
 
     def compare(self, before, config, data, asked, resume):
         """Fails unless what lies in the folder is this run: by its config, and its data by the hashes."""
-        defaults = {name: knob.default for knobs in run_knobs() for name, knob in knobs.items()}
-
         def same(k):
-            if k not in before['config'] and k in defaults:             # a knob that is younger than that run
-                return asked.get(k) == defaults[k]
+            if k not in before['config'] and k in DEFAULTS:             # a knob that is younger than that run
+                return asked.get(k) == DEFAULTS[k]
             if k == 'max_steps' and config[k] > before['config'][k]:    # a run may be given more updates
                 return True
             return before['config'].get(k) == config.get(k)
@@ -252,9 +250,9 @@ def read_weights(path, asked):
             while block := f.read(2**20):
                 digest.update(block)
     network = {}
-    for knob, (_, default, *_) in run_knobs()[0].items():
-        network[knob] = content['model_config'].get(knob, default)
-        if knob != 'vocab_size' and asked[knob] not in (default, network[knob]):
+    for knob in NETWORK:
+        network[knob] = content['model_config'].get(knob, DEFAULTS[knob])
+        if knob != 'vocab_size' and asked[knob] not in (DEFAULTS[knob], network[knob]):
             if not knob.startswith(('rope_', 'block_size')):
                 fail(f'--{knob}={asked[knob]} is not what {path} has: {network[knob]}')
             network[knob] = asked[knob]

@@ -283,17 +283,18 @@ def test_where_a_program_has_no_such_knob_nothing_is_said_of_it(run):
 # ---- what a program says -----------------------------------------------------------------------------------
 
 SPEAK = """
-import sys, configurator
+import os, sys, configurator
 configurator.rewrite('under way')
 configurator.say('one')
 configurator.rewrite('once more')
 configurator.say('two')
-print('went on', file=sys.stderr)
+print('went on', file=sys.stderr, flush=True)
+os._exit(0)                     # whatever is not out by now is lost
 """
 
 
 def test_a_pipe_gets_whole_lines_at_once_and_nothing_of_what_is_rewritten(program):
-    assert start('-c', SPEAK).stdout.decode().splitlines() == ['one', 'two']
+    assert start('-c', SPEAK, env={'PYTHONUNBUFFERED': ''}).stdout.decode().splitlines() == ['one', 'two']
     assert start('-c', SPEAK, env={'RANK': '1'}).stdout == b''                  # the first process speaks
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from configurator import run_knobs
-from conftest import refusal
+from conftest import refusal, result, save
 
-from result import SCHEMA, RunFolder, command_to_go_on, folder_of, read_weights
+from result import SCHEMA, RunFolder, command_to_go_on, disagreements, folder_of, load, read_weights
 
 CONFIG = {'attn': 'lora', 'seed': 0, 'max_steps': 20, 'learning_rate': 0.01, 'micro_batch_size': 4, 'dataset': '/a/x.txt',
           'compile': True, 'eval_interval': 10}
@@ -126,6 +126,12 @@ def test_a_finished_run_is_extended_and_every_extension_is_in_its_config(place, 
     checkpoint, again = opened(path, resume=True, max_steps=50)
     assert checkpoint['step'] == 30 and again['extended_at'] == [20]
     assert opened(path, resume=True, max_steps=90)[1]['extended_at'] == [20, 30]
+
+
+def test_an_extended_run_is_not_compared_with_one_that_had_its_updates_from_the_start(tmp_path):
+    runs = [result('baseline', 0), result('lora', 0, config__extended_at=[20])]
+    found = disagreements(load(save(tmp_path, *runs), 'baseline'), 'baseline')
+    assert len(found) == 1 and 'config.extended_at' in found[0]
 
 
 def test_a_finished_run_whose_checkpoint_has_no_moments_is_not_extended(place, capsys):

@@ -142,7 +142,8 @@ def test_routing_is_float32_under_autocast_and_chooses_as_the_float32_model(rout
     with torch.autocast('cpu', dtype=BF16):
         again = layer.route(x)
         y, _ = layer(x)
-        assert layer.router(x).dtype == BF16                # which is what route() must not do
+        assert layer.router(x).dtype == F32
+        assert torch.nn.functional.linear(x, layer.router.weight).dtype == BF16     # which it must not be
     assert torch.equal(again[0], chosen) and torch.equal(again[1], weights)
     assert again[1].dtype == again[2].z_loss.dtype == again[2].balance_loss.dtype == F32
     full = layer(x)[0].detach()

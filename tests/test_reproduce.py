@@ -97,9 +97,10 @@ def test_a_run_that_diverges_is_named_kept_and_gone_over_and_one_that_fails_stop
 
 
 def test_a_plan_without_arms_or_without_a_file_runs_nothing(place):
-    (place / 'config/empty.plan').write_text('config config/x.py\nexperiment tried\nseeds 0\n')
+    (place / 'config/empty.plan').write_text('config config/x.py\nexperiment tried\nseeds 0\nmargin 0.1\n')
     (place / 'out/tried').mkdir(parents=True)
     assert run(place, PLAN='config/empty.plan')[1] == []
+    assert json.loads((place / 'out/tried/options.json').read_text()) == ['--margin=0.1']
     status, runs, _, err = run(place, PLAN='config/none.plan')
     assert status == 2 and runs == [] and 'no plan config/none.plan' in err
 
@@ -125,5 +126,6 @@ def test_plans_that_are_shipped_name_files_that_exist_and_arms_once():
         names = [row[1] for row in rows if row[0] in ('arm', 'extra')]
         value = {row[0]: row[1:] for row in rows if row[0] not in ('arm', 'extra')}
         assert len(names) == len(set(names)) and (REPOSITORY / value['config'][0]).exists()
-        assert all(name in names for pair in value['contrasts'][0].split(',') for name in pair.split(':'))
+        pairs = value.get('contrasts', [''])[0].split(',')
+        assert all(name in names for pair in pairs if pair for name in pair.split(':'))
     assert plans and isinstance(plans[0], Path)
