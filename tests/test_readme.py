@@ -211,11 +211,11 @@ def fork(tmp_path_factory, corpus, data_root):
     for path in REPOSITORY.glob('*.py'):
         shutil.copy(path, folder)
     shutil.copytree(REPOSITORY / 'config', folder / 'config')
-    knob, row, *_ = re.findall(r'```python\n(.*?)```', section('README.md', 'Add a variant'), re.S)[0].splitlines(True)
-    insert(folder / 'model.py', '    n_kv_head: int | None', knob)
-    insert(folder / 'attention.py', "        'mqa': {", row)
-    insert(folder / 'attention.py', '# Multi-head latent attention\n',
-           re.findall(r'```python\n(.*?)```', section('README.md', 'Add a variant'), re.S)[1] + '\n\n')
+    code = re.search(r'```python\n(.*?)```', section('README.md', 'Add a variant'), re.S)[1]
+    (knob, row), window = code.partition('\n\n')[0].splitlines(), code.partition('\n\n')[2]
+    insert(folder / 'model.py', '    n_kv_head: int | None', f'{knob}\n')
+    insert(folder / 'attention.py', "        'mqa': {", f'{row}\n')
+    insert(folder / 'attention.py', '# Multi-head latent attention\n', f'{window}\n\n')
 
     def run(program, *arguments):
         if program == 'train.py':
