@@ -2,7 +2,7 @@
 
 attention.py, moe.py and model.py are the paper; what knows about processors, memory, strides, or writes a backward by hand
 stands here. Each function has a plain form, a few lines of tensor operations that autograd differentiates: the definition.
-Under it stands the fast form, with what it gains and why (figures: results/notes.md).
+Under it stands the fast form, with what it gains and why (what else was tried: results/README.md).
 
     rms_norm(x, weight, eps)                x / rms(x) * weight
     rotate(x, angles)                       pairs of dims turned by their angles

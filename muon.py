@@ -31,8 +31,7 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, decoupled weight decay. For parameters of two dims, or stacks of such.
 
     Updates are scaled by 0.2 sqrt(max(rows, cols)), which gives their entries the root mean square that AdamW's have
-    (Moonlight, arXiv 2502.16982, eq. 4), so that AdamW's learning rate is where to start. In runs as short as those here
-    four times that rate was best (results/notes.md).
+    (Moonlight, arXiv 2502.16982, eq. 4), so that AdamW's learning rate is where to start.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.1):

@@ -1,32 +1,45 @@
-"""README.md says what is so: its figures stand in committed result files, its commands and its walk-through work."""
+"""The README and results/README.md say what is so: figures stand in committed result files, commands and code work."""
 import functools
 import hashlib
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from attention import variants
-from configurator import read_block
+from configurator import read_block, run_knobs
 from conftest import REPOSITORY, TINY, flags
+from model import LanguageModel, ModelConfig
 from result import read_run
 
-README = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
-PROGRAMS = 'train', 'sample', 'bench', 'data', 'analyze'
+RESULTS = REPOSITORY / 'results'
+PAGES = {page: (REPOSITORY / page).read_text(encoding='utf-8') for page in ('README.md', 'results/README.md', 'tests/README.md')}
+README, TEXT = PAGES['README.md'], '\n'.join(PAGES.values())
+PROGRAMS = 'train', 'sample', 'bench', 'data', 'analyze', 'hf'
 
 
 def blocks(kind):
     """[(argument, text)] of the parts between <!-- kind argument --> and <!-- end -->."""
-    return re.findall(rf'<!-- {kind} (\S+) -->\n(.*?)<!-- end -->', README, re.S)
+    return re.findall(rf'<!-- {kind} (\S+) -->\n(.*?)<!-- end -->', TEXT, re.S)
 
 
 def numbers(text):
     return re.findall(r'\d+(?:[.,]\d+)*', text)
 
+
+def section(page, title):
+    return re.split(r'^#+ ', PAGES[page].split(f'# {title}\n')[1], maxsplit=1, flags=re.M)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
 
 def test_tables_quoted_from_a_report_stand_in_it_line_by_line():
     assert blocks('from')
@@ -36,28 +49,36 @@ def test_tables_quoted_from_a_report_stand_in_it_line_by_line():
         assert lines and all(line in report for line in lines), path
 
 
-def test_every_number_in_a_paragraph_about_results_stands_in_the_report_it_names():
+def test_every_number_in_a_paragraph_about_results_stands_in_the_reports_it_names():
+    """<!-- figures A,B -->: in A or in B."""
     assert blocks('figures')
-    for path, text in blocks('figures'):
-        source = (REPOSITORY / path).read_text(encoding='utf-8')
+    for paths, text in blocks('figures'):
+        source = '\n'.join((REPOSITORY / path).read_text(encoding='utf-8') for path in paths.split(','))
         missing = [n for n in numbers(text) if not re.search(rf'(?<![\d.]){re.escape(n)}(?![\d])', source)]
-        assert not missing, (path, missing)
+        assert not missing, (paths, missing)
 
 
-@pytest.mark.parametrize('folder', [p.parent.name for p in sorted((REPOSITORY / 'results').glob('*/report.md'))])
+@pytest.mark.parametrize('folder', sorted(path.parent.name for path in RESULTS.glob('*/*-s0.json'))
+                         + sorted(path.parent.name for path in RESULTS.glob('*-rates/report.md')))
 def test_a_committed_report_is_what_analyze_makes_of_the_committed_result_files(tmp_path, folder):
-    source = REPOSITORY / 'results' / folder
-    shutil.copytree(source, tmp_path / folder, ignore=shutil.ignore_patterns('*.png', 'report.*'))
-    options = json.loads((source / 'options.json').read_text()) if (source / 'options.json').exists() else []
-    done = subprocess.run([sys.executable, REPOSITORY / 'analyze.py', tmp_path / folder, '--plots=False', *options], capture_output=True)
+    """Without matplotlib, so that the pictures are the committed ones: the report names only those that are there."""
+    hidden = tmp_path / 'hide' / 'matplotlib'
+    hidden.mkdir(parents=True)
+    (hidden / '__init__.py').write_text('raise ImportError("hidden")')
+    shutil.copytree(RESULTS / folder, tmp_path / folder, ignore=shutil.ignore_patterns('report.*'))
+    done = subprocess.run([sys.executable, REPOSITORY / 'analyze.py', tmp_path / folder], capture_output=True,
+                          env={**os.environ, 'PYTHONPATH': str(hidden.parent)})
     assert done.returncode == 0, done.stderr
-    assert done.stdout == (source / 'report.md').read_bytes()
-    assert (tmp_path / folder / 'report.json').read_bytes() == (source / 'report.json').read_bytes()
+    assert done.stdout == (RESULTS / folder / 'report.md').read_bytes()
+    assert (tmp_path / folder / 'report.json').read_bytes() == (RESULTS / folder / 'report.json').read_bytes()
+    assert all((RESULTS / folder / file).exists() for file in re.findall(r'!\[.*\]\((.*)\)', done.stdout.decode()))
 
 
 def test_committed_result_files_are_complete_runs_of_one_clean_commit_each():
     """git_dirty is null where no .git was at hand (GIT_COMMIT named the commit): the hashes of the sources tell as well."""
-    for path in sorted((REPOSITORY / 'results').rglob('*-s*.json')):
+    files = sorted(RESULTS.rglob('*-s*.json'))
+    assert files
+    for path in files:
         run = read_run(str(path))
         here = run['environment']
         assert run['status'] in ('complete', 'diverged') and path.name == f'{run["name"]}-s{run["config"]["seed"]}.json'
@@ -69,7 +90,7 @@ def test_committed_result_files_are_complete_runs_of_one_clean_commit_each():
 @functools.cache
 def sources_of(commit):
     """{file: SHA-256} of the scripts in a commit; None where its history is not at hand (a shallow clone)."""
-    git = lambda *command: subprocess.run(['git', *command], cwd=REPOSITORY, capture_output=True)
+    git = lambda *command: subprocess.run(['git', *command], cwd=REPOSITORY, capture_output=True)       # noqa: E731
     names = git('ls-tree', '--name-only', commit)
     if names.returncode:
         return None
@@ -77,111 +98,179 @@ def sources_of(commit):
     return {name: hashlib.sha256(git('show', f'{commit}:{name}').stdout).hexdigest() for name in scripts}
 
 
+def costs(**knobs):
+    """What the code says: (bytes of cache a token at 2 bytes a number, parameters, active parameters)."""
+    model = LanguageModel(ModelConfig(**knobs), seed=None)
+    counts = model.parameter_counts()
+    return model.cache_bytes_per_token(torch.bfloat16), counts['params_total'], counts['params_active']
+
+
 def test_the_table_of_variants_is_that_of_the_code():
-    C, H = 384, 8
-    rows = {line.split('`')[1]: line for line in README.splitlines() if re.match(r'\| `\w+` \|', line)}
-    for name, row in variants(C, H).items():
-        cell = [int(n) for n in numbers(rows[name].rsplit('|', 2)[1])]
+    rows = {line.split('`')[1]: line.split('|')[3:6] for line in section('README.md', 'The variants').splitlines()
+            if re.match(r'\| `\w+` \|', line)}
+    assert rows.keys() == variants(384, 8).keys()
+    for name, row in variants(384, 8).items():
+        sizes, cached, bytes_cached = ([int(n) for n in numbers(cell)] for cell in rows[name])
         if 'kv_lora_rank' in row:
-            assert cell == [row['kv_lora_rank'], row['qk_rope_head_dim'], row['kv_lora_rank'] + row['qk_rope_head_dim']]
-            heads = [row[k] for k in ('q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim')]
-            assert [int(n) for n in numbers(rows[name].split('|')[3])] == heads
+            knobs = 'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim'
+            assert sizes == [row[knob] for knob in knobs], name
+            kept = [row['kv_lora_rank'], row['qk_rope_head_dim']]
+            assert cached == [*kept, sum(kept)], name
         else:
-            assert cell[-1] == 2 * row['n_kv_head'] * C // H
-            assert [int(n) for n in numbers(rows[name].split('|')[3])] == [8, 48, row['n_kv_head']]
+            assert sizes == [8, 48, row['n_kv_head']] and cached[-1] == 2 * row['n_kv_head'] * 48, name
+        assert bytes_cached == [costs(attn=name)[0]] == [2 * 6 * cached[-1]], name
 
 
-def test_every_file_is_in_the_table_of_files_and_the_other_way_round():
-    named = set(re.findall(r'`(\w+\.py|\w+\.sh|\w+/)`', README.split('## The files')[1].split('## ')[0]))
-    present = {p.name for p in REPOSITORY.iterdir() if p.suffix in ('.py', '.sh')} | {'config/', 'results/', 'tests/'}
-    assert present <= named | {'laptop.py', 'smoke.py', 'gpu.py'} and named - {'laptop.py', 'smoke.py', 'gpu.py'} <= present
+def test_the_table_of_arms_is_that_of_the_plan_and_of_the_code():
+    shape = dict(n_layer=4, n_head=4, n_embd=96, block_size=128, vocab_size=1024)
+    plan = (REPOSITORY / 'config/laptop.plan').read_text()
+    arms = {name: [f.split('=') for f in shlex.split(rest) if '=' in f]
+            for name, rest in re.findall(r'^(?:arm|extra) +(\S+) +([^#\n]*)', plan, re.M)}
+    rows = [[cell.strip(' `') for cell in line.split('|')[1:-1]]
+            for line in section('results/README.md', 'The experiment').splitlines() if line.startswith('| `')]
+    assert [row[0] for row in rows] == list(arms)
+    for name, given, *cells in rows:
+        assert given == ' '.join(f'--{knob.lstrip("-")}={value}' for knob, value in arms[name]), name
+        knobs = {knob.lstrip('-'): value if knob == '--attn' else eval(value) for knob, value in arms[name]}
+        cache, total, active = costs(**{**shape, 'd_ff': 256, **knobs})
+        assert [int(cell.replace(',', '')) for cell in cells] == [cache, total, active], name
 
 
-def test_knobs_and_files_that_the_readme_names_exist():
+# ---------------------------------------------------------------------------------------------------------------------
+# Files, knobs, links, commands
+
+def test_the_files_stand_in_the_order_to_read_them_with_their_lines_within_a_tenth():
+    listed = [(re.findall(r'`(\w+\.(?:py|sh))`', line.split('|')[1]), int(line.split('|')[2]))
+              for line in section('README.md', 'Read the code').splitlines() if line.startswith('| `')]
+    assert sorted(name for names, _ in listed for name in names) == sorted(
+        path.name for path in REPOSITORY.iterdir() if path.suffix in ('.py', '.sh'))
+    for names, said in listed:
+        lines = sum(len((REPOSITORY / name).read_text(encoding='utf-8').splitlines()) for name in names)
+        assert abs(said - lines) <= lines / 10, (names, said, lines)
+    assert len(README.splitlines()) <= 200
+
+
+def test_knobs_that_the_pages_name_exist():
     knobs = {name: set(read_block(REPOSITORY / f'{name}.py')[0]) | {'help'} for name in PROGRAMS}
-    outside = {'nproc_per_node', 'nnodes', 'node_rank', 'master_addr', 'master_port'}            # torchrun's
+    knobs['train'] |= set().union(*run_knobs())
+    outside = {'nproc_per_node', 'window'}                  # torchrun's, and the one that a reader adds
     checked = set()
-    for paragraph in re.split(r'\n\s*\n', README):
-        program = None                                          # named last in this paragraph: the flags are its own
+    for paragraph in re.split(r'\n\s*\n|\n- ', TEXT):
+        program = None                                      # named last in this paragraph: the flags are its own
         for name, knob in re.findall(rf'\b({"|".join(PROGRAMS)})\.py\b|--(\w+)', paragraph):
             program = name or program
             if knob and knob not in outside:
-                assert knob in (knobs[program] if program else set().union(*knobs.values())), (program, knob)
-                checked.add(program)
-    assert checked >= {'train', 'sample', 'bench', 'analyze'}
-    for path in set(re.findall(r'\]\((results/[^)]+)\)', README)):
-        assert (REPOSITORY / path).exists(), path
+                assert any(knob in known for known in knobs.values()), (program, knob)
+                checked.add(knob)
+    assert len(checked) > 20
+    for program, arguments in re.findall(r'python (\w+)\.py ?([^`\n;#]*)', TEXT):
+        for knob in re.findall(r'--(\w+)', arguments):
+            assert knob in knobs[program] | outside, (program, knob)
 
 
-@pytest.fixture
-def fork(tmp_path, corpus, data_root):
-    """A copy of the repository with the README's own code pasted where it says; fork.run('train.py', flag, ...)."""
-    code = re.findall(r'```python\n(.*?)```', README, re.S)
-    assert len(code) == 2 and len(''.join(code).splitlines()) <= 20
-    for path in REPOSITORY.glob('*.py'):
-        shutil.copy(path, tmp_path)
-    insert(tmp_path / 'attention.py', "        'mqa': {", code[1])
-    (tmp_path / 'attention.py').write_text((tmp_path / 'attention.py').read_text() + '\n\n' + code[0])
-
-    def run(program, *arguments):
-        if program == 'train.py':
-            knobs = {**TINY, 'block_size': 128, 'batch_size': 2, 'dataset': corpus, 'data_root': data_root}
-            arguments = *arguments, *flags(**knobs)
-        done = subprocess.run([sys.executable, program, *arguments], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-    return SimpleNamespace(folder=tmp_path, run=run)
+@pytest.mark.parametrize('page', PAGES)
+def test_links_lead_somewhere(page):
+    slug = lambda title: re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-')                       # noqa: E731
+    for target, _, anchor in (link.partition('#') for link in re.findall(r'\]\(\s*([^)\s]+)\)', PAGES[page])):
+        if target.startswith('http'):
+            continue
+        path = (REPOSITORY / page).parent / target if target else REPOSITORY / page
+        path = path / 'README.md' if anchor and path.is_dir() else path
+        assert path.exists(), target
+        if anchor:
+            titles = re.findall(r'^#+ (.*)$', path.read_text(encoding='utf-8'), re.M)
+            assert anchor in map(slug, titles), (target, anchor)
 
 
-def insert(path, before, line):
-    """Put `line` before the one place in a file that begins with `before`."""
-    text = path.read_text()
-    assert text.count(before) == 1, (path.name, before)
-    path.write_text(text.replace(before, line + before))
-
-
-def test_the_walk_through_adds_a_variant_that_trains_causally_within_its_window(fork):
-    fork.run('train.py', '--attn=window', '--out_dir=run')
-    result = json.loads((fork.folder / 'run/result.json').read_text())
-    assert result['model']['attention_class'] == 'SlidingWindowAttention' and result['status'] == 'complete'
-    fork.run('-c', '''
-import torch
-from model import LanguageModel, ModelConfig
-m = LanguageModel(ModelConfig(vocab_size=50, block_size=128, n_layer=1, n_head=2, n_embd=32, d_ff=32, n_expert=2, attn='window')).double()
-x = torch.randint(0, 50, (1, 128)); y = x.clone(); y[0, 20] = (y[0, 20] + 1) % 50
-moved = (m(x) - m(y)).abs().amax(-1)[0] > 1e-12
-assert moved[20:84].all() and not moved[:20].any() and not moved[84:].any(), moved
-cache, parts = m.new_cache(1, 128), []
-for i in range(0, 128, 16):
-    parts.append(m.decode(x[:, i:i + 16], cache, last=False))
-assert torch.allclose(torch.cat(parts, 1), m(x), atol=1e-12)
-''')
-
-
-def test_a_knob_of_its_own_takes_one_line_in_each_of_the_four_places_that_are_named(fork):
-    """Runs of different windows then go through analyze.py as what is compared, not as a disagreement."""
-    insert(fork.folder / 'train.py', 'v_head_dim: int | None = None', 'window: int | None = None    # tokens that a token sees\n')
-    insert(fork.folder / 'model.py', '    v_head_dim: int | None = None', '    window: int | None = None\n')
-    insert(fork.folder / 'attention.py', "            'qk_rope_head_dim': None, 'v_head_dim': None,", "            'window': None,\n")
-    insert(fork.folder / 'result.py', "           'v_head_dim', 'attention_bias'}", "           'window',\n")
-    attention = (fork.folder / 'attention.py').read_text()
-    attention = attention.replace("'class': SlidingWindowAttention, 'n_kv_head'", "'class': SlidingWindowAttention, 'window': 64, 'n_kv_head'")
-    attention = attention.replace('    window = 64\n', '''
-    def __init__(self, config):
-        super().__init__(config)
-        self.window = config.window
-''')
-    (fork.folder / 'attention.py').write_text(attention)
-    for name, *more in (('baseline', '--attn=baseline'), ('wide', '--attn=window'), ('narrow', '--attn=window', '--window=2')):
-        fork.run('train.py', f'--name={name}', f'--out_dir=out/{name}-s0', *more)
-    report = fork.run('analyze.py', 'out', '--plots=False')
-    assert '- wide: not tested (n = 1)' in report and '- narrow: not tested (n = 1)' in report
-    wide, narrow = (json.loads((fork.folder / f'out/{name}-s0/result.json').read_text()) for name in ('wide', 'narrow'))
-    assert wide['config']['window'] == 64 and narrow['config']['window'] == 2
-    assert wide['final']['val_loss'] != narrow['final']['val_loss']
+def test_the_page_about_tests_names_tests_that_exist():
+    named = set(re.findall(r'`(test_\w+\.py)`', PAGES['tests/README.md']))
+    assert len(named) > 5 and all((REPOSITORY / 'tests' / name).exists() for name in named)
 
 
 def test_the_commands_for_a_fresh_machine_are_what_ci_runs():
     command = README.split('<!-- test command -->')[1].split('```')[1].strip()
     assert 'requirements-test.txt' in command and command.endswith('-m pytest -q')
     assert '<!-- test command -->' in (REPOSITORY / '.ci/run').read_text()
+    assert 'train.py --attn=enhanced' in README.split('<!-- train command -->')[1].split('```')[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A forker's walk: the README's code in a copy of the repository
+
+def insert(path, before, text):
+    """Put `text` before the one place in a file that begins with `before`."""
+    content = path.read_text(encoding='utf-8')
+    assert content.count(before) == 1, (path.name, before)
+    path.write_text(content.replace(before, text + before), encoding='utf-8')
+
+
+@pytest.fixture(scope='module')
+def fork(tmp_path_factory, corpus, data_root):
+    """A copy of the repository with the README's variant in it; fork.run('train.py', flag, ...) -> stdout."""
+    folder = tmp_path_factory.mktemp('fork')
+    for path in REPOSITORY.glob('*.py'):
+        shutil.copy(path, folder)
+    shutil.copytree(REPOSITORY / 'config', folder / 'config')
+    code = re.search(r'```python\n(.*?)```', section('README.md', 'Add a variant'), re.S)[1]
+    (knob, row), window = code.partition('\n\n')[0].splitlines(), code.partition('\n\n')[2]
+    insert(folder / 'model.py', '    n_kv_head: int | None', f'{knob}\n')
+    insert(folder / 'attention.py', "        'mqa': {", f'{row}\n')
+    insert(folder / 'attention.py', '# Multi-head latent attention\n', f'{window}\n\n')
+
+    def run(program, *arguments):
+        if program == 'train.py':
+            knobs = {**TINY, 'block_size': 64, 'batch_size': 2, 'dataset': corpus, 'data_root': data_root}
+            given = {argument.partition('=')[0] for argument in arguments}
+            arguments = *arguments, *(flag for flag in flags(**knobs) if flag.partition('=')[0] not in given)
+        done = subprocess.run([sys.executable, program, *arguments], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    return SimpleNamespace(folder=folder, run=run)
+
+
+def test_the_window_is_exactly_what_a_token_sees_in_training_and_from_the_cache(fork):
+    """In float64, with every zero of the initialisation made random: they would hide what attention does."""
+    fork.run('-c', '''
+import torch
+from model import LanguageModel, ModelConfig
+config = ModelConfig(vocab_size=50, block_size=64, n_layer=1, n_head=2, n_embd=32, d_ff=32, n_expert=2, attn='window', window=9)
+m = LanguageModel(config).double()
+torch.manual_seed(0)
+for p in m.parameters():
+    torch.nn.init.normal_(p, std=0.3)
+x = torch.randint(0, 50, (1, 64)); y = x.clone(); y[0, 20] = (y[0, 20] + 1) % 50
+moved = (m(x) - m(y)).abs().amax(-1)[0] > 1e-12
+assert moved[20:29].all() and not moved[:20].any() and not moved[29:].any(), moved
+for static in False, True:
+    cache, parts = m.new_cache(1, 64, static=static), []
+    for i in (0, 20, 21, 22, 40):
+        parts.append(m.decode(x[:, i:{0: 20, 22: 40, 40: 64}.get(i, i + 1)], cache, last=False))
+    assert torch.allclose(torch.cat(parts, 1), m(x), atol=1e-10)
+starts = [0, 5]                                             # the second prompt is shorter: padded on the left
+padded = torch.stack((x[0, :30], torch.cat((x.new_zeros(5), x[0, :25]))))
+cache = m.new_cache(2, 64, starts)
+last = [m.decode(padded, cache), m.decode(x[:, 25:26].expand(2, 1), cache)]
+assert torch.allclose(last[0][1], m(x[:, :25])[0, -1], atol=1e-10) and torch.allclose(last[1][1], m(x[:, :26])[0, -1], atol=1e-10)
+''')
+
+
+def test_a_variant_with_a_knob_of_its_own_gets_a_verdict(fork):
+    for seed in '01':
+        fork.run('train.py', '--attn=baseline', f'--seed={seed}', f'--out_dir=out/baseline-s{seed}')
+        fork.run('train.py', '--attn=window', '--window=2', f'--seed={seed}', f'--out_dir=out/window-s{seed}')
+    fork.run('train.py', '--attn=window', '--name=wide', '--out_dir=out/wide-s0')
+    report = fork.run('analyze.py', 'out', '--plots=False')
+    verdicts = report.split('## Verdicts')[1].split('##')[0]
+    assert re.search(r'^- window: (better|worse|equivalent|undecided)', verdicts, re.M)
+    assert re.search(r'^- wide: not tested \(n = 1\)', verdicts, re.M) and 'window 64' in report and 'window 2' in report
+    narrow, wide = (json.loads((fork.folder / f'out/{name}-s0/result.json').read_text()) for name in ('window', 'wide'))
+    assert narrow['model']['attention_class'] == 'SlidingWindowAttention' and narrow['status'] == 'complete'
+    assert narrow['config']['window'] == 2 and wide['config']['window'] == 64
+    assert narrow['final']['val_loss'] != wide['final']['val_loss']
+    assert '--window=none' in fork.run('train.py', '--help').replace(' ', '')
+
+
+def test_the_lines_for_a_notebook_run(fork):
+    lines = section('README.md', 'Three runs and a table').split('```python\n')[1].split('```')[0]
+    corpus_and_root = "'--max_steps=2', '--dataset=config', '--out_dir=out/notebook'"      # not the standard library: seconds
+    fork.run('-c', lines.replace("'--out_dir=out/notebook'", corpus_and_root) + '\nassert 0 < loss < 10')
