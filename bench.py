@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from configurator import as_text, configure, fail, rewrite, say
+from configurator import as_text, configure, fail, rewrite, run_knobs, say
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is timed
@@ -25,17 +25,9 @@ variants = ['baseline', 'lora', 'enhanced', 'mla']      # attention variants
 dtype: Literal['both', 'float32', 'bfloat16'] = 'both'  # train: of the products alone; decode: of weights and cache
 peer: Literal['auto', 'none', 'transformers'] = 'auto'  # the same models in another library; auto: if it is installed
 plain = ['none']                # functions of kernels.py that run plain, each in a side of its own; each: all in turn
+experts = ['8']                 # experts in each layer; decode takes the first
 rounds = 5                      # timed rounds
 warmup = 2                      # rounds before them that do not count
-
-# Model: Experiment 1
-n_layer = 6                     # blocks
-n_head = 8                      # query heads
-n_embd = 384                    # width
-d_ff = 1536                     # hidden width of one expert
-top_k = 2                       # experts that each token visits
-vocab_size = 4096               # tokens in the vocabulary
-experts = ['8']                 # experts in each layer; decode takes the first
 
 # train
 contexts = ['512']              # tokens in a sequence; every update has batch_size times the first of them
@@ -54,7 +46,9 @@ compile: bool | None = None     # torch.compile in train, of both libraries; non
 matrix_size = 0                 # the machine's matrix product is n x n x n; 0: 2048, on a GPU 8192
 out = ''                        # JSON file, Markdown beside it; empty: out/bench/<task>.json
 # ---------------------------------------------------------------------------------------------------------------------
-config = configure(globals())   # config files, then flags, over the block above; first: a typo is answered at once
+# The network is Experiment 1's: ModelConfig's defaults, each of them a knob here too, but for those that are lists above
+network = {name: knob for name, knob in run_knobs()[0].items() if name not in ('attn', 'n_expert', 'block_size')}
+config = configure(globals(), network)      # first: a typo is answered at once
 
 
 def numbers(knob):
@@ -209,8 +203,8 @@ def compare(rows, measure):
 # The models, ours and the peer's
 
 def config_of(row, block_size):
-    sizes = {k: config[k] for k in ('n_layer', 'n_head', 'n_embd', 'd_ff', 'top_k', 'vocab_size')}
-    return ModelConfig(attn=row['variant'], n_expert=row.get('experts', experts[0]), block_size=block_size, **sizes)
+    return ModelConfig(attn=row['variant'], n_expert=row.get('experts', experts[0]), block_size=block_size,
+                       **{k: config[k] for k in network})
 
 
 def build(row, block_size):
@@ -234,8 +228,8 @@ def fastest_experts(model, work, tokens):
     tokens: how many work() puts through the experts at once; batched_mm gathers the matrices of every copy of them,
     which beyond a GiB is out of the question.
     """
-    trials = {}
-    for name in ['eager', 'grouped_mm'] + ['batched_mm'] * (tokens * top_k * 2 * d_ff * n_embd * 4 < 2 ** 30):
+    trials, matrices = {}, config['top_k'] * 3 * config['d_ff'] * config['n_embd'] * 4
+    for name in ['eager', 'grouped_mm'] + ['batched_mm'] * (tokens * matrices < 2 ** 30):
         try:
             model.set_experts_implementation(name)
             work()
@@ -247,7 +241,7 @@ def fastest_experts(model, work, tokens):
 
 
 def tokens_of(rows, length):
-    return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.randint(config['vocab_size'], (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +290,7 @@ def optimizer_of(model):
 
 def update_of(model, row, compile=compile):
     """-> update(opt): a whole update as train.py does it; micro-batches forward and backward, clip, optimizer."""
-    run, (balance, z) = torch.compile(model) if compile else model, LOSS_WEIGHTS['softmax']
+    run, (balance, z) = torch.compile(model) if compile else model, LOSS_WEIGHTS[config['router']]
     x = tokens_of(tokens_in_update // row['context'], row['context'] + 1)
     micro = max(1, row['micro_batch_size'] * contexts[0] // row['context'])
     model.train()
@@ -414,7 +408,7 @@ def decoding_sides():
             # What a step must read: the cache, and once for the batch the weights in use. If all experts are equally
             # likely, 1 - (1 - k/E)^batch of them are in use
             n, cache = plan.parameter_counts(), plan.cache_bytes_per_token(kind) * batch * (prompt + new_tokens / 2)
-            weights = n['params_total'] - n['params_experts'] * (1 - top_k / experts[0]) ** batch
+            weights = n['params_total'] - n['params_experts'] * (1 - config['top_k'] / experts[0]) ** batch
             row = row | {'prompt': prompt, 'batch_size': batch, 'mode': mode, 'plain': form, 'seconds': {},
                          'least_bytes': weights * kind.itemsize + cache}
             sides.append((row, decoding_turn(model, tokens_of(batch, prompt + new_tokens), row)))
@@ -522,16 +516,20 @@ def markdown(head, lines):
 
 def main():
     started, version = now(), None
-    try:
-        for attn, n in itertools.product(variants, experts):    # what cannot be built is told before anything runs
-            config_of({'variant': attn, 'experts': n}, contexts[0])
-        if peer != 'none':
-            import transformers
-            version = transformers.__version__
+    try:                                                        # what cannot be built is told before anything runs
+        configs = [config_of({'variant': attn, 'experts': n}, contexts[0]) for attn in variants for n in experts]
     except ValueError as error:
         fail(error)
-    except ImportError as error:
-        fail(f'--peer={peer}: the package cannot be imported ({error}); pip install {peer}, or --peer=none')
+    try:
+        if peer != 'none':
+            import hf
+            import transformers
+            version = transformers.__version__
+            for c in configs:
+                hf.write_config(c)
+    except (ImportError, ValueError) as error:
+        install = f'pip install {peer}, or ' * isinstance(error, ImportError)
+        fail(f'--peer={peer}: {error}; {install}--peer=none goes without it')
     machine, rows, text, notes = task_train() if task == 'train' else task_decode()
     if peer != 'none':
         notes.append('transformers: the same networks with the same weights, without auxiliary losses; in brackets the '

@@ -466,7 +466,7 @@ def test_the_peer_decodes_with_a_cache_of_the_same_size(beside):
     ('dtype', 'float16', ['float16', 'bfloat16']), ('rounds', 0, ['rounds', 'at least 1']),
     ('warmup', -1, ['warmup', 'at least 0']), ('micro_batch_sizes', 8, ['batch_size', 'at least 8']),
     ('contexts', '3,7', ['--contexts=3,7', 'divide', '--batch_size=3']), ('n_embd', 62, ['n_embd', 'n_head']),
-    ('experts', '1,8', ['top_k', 'n_expert']), ('plain', 'rope', ['--plain=rope', 'rotate']),
+    ('experts', '1,8', ['top_k', 'n_expert']), ('kv_lora_rank', 8, ['kv_lora_rank', 'baseline']), ('plain', 'rope', ['--plain=rope', 'rotate']),
     ('device', 'tpu', ['tpu', 'cpu']), ('device', 'mps', ['mps', 'cpu and cuda only']),
     ('device', 'cuda:99', ['no cuda:99']), ('generate', True, ['unknown knob']),
     ('task', 'trian', ['trian', 'did you mean train']), ('round', 3, ['did you mean', 'rounds'])])
@@ -485,6 +485,12 @@ def test_without_transformers_its_peer_is_refused_in_one_line(tmp_path):
     (tmp_path / 'transformers.py').write_text("raise ImportError('no transformers here')")
     run = bench(path=tmp_path, peer='transformers', out=tmp_path / 'x.json')
     one_line(run, 'pip install transformers', 'no transformers here', '--peer=none')
+
+
+def test_a_network_that_transformers_does_not_have_is_refused_in_one_line(tmp_path):
+    pytest.importorskip('transformers', reason='transformers, the peer, is not installed')
+    run = bench(peer='transformers', variants='mla,baseline', router='sigmoid', out=tmp_path / 'x.json')
+    one_line(run, 'router=sigmoid', '--peer=none')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
