@@ -46,7 +46,7 @@ compile: bool | None = None     # torch.compile in train, of both libraries; non
 matrix_size = 0                 # the machine's matrix product is n x n x n; 0: 2048, on a GPU 8192
 out = ''                        # JSON file, Markdown beside it; empty: out/bench/<task>.json
 # ---------------------------------------------------------------------------------------------------------------------
-# The network is Experiment 1's: ModelConfig's defaults, each of them a knob here too, but for those that are lists above
+# The network is Experiment 1's, ModelConfig's defaults; each of its knobs is one here too, but for those that are lists
 network = {name: knob for name, knob in run_knobs()[0].items() if name not in ('attn', 'n_expert', 'block_size')}
 config = configure(globals(), network)      # first: a typo is answered at once
 

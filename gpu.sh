@@ -18,7 +18,8 @@ wide='--dtype=bfloat16 --n_embd=1152 --n_head=12 --d_ff=4608 --contexts=1024 --b
 if [ -n "${REHEARSE:-}" ]; then
     OUT=${OUT:-out/rehearsal-results} prompts='8 24'
     narrow='--device=cpu --variants=baseline,mla --rounds=2 --memory_updates=1 --n_layer=2 --n_head=4 --n_embd=96
-        --d_ff=48 --experts=4 --vocab_size=128 --contexts=32 --new_tokens=4 --matrix_size=128' wide="$narrow --top_k=1"
+        --d_ff=48 --experts=4 --vocab_size=128 --contexts=32 --new_tokens=4 --matrix_size=128'
+    wide="$narrow --tie_embeddings=False"
     set -- --device=cpu "$@"
 fi
 mkdir -p "${OUT:=out/gpu-results}/done" || exit
@@ -46,7 +47,7 @@ bench() { stage "$1" "$PYTHON" bench.py --out="$OUT/$1.json" "${@:2}"; }
 
 # shellcheck disable=SC2086
 {
-    stage tests "$PYTHON" -m pytest -q -o addopts= -k 'cuda or gpu' tests
+    stage tests "$PYTHON" -m pytest -q -o addopts= -k 'on_cuda or on_a_gpu or on_the_device' tests
     bench train $narrow
     bench train-wide $wide
     for prompt in $prompts; do bench "decode-$prompt" $narrow --task=decode --prompts="$prompt"; done

@@ -466,7 +466,8 @@ def test_the_peer_decodes_with_a_cache_of_the_same_size(beside):
     ('dtype', 'float16', ['float16', 'bfloat16']), ('rounds', 0, ['rounds', 'at least 1']),
     ('warmup', -1, ['warmup', 'at least 0']), ('micro_batch_sizes', 8, ['batch_size', 'at least 8']),
     ('contexts', '3,7', ['--contexts=3,7', 'divide', '--batch_size=3']), ('n_embd', 62, ['n_embd', 'n_head']),
-    ('experts', '1,8', ['top_k', 'n_expert']), ('kv_lora_rank', 8, ['kv_lora_rank', 'baseline']), ('plain', 'rope', ['--plain=rope', 'rotate']),
+    ('experts', '1,8', ['top_k', 'n_expert']), ('kv_lora_rank', 8, ['kv_lora_rank', 'baseline']),
+    ('plain', 'rope', ['--plain=rope', 'rotate']),
     ('device', 'tpu', ['tpu', 'cpu']), ('device', 'mps', ['mps', 'cpu and cuda only']),
     ('device', 'cuda:99', ['no cuda:99']), ('generate', True, ['unknown knob']),
     ('task', 'trian', ['trian', 'did you mean train']), ('round', 3, ['did you mean', 'rounds'])])
@@ -522,7 +523,7 @@ fi
     def run(*arguments, **environment):
         log.write_text('')
         done = subprocess.run(['./gpu.sh', *arguments], cwd=tmp_path / 'repository', capture_output=True, text=True,
-                              env={**os.environ, 'PYTHON': str(fake), **environment})
+                              env={'PATH': os.environ['PATH'], 'PYTHON': str(fake), **environment})
         return SimpleNamespace(code=done.returncode, out=done.stdout + done.stderr, asked=log.read_text().splitlines())
     run.folder = tmp_path
     return run
