@@ -8,15 +8,15 @@
     python bench.py --variants=mla --peer=none --plain=each                 what is each fast form of kernels.py worth?
 
 Every combination of variant, library, dtype, sizes and --plain is a side. All sides take turns in one process, in
-rounds that go from the first side to the last and back alternately, and with them a matrix product of the machine's own:
-drift hits all alike. A figure is the median over the rounds with minimum and maximum, a ratio that of the quotients
-within a round. Prints Markdown; writes it, and JSON with every single timing.
+rounds that go from the first side to the last and back alternately, and with them a matrix product of the machine's
+own: drift hits all alike. A figure is the median over the rounds with minimum and maximum, a ratio that of the
+quotients within a round. Prints Markdown; writes it, and JSON with every single timing.
 """
 import os
 from pathlib import Path
 from typing import Literal
 
-from configurator import as_text, configure, fail
+from configurator import as_text, configure, fail, rewrite, say
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is timed
@@ -136,7 +136,7 @@ def take_turns(sides):
         order = sides[::1 if i % 2 == 0 else -1]                # so that no side always follows the same one
         for n, (row, turn) in enumerate(order):
             which = f'round {i + 1} of {rounds}' if i >= 0 else 'warm-up'
-            progress(f'{which}, {n + 1} of {len(order)}: {label(row)}')
+            rewrite(f'{which}, {n + 1} of {len(order)}: {label(row)}')
             use_kernels(row)
             for measure, seconds in turn().items():
                 if i >= 0:
@@ -171,12 +171,6 @@ def timed(work):
     work()
     synchronize()
     return time.perf_counter() - clock
-
-
-def progress(line=''):
-    """One line that is rewritten, on a terminal; nothing in files and pipes."""
-    if sys.stderr.isatty():
-        print(f'\r\x1b[K{line[:110]}', end='', file=sys.stderr, flush=True)
 
 
 def label(row):
@@ -220,12 +214,12 @@ def config_of(row, block_size):
 
 
 def build(row, block_size):
-    progress(f'building {label(row)}')
-    c = config_of(row, block_size)
-    if row['library'] == 'ours':
-        return LanguageModel(c).to(device)
-    import hf
-    return hf.peer(LanguageModel(c)).to(device)
+    rewrite(f'building {label(row)}')
+    model = LanguageModel(config_of(row, block_size))
+    if row['library'] != 'ours':
+        import hf                                               # here: what it loads is no memory of ours
+        model = hf.peer(model)
+    return model.to(device)
 
 
 def outline(row, block_size):
@@ -308,15 +302,16 @@ def update_of(model, row, compile=compile):
     model.train()
 
     def update(opt):
-        for rows in x.split(micro):
-            tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-            with torch.autocast(device.type, torch.bfloat16, enabled=row['dtype'] == 'bfloat16'):
+        with torch.autocast(device.type, torch.bfloat16, enabled=row['dtype'] == 'bfloat16'):   # casts the weights once
+            for rows in x.split(micro):
+                tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
                 if row['library'] == 'ours':
                     o = run(tokens, targets)
                     loss = o.nll / targets.numel() + balance * o.balance_loss + z * o.z_loss
                 else:
                     loss = run(input_ids=tokens, labels=tokens, use_cache=False).loss
-            (loss * (len(rows) / len(x))).backward()
+                with torch.autocast(device.type, enabled=False):
+                    (loss * (len(rows) / len(x))).backward()
         with record_function('part: optimizer'):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             opt.step()
@@ -381,11 +376,11 @@ def task_train():
                                  / machine[f'flops_{row["dtype"]}']['median'])
         try:
             if memory_updates:
-                progress(f'peak memory of {label(row)}')
+                rewrite(f'peak memory of {label(row)}')
                 with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
                     row['peak_memory'] = pool.submit(peak_memory, row).result()
         except Exception as error:                              # killed for it, say
-            print(f'peak memory of {label(row)} is missing: {error}', file=sys.stderr)
+            say(f'peak memory of {label(row)} is missing: {error}', file=sys.stderr)
     text = table(rows, {
         'tokens/s': lambda r: show(r['tokens_per_second']), 'ms': lambda r: show(r['ms'], '.1f'),
         'MFLOPs/token': lambda r: f'{r["flops_per_token"] / 1e6:.1f}',
@@ -396,8 +391,8 @@ def task_train():
     parts = dict.fromkeys(part for r in ours for part in r['parts'])
     text += '\n\n' + table(ours, {part: lambda r, part=part: f'{r["parts"].get(part, 0):.1%}' for part in parts})
     return machine, rows, text, [
-        f'An update is {tokens_in_update} random tokens: forward, loss, backward, clip, fused AdamW. In bfloat16 are the '
-        'products, by autocast; weights, moments and gradients are float32.',
+        f'An update is {tokens_in_update} random tokens: forward, loss, backward, clip, fused AdamW. In bfloat16 are '
+        'the products, by autocast; weights, moments and gradients are float32.',
         "of matrix rate: model FLOPs (LanguageModel.flops_per_token) at the machine's own product in the same dtype.",
         'peak GB: of a process that does a few updates of one side alone; on a CPU with Python and all it loads.',
         "Second table: shares of an update under torch's profiler, not compiled, by the module in which an operator or "
@@ -486,7 +481,7 @@ def task_decode():
                 'cache_bytes_per_token': row['cache_bytes'] / (batch * (row['prompt'] + new_tokens))}
     text = table(rows, {
         'prefill tokens/s': lambda r: show(r['prefill_tokens_per_second']),
-        'prefill to its best': lambda r: show(r['prefill_speed'].get('to its best'), '.2f'),
+        **({'prefill to its best': speeds(rows, 'prefill')['to its best']} if peer != 'none' else {}),
         'decode tokens/s': lambda r: show(r['decode_tokens_per_second'], ',.1f'),
         'ms/token': lambda r: show(r['ms_per_token'], '.2f'), 'least ms': lambda r: f'{r["least_ms"]:.2f}',
         **speeds(rows, 'decode'), 'cache B/token': lambda r: f'{r["cache_bytes_per_token"]:,.0f}',
@@ -538,11 +533,9 @@ def main():
     except ImportError as error:
         fail(f'--peer={peer}: the package cannot be imported ({error}); pip install {peer}, or --peer=none')
     machine, rows, text, notes = task_train() if task == 'train' else task_decode()
-    progress()
     if peer != 'none':
-        notes.append('transformers: the same network with the same weights, as hf.py writes it (Mistral4 for latent '
-                     'attention, Mixtral otherwise), without auxiliary losses; in brackets the experts implementation, the fastest in a trial of that '
-                     'side. best: the faster of its dtypes.')
+        notes.append('transformers: the same networks with the same weights, without auxiliary losses; in brackets the '
+                     'experts implementation, the fastest in a trial of that side. best: the faster of its dtypes.')
     env = environment(device) | {'transformers': version}
     giga = lambda name: show({k: v / 1e9 for k, v in machine[name].items()}, ',.1f')
     text += (f'\n\n{env["device_name"]}, {env["threads"]} threads, torch {env["torch"]}{", compiled" * compile}, '
@@ -553,7 +546,7 @@ def main():
                'notes': notes, 'machine': machine, 'rows': rows}
     for suffix, whole in {'.json': json.dumps(content, indent=1, allow_nan=False) + '\n', '.md': text}.items():
         write_atomically(path.with_suffix(suffix), lambda file: file.write(whole.encode()))
-    print(f'{text}\n{path}')
+    say(f'{text}\n{path}')
 
 
 if __name__ == '__main__':

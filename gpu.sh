@@ -7,9 +7,9 @@
 #   ./gpu.sh --dataset=/data/code       flags go to every training run
 #   REHEARSE=1 ./gpu.sh                 every stage at a size of seconds, on the CPU: out/rehearsal
 #
-# A stage that ended well leaves OUT/done/STAGE and is skipped from then on; the next call tries again what failed or was cut
-# off. Training runs go on from their checkpoints in out/gpu; finished ones stand in OUT/experiment, and are not run again on
-# another machine that has this folder. What was compiled before a benchmark was cut off is in torch's cache the next time.
+# A stage that ended well leaves OUT/done/STAGE and is skipped from then on; the next call tries again what failed or
+# was cut off: training runs go on from their checkpoints in out/gpu, finished ones stand in OUT/experiment and are not
+# run again on another machine that has this folder; what a benchmark had compiled is in torch's cache.
 set -u
 cd "$(dirname "$0")" || exit
 PYTHON=${PYTHON:-python} BUDGET=${BUDGET:-570} PLAN=config/gpu.plan prompts='2048 8192 32768'

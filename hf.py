@@ -491,6 +491,7 @@ def peer(model, **options):
     """The same network with the same weights in transformers; options: of from_pretrained. ImportError without it."""
     import transformers
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     family, fields = write_config(model.config)
     kind = getattr(transformers, family)
     state = {name: theirs.gather() for name, theirs in layout(model.config, family, model.state_dict()).items()}

@@ -1,8 +1,15 @@
-"""bench.py: every task at a tiny size, its figures held against each other and the models. No speed is asserted."""
+"""bench.py: every task at a tiny size, its figures held against each other and the models. No speed is asserted.
+
+And gpu.sh, with a Python that writes down what it is asked for.
+"""
+import contextlib
 import json
 import math
 import os
+import pty
+import re
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -10,325 +17,538 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import REPOSITORY, one_line
 
-from attention import variants
+import kernels
 from model import LanguageModel, ModelConfig
+from muon import configure_optimizers
 
-SIZES = dict(n_layer=2, n_head=4, n_embd=64, d_ff=48, n_expert=4, top_k=2, vocab_size=128)      # those of --quick
-TOKENS = 4 * 32                                                                                 # of an update there
+SIZES = dict(n_layer=2, n_head=4, n_embd=64, d_ff=48, vocab_size=128)
+QUICK = {**SIZES, 'device': 'cpu', 'experts': 4, 'contexts': 32, 'micro_batch_sizes': 2, 'rounds': 3, 'warmup': 1,
+         'memory_updates': 0, 'prompts': 8, 'batch_sizes': '1,2', 'new_tokens': 4, 'matrix_size': 128, 'peer': 'none'}
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
-def bench(*arguments, path=None):
+def command(**knobs):
+    return [sys.executable, str(REPOSITORY / 'bench.py'), *(f'--{k}={v}' for k, v in {**QUICK, **knobs}.items())]
+
+
+def bench(path=None, **knobs):
     """bench.py in a process of its own -> code, out, err; path: a folder that is searched for modules first."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', **({'PYTHONPATH': str(path)} if path else {})}
-    command = [sys.executable, str(REPOSITORY / 'bench.py'), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    env = {**ENVIRONMENT, **({'PYTHONPATH': str(path)} if path else {})}
+    done = subprocess.run(command(**knobs), capture_output=True, text=True, env=env)
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
 
-def program(monkeypatch, *arguments):
-    """The names in a quick bench.py on the CPU that has measured nothing yet."""
-    monkeypatch.setattr(sys, 'argv', ['bench.py', '--quick=True', '--device=cpu', *arguments])
-    return SimpleNamespace(**runpy.run_path(str(REPOSITORY / 'bench.py')))
-
-
-def measure(folder, task, *arguments):
-    """A quick run on the CPU -> its JSON, with what it printed under `out`."""
-    path = folder / 'deeper' / f'{task}.json'
-    run = bench(f'--task={task}', '--quick=True', '--device=cpu', f'--out={path}', *arguments)
-    assert run.code == 0, run.err
-    assert 'profiler' not in run.err                                # torch's own lines about itself
+def measure(folder, **knobs):
+    """A quick run -> its JSON, with what it printed under `out`."""
+    path = folder / 'deeper' / 'figures.json'
+    run = bench(out=path, **knobs)
+    assert run.code == 0 and run.err == '', run.err                 # neither progress nor torch's own lines
 
     def refuse(constant):
         raise AssertionError(f'{constant} is no JSON')
     result = json.loads(path.read_text(), parse_constant=refuse)
-    assert [p.name for p in path.parent.iterdir() if p.name.endswith('.tmp')] == []
-    return result | {'out': run.out, 'folder': path.parent}
+    assert sorted(p.name for p in path.parent.iterdir()) == ['figures.json', 'figures.md']
+    return result | {'out': run.out, 'markdown': path.with_suffix('.md').read_text()}
 
 
 @pytest.fixture(scope='module')
-def train(tmp_path_factory):
-    knobs = ['--variants=baseline,enhanced', '--rounds=4', '--warmup=0']
-    return measure(tmp_path_factory.mktemp('train'), 'train', *knobs)
+def updates(tmp_path_factory):
+    return measure(tmp_path_factory.mktemp('updates'), variants='baseline,enhanced', rounds=4, warmup=0)
 
 
 @pytest.fixture(scope='module')
-def parts(tmp_path_factory):
-    return measure(tmp_path_factory.mktemp('parts'), 'parts', '--rounds=8')
-
-
-@pytest.fixture(scope='module')
-def scaling(tmp_path_factory):
-    return measure(tmp_path_factory.mktemp('scaling'), 'scaling', '--variants=lora,mqa')
+def sizes(tmp_path_factory):
+    return measure(tmp_path_factory.mktemp('sizes'), variants='mqa', dtype='float32', experts='8,4', contexts='16,32',
+                   batch_size=4, micro_batch_sizes='1,4', rounds=1, warmup=0)
 
 
 @pytest.fixture(scope='module')
 def decode(tmp_path_factory):
-    return measure(tmp_path_factory.mktemp('decode'), 'decode')
+    return measure(tmp_path_factory.mktemp('decode'), task='decode', variants='gqa,lora', prompts='24,8')
 
 
 @pytest.fixture(scope='module')
-def with_peer(tmp_path_factory):
+def plain(tmp_path_factory):
+    knobs = dict(task='decode', variants='mla', plain='each', batch_sizes=1, dtype='float32')
+    return measure(tmp_path_factory.mktemp('plain'), **knobs)
+
+
+@pytest.fixture(scope='module')
+def beside(tmp_path_factory):
+    """Both tasks beside transformers."""
     pytest.importorskip('transformers', reason='transformers, the peer of these runs, is not installed')
-    folder, knobs = tmp_path_factory.mktemp('peer'), ['--peer=transformers', '--variants=gqa,enhanced', '--warmup=0']
-    return {'train': measure(folder, 'train', *knobs, '--memory_steps=0'),
-            'decode': measure(folder, 'decode', *knobs, '--prompts=8', '--batch_sizes=2')}
+    knobs = dict(peer='transformers', variants='gqa,mla', batch_sizes=2)
+    return {task: measure(tmp_path_factory.mktemp('peer'), task=task, **knobs) for task in ('train', 'decode')}
+
+
+@pytest.fixture
+def program(monkeypatch, tmp_path):
+    """program(**knobs): the names in a quick bench.py that has measured nothing yet."""
+    def load(**knobs):
+        monkeypatch.setattr(sys, 'argv', command(out=tmp_path / 'x.json', **knobs)[1:])
+        return SimpleNamespace(**runpy.run_path(str(REPOSITORY / 'bench.py')))
+    return load
 
 
 def approximately(x):
     return pytest.approx(x, rel=1e-9)
 
 
-def statistics_in(value):
-    """Every summary, rate and ratio in a result, however deep."""
+def spreads_in(value):
+    """Every median with its range in a result, however deep."""
     if isinstance(value, dict):
         if {'min', 'max'} <= value.keys():
             yield value
         for inner in value.values():
-            yield from statistics_in(inner)
+            yield from spreads_in(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from statistics_in(inner)
+            yield from spreads_in(inner)
+
+
+def find(result, **wanted):
+    [row] = [row for row in result['rows'] if all(row[k] == v for k, v in wanted.items())]
+    return row
 
 
 def same_ratio(figure, ours, theirs):
-    """Whether a ratio is the quotient of the medians of two lists of seconds, its range that within the rounds."""
+    """Whether a ratio is the median, smallest and largest quotient of two lists of seconds."""
     quotients = [t / o for o, t in zip(ours, theirs, strict=True)]
-    assert figure['of_medians'] == approximately(statistics.median(theirs) / statistics.median(ours))
-    assert (figure['min'], figure['max']) == approximately((min(quotients), max(quotients)))
-
-
-def test_a_ratio_is_how_many_times_as_fast_and_its_range_that_within_the_rounds(monkeypatch):
-    b = program(monkeypatch)
-    # rounds of 1, 2, 4 s against 3, 2, 20 s: 3, 1 and 5 times as fast, medians 2 s and 3 s
-    assert b.ratio([1.0, 2.0, 4.0], [3.0, 2.0, 20.0]) == {'of_medians': 1.5, 'min': 1.0, 'max': 5.0}
-    assert b.ratio([1.0], None) is None
-    assert b.rate(12, [4.0, 2.0, 3.0]) == {'median': 4.0, 'min': 3.0, 'max': 6.0}
-    assert b.summary([0.004, 0.002, 0.003], 1e3) == pytest.approx({'median': 3.0, 'min': 2.0, 'max': 4.0})
-
-
-def test_a_measure_is_how_long_its_work_takes_each_round_in_turn(monkeypatch):
-    b, order = program(monkeypatch), []
-    sides = {name: lambda name=name, s=s: order.append(name) or {'work': b.timed(lambda: time.sleep(s))}
-             for name, s in (('short', 0.01), ('long', 0.04))}
-    timings = b.interleave(sides, {})
-    assert order == ['long', 'short', 'short', 'long'] * 2          # one round of warm-up, three that count
-    for name, least in (('short', 0.01), ('long', 0.04)):
-        assert len(timings[name]['work']) == 3 and all(least <= s < least + 1 for s in timings[name]['work'])
-    assert b.ratio(timings['short']['work'], timings['long']['work'])['max'] > 1
+    assert (figure['median'], figure['min'], figure['max']) == approximately(
+        (statistics.median(quotients), min(quotients), max(quotients)))
 
 
 def live(attn, **sizes):
-    return LanguageModel(ModelConfig(attn=attn, **{**SIZES, 'block_size': 32, **sizes}))
+    return LanguageModel(ModelConfig(attn=attn, **{**SIZES, 'n_expert': 4, 'block_size': 32, **sizes}))
 
 
-@pytest.mark.parametrize('task', ['train', 'parts', 'scaling', 'decode'])
-def test_every_median_lies_between_its_minimum_and_maximum_and_every_round_is_in_the_file(task, request):
+# ---------------------------------------------------------------------------------------------------------------------
+# What holds for every task
+
+def test_a_ratio_is_the_median_of_the_quotients_within_the_rounds_and_the_best_peer_is_its_faster_dtype(program):
+    b = program(variants='baseline,mla', peer='transformers')
+
+    rows = [{'variant': variant, 'library': library, 'dtype': dtype, 'plain': 'none', 'seconds': {'update': seconds}}
+            for variant, library, dtype, seconds in [
+                ('baseline', 'ours', 'float32', [1.0, 2.0, 4.0]), ('baseline', 'ours', 'bfloat16', [1.0, 1.0, 1.0]),
+                ('baseline', 'transformers', 'float32', [3.0, 2.0, 20.0]),
+                ('baseline', 'transformers', 'bfloat16', [2.0, 8.0, 2.0]), ('mla', 'ours', 'bfloat16', [2.0, 4.0, 2.0]),
+                ('mla', 'transformers', 'float32', [9.0, 9.0, 9.0]),
+                ('mla', 'transformers', 'bfloat16', [10.0, 10.0, 10.0])]]
+    b.compare(rows, 'update')
+    figures = [{name: (s['median'], s['min'], s['max']) for name, s in r['update_speed'].items()} for r in rows]
+    assert figures[0] == {'to transformers': (3.0, 1.0, 5.0), 'to its best': (2.0, 0.5, 4.0)}
+    assert figures[1] == {'to float32': (2.0, 1.0, 4.0), 'to transformers': (2.0, 2.0, 8.0),
+                          'to its best': (2.0, 2.0, 8.0)}
+    assert figures[3] == {'to float32': (1.5, 0.25, 10.0)}
+    assert figures[4] == {'to baseline': (0.5, 0.25, 0.5), 'to transformers': (5.0, 2.5, 5.0),
+                          'to its best': (4.5, 2.25, 4.5)}
+    assert [r.get('best_update') for r in rows] == [None, None, None, True, None, True, None]
+
+
+def test_sides_take_turns_from_first_to_last_and_back_and_warm_up_first(program):
+    b, order = program(rounds=2, warmup=1), []
+    turn = lambda name: lambda: order.append(name) or {'work': len(order)}
+    _, rows = b.take_turns([({'variant': name, 'seconds': {}}, turn(name)) for name in 'abc'])
+    assert order == list('cbaabccba')
+    assert [row['seconds']['work'] for row in rows] == [[4, 9], [5, 8], [6, 7]]
+
+
+@pytest.mark.parametrize('task, columns', [('updates', 10), ('sizes', 11), ('decode', 14), ('plain', 13)])
+def test_every_round_is_in_the_file_and_every_figure_in_a_table_of_equal_lines(task, columns, request):
     result = request.getfixturevalue(task)
-    found = list(statistics_in(result))
-    assert len(found) >= 8
-    for s in found:
-        middle = s.get('median', s.get('of_medians'))
-        assert 0 <= s['min'] <= middle * (1 + 1e-9) and middle <= s['max'] * (1 + 1e-9), s
-    rounds = result['config']['rounds']
-    assert rounds == {'train': 4, 'parts': 8}.get(task, 3), 'a knob given by hand counts, also under --quick'
-    for side, measures in result['timings'].items():
-        for what, seconds in measures.items():
-            again = side == 'machine'                               # it runs along with every set of sides
-            assert len(seconds) % rounds == 0 if again else len(seconds) == rounds, (side, what)
-            assert all(math.isfinite(s) and s > 0 for s in seconds)
+    found = list(spreads_in(result))
+    assert len(found) >= 8 and all(0 <= s['min'] <= s['median'] <= s['max'] for s in found)
+    for row in [result['machine'], *result['rows']]:
+        for seconds in row['seconds'].values():
+            assert len(seconds) == result['config']['rounds'] and all(math.isfinite(s) and s > 0 for s in seconds)
+    assert result['markdown'] in result['out']
+    lines = result['markdown'].split('\n\n')[0].splitlines()
+    assert len(lines) == 2 + len(result['rows']) and lines[1].replace(' ', '') == '|' + '---|' * columns
+    assert all(line.count('|') == columns + 1 for line in lines)
+    assert all(f'- {note}\n' in result['markdown'] for note in result['notes'])
 
 
-@pytest.mark.parametrize('task', ['train', 'parts', 'scaling', 'decode'])
-def test_the_file_says_where_it_was_measured_and_how_fast_the_machine_itself_was(task, request):
-    result = request.getfixturevalue(task)
-    assert (result['schema'], result['task'], result['config']['task']) == (1, task, task)
-    environment = result['environment']
+@pytest.mark.parametrize('task, fixture', [('train', 'updates'), ('decode', 'decode')])
+def test_the_file_says_where_it_was_measured_and_how_fast_the_machine_itself_was(task, fixture, request):
+    result = request.getfixturevalue(fixture)
+    assert (result['schema'], result['task'], result['config']['task']) == (2, task, task)
+    environment, machine = result['environment'], result['machine']
     assert environment['device_name'] and environment['threads'] == 1 and environment['torch']
     assert environment.keys() >= {'git_commit', 'git_dirty', 'python', 'platform'}
-    machine, seconds = result['machine'], result['timings']['machine']
-    assert machine['matmul_size'] == result['config']['matrix_size'] == 128
-    assert machine['matmul_flops']['median'] == approximately(2 * 128 ** 3 / statistics.median(seconds['matmul']))
-    assert machine['bytes_read']['median'] == approximately(2 ** 20 / statistics.median(seconds['read']))
-    copied = machine['copy_bytes_read_and_written']
-    assert copied['median'] == approximately(2 * 2 ** 20 / statistics.median(seconds['copy']))
-    for note in result['notes']:
-        assert note in result['out']
+    for kind in ('float32', 'bfloat16'):
+        rates = [2 * 128 ** 3 / s for s in machine['seconds'][kind]]
+        assert machine[f'flops_{kind}']['median'] == approximately(statistics.median(rates))
+    assert machine['bytes_read']['max'] == approximately(2 ** 28 / min(machine['seconds']['read']))
 
 
-@pytest.mark.parametrize('task, columns', [('train', 10), ('parts', 6), ('scaling', 7), ('decode', 14)])
-def test_the_table_is_markdown_with_as_many_cells_in_each_line(task, columns, request):
-    lines = [line for line in request.getfixturevalue(task)['out'].split('\n\n')[0].splitlines()]
-    assert len(lines) > 2 and lines[1].replace(' ', '') == '|' + '---|' * columns
-    assert all(line.count('|') == columns + 1 for line in lines)
+def test_on_a_terminal_one_line_is_rewritten_until_the_report_stands_there(tmp_path):
+    ours, theirs = pty.openpty()
+    done = subprocess.Popen(command(out=tmp_path / 'x.json', variants='mqa', dtype='float32'), env=ENVIRONMENT,
+                            stdout=theirs, stderr=subprocess.DEVNULL)
+    os.close(theirs)
+    shown = b''
+    with contextlib.suppress(OSError):                              # Linux's way to say that the other end is closed
+        while new := os.read(ours, 65536):
+            shown += new
+    os.close(ours)
+    assert done.wait() == 0
+    rewritten, *report = shown.decode().split('| variant |')
+    assert '\n' not in rewritten and 'round 3 of 3, 2 of 2: mqa ours float32' in rewritten and len(report) == 2
 
 
-def test_train_reports_the_models_own_counts_and_quotients_of_its_timings(train):
-    assert [row['variant'] for row in train['rows']] == ['baseline', 'enhanced']
-    base = train['timings']['baseline ours']['update']
-    for row in train['rows']:
-        model, seconds = live(row['variant']), train['timings'][f'{row["variant"]} ours']['update']
+# ---------------------------------------------------------------------------------------------------------------------
+# train
+
+def test_train_reports_the_models_own_counts_and_quotients_of_its_timings(updates):
+    assert [(r['variant'], r['dtype']) for r in updates['rows']] == [
+        (attn, dtype) for attn in ('baseline', 'enhanced') for dtype in ('float32', 'bfloat16')]
+    for row in updates['rows']:
+        model, seconds = live(row['variant']), row['seconds']['update']
         assert row['flops_per_token'] == model.flops_per_token()
         assert row['params_total'] == sum(p.numel() for p in model.parameters())
-        rate = TOKENS / statistics.median(seconds)
+        rate = statistics.median(4 * 32 / s for s in seconds)
         assert row['tokens_per_second']['median'] == approximately(rate)
-        assert row['ms']['median'] == approximately(1e3 * statistics.median(seconds))
-        share = rate * row['flops_per_token'] / train['machine']['matmul_flops']['median']
-        assert row['of_matrix_rate'] == approximately(share)
-        same_ratio(row['speed_to_first'], seconds, base)
-        assert row['speed_to_peer'] is None
-        assert row['attention_kernels'] and all('scaled_dot_product' in name for name in row['attention_kernels'])
+        assert row['ms']['max'] == approximately(1e3 * max(seconds))
+        own = updates['machine'][f'flops_{row["dtype"]}']['median']
+        assert row['of_matrix_rate'] == approximately(rate * row['flops_per_token'] / own)
+    row = find(updates, variant='enhanced', dtype='bfloat16')
+    assert row['update_speed'].keys() == {'to baseline', 'to float32'}
+    for name, other in {'to baseline': find(updates, variant='baseline', dtype='bfloat16'),
+                        'to float32': find(updates, variant='enhanced', dtype='float32')}.items():
+        same_ratio(row['update_speed'][name], row['seconds']['update'], other['seconds']['update'])
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='the peak is read from /proc')
-def test_the_peak_memory_is_that_of_a_process_of_its_own(train):
-    for row in train['rows']:
-        memory = row['peak_memory']
-        assert 0.05 < memory['before_model_gb'] < memory['peak_gb'] < 2
+def test_the_peak_memory_is_that_of_a_process_with_one_side_alone(tmp_path):
+    [row] = measure(tmp_path, variants='lora', dtype='bfloat16', rounds=1, warmup=0, memory_updates=1)['rows']
+    # what torch alone takes: a process that holds all sides and the 256 MiB of the yardstick is far above it
+    code = 'import torch; from machine import resident_gb; print(resident_gb())'
+    alone = subprocess.run([sys.executable, '-c', code],
+                           cwd=REPOSITORY, capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert 0.05 < row['peak_memory']['before_gb'] < row['peak_memory']['peak_gb'] < float(alone.stdout) + 0.2
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='the peak is read from /proc')
-def test_the_peak_memory_leaves_out_whoever_starts_the_process():
-    hog = b'\1' * 1_500_000_000                                     # resident here, and none of the measured process's
-    run = bench('--task=memory', '--quick=True', '--device=cpu', '--variants=baseline')
-    assert run.code == 0 and json.loads(run.out)['peak_gb'] < 1.4, (run.out, run.err)
-    del hog
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_an_update_is_the_one_of_train_py(program, dtype):
+    b = program(variants='lora')
+    row = {'variant': 'lora', 'library': 'ours', 'dtype': dtype, 'context': 32, 'micro_batch_size': 1}
+    model, reference, x = b.build(row, 32), live('lora').train(), b.tokens_of(4, 33)
+    for m in (model, reference):
+        for p in m.parameters():
+            if not p.any():                                         # behind zeros no weight has a gradient
+                torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(0))
+    start, cast = [p.detach().clone() for p in reference.parameters()], []
+    model.register_forward_pre_hook(lambda *_: cast.append(torch.is_autocast_enabled('cpu')))
+    b.update_of(model, row)(b.optimizer_of(model))
+    assert cast == [dtype == 'bfloat16'] * 4
+    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
+        o = reference(x[:, :-1], x[:, 1:])                          # all at once
+    (o.nll / 128 + 0.01 * o.balance_loss + 0.001 * o.z_loss).backward()
+    torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    [opt] = configure_optimizers(reference, 1e-4)
+    opt.step()
+    for p, q, before in zip(model.parameters(), reference.parameters(), start, strict=True):
+        # Adam's first step is the sign of the gradient, which rounding may turn where the gradient is almost 0
+        turned = ((p - q).abs() > 1e-5).float().mean()
+        assert turned < (0.01 if dtype == 'float32' else 0.2) and (p - before).abs().max() > 0.5e-4
 
 
-def test_the_parts_and_the_remainder_are_the_whole(parts):
-    assert [row['variant'] for row in parts['rows']] == ['baseline', 'lora', 'enhanced']
-    for row in parts['rows']:
-        ms = {p['part']: p['ms']['median'] for p in row['parts']}
-        assert list(ms) == ['attention', 'router', 'dispatch', 'experts', 'head', 'optimizer', 'rest']
-        assert all(value > 0 for value in ms.values())
-        assert sum(ms.values()) == approximately(row['parts_ms'])
-        assert row['parts_ms'] + row['remainder_ms'] == approximately(row['whole_ms']['median'])
-        assert row['routing_share'] == approximately((ms['router'] + ms['dispatch']) / row['whole_ms']['median'])
-        assert row['flops_per_token'] == live(row['variant']).flops_per_token()
-        assert sum(p['flops_per_token'] for p in row['parts']) == row['flops_per_token']
-        lost = sum(p['share_lost'] for p in row['parts']) + row['remainder_ms'] / row['whole_ms']['median']
-        assert lost == approximately(1 - row['of_matrix_rate'])
+def test_the_parts_of_an_update_add_up_and_none_is_missing(updates):
+    for row in updates['rows']:
+        assert row['parts'].keys() == {'embed', 'norms', 'attn', 'moe', 'residual', 'head and loss', 'optimizer',
+                                       'gradients', 'rest'}
+        assert sum(row['parts'].values()) == approximately(1) and min(row['parts'].values()) > 0
+    second = updates['markdown'].split('\n\n')[1].splitlines()
+    assert len(second) == 2 + 4 and all(line.count('|') == 13 for line in second)
 
 
-def test_scaling_compares_with_the_first_row_and_with_what_flops_foretell(scaling):
-    rows = scaling['rows']
-    assert [(r['kind'], r['variant'], r['n']) for r in rows] == [
-        ('experts', 'lora', 4), ('experts', 'lora', 8), *(('context', a, n) for a in ('lora', 'mqa') for n in (16, 32))]
-    for row in rows:
-        changes = {'n_expert': row['n']} if row['kind'] == 'experts' else {'block_size': row['n']}
-        model, seconds = live(row['variant'], **changes), scaling['timings'][row['side']]['forward_backward']
-        first = next(r for r in rows if (r['kind'], r['variant']) == (row['kind'], row['variant']))
-        assert row['tokens'] == TOKENS and row['flops_per_token'] == model.flops_per_token()
+class Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, forward, backward):
+        ctx.seconds = backward
+        time.sleep(forward)
+        return x + 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(ctx.seconds)
+        return 2 * grad, None, None
+
+
+class Sleeper(torch.nn.Module):
+    def __init__(self, forward, backward):
+        super().__init__()
+        self.seconds, self.weight = (forward, backward), torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return Sleep.apply(x * self.weight, *self.seconds)
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn, self.moe, self.attn_norm = Sleeper(0.0, 0.2), Sleeper(0.1, 0.0), Sleeper(0.0, 0.05)
+
+    def forward(self, x):
+        return x + self.moe(self.attn(self.attn_norm(x)))
+
+
+class Sleepers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Block(), Block()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return Sleep.apply(x, 0.1, 0.0).sum()
+
+
+def test_time_belongs_to_the_module_in_which_an_operator_runs_and_its_gradient_too(program):
+    model = Sleepers()
+    shares = program().parts_of(model, lambda: [model(torch.ones(3)).backward() for _ in range(2)])
+    # of 0.8 s in attn's backward, 0.4 in moe's forward, 0.2 in the norms' backward, 0.2 in the head
+    assert shares['attn'] == pytest.approx(0.5, abs=0.06) and shares['moe'] == pytest.approx(0.25, abs=0.06)
+    assert shares['norms'] == pytest.approx(0.125, abs=0.06)
+    assert shares['head and loss'] == pytest.approx(0.125, abs=0.06)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), 'nothing is left behind'
+
+
+def test_sizes_are_sides_too_and_an_update_has_as_many_tokens_in_all_of_them(sizes, program):
+    assert [(r['experts'], r['context'], r['micro_batch_size']) for r in sizes['rows']] == [
+        (e, c, m) for e in (4, 8) for c in (16, 32) for m in (1, 4)]
+    for row in sizes['rows']:
+        model = live('mqa', n_expert=row['experts'], block_size=row['context'])
+        assert row['flops_per_token'] == model.flops_per_token()
         assert row['params_total'] == model.parameter_counts()['params_total']
-        assert row['tokens_per_second']['median'] == approximately(TOKENS / statistics.median(seconds))
-        assert row['speed_to_first_by_flops'] == approximately(first['flops_per_token'] / row['flops_per_token'])
-        same_ratio(row['speed_to_first'], seconds, scaling['timings'][first['side']]['forward_backward'])
-        assert (row['optimizer_ms'] is not None) == (row['kind'] == 'experts')
+        assert row['tokens_per_second']['max'] == approximately(4 * 16 / min(row['seconds']['update']))
+        assert row['update_speed'] == {}
+    b = program(variants='mqa', contexts='16,32', batch_size=8, micro_batch_sizes='1,4')
+    for context, micro, shapes in [(16, 1, [(1, 16)] * 8), (16, 4, [(4, 16)] * 2), (32, 1, [(1, 32)] * 4),
+                                   (32, 4, [(2, 32)] * 2)]:
+        row = {'variant': 'mqa', 'library': 'ours', 'dtype': 'float32', 'context': context, 'micro_batch_size': micro}
+        model, seen = b.build(row, 32), []
+        model.register_forward_pre_hook(lambda module, arguments: seen.append(tuple(arguments[0].shape)))
+        b.update_of(model, row)(b.optimizer_of(model))
+        assert seen == shapes
 
 
-def test_decode_has_every_variant_prompt_and_batch_and_latent_ones_both_ways(decode):
-    kinds = [(attn, mode) for attn, row in variants(64, 4).items()
-             for mode in (('absorb', 'expand') if row['class'].__name__ == 'LatentAttention' else ('decode',))]
-    assert len(kinds) == 9
-    assert [(r['prompt'], r['batch_size'], r['variant'], r['mode']) for r in decode['rows']] == [
-        (prompt, batch, *kind) for prompt in (8, 24) for batch in (1, 2) for kind in kinds]
+def test_twenty_updates_in_bfloat16_have_the_losses_of_float32(train, tmp_path):
+    curves = []
+    for dtype in ('float32', 'bfloat16'):
+        run = train(dtype, dtype=dtype, attn='mla', n_embd=64, max_steps=20, log_interval=1, learning_rate=1e-3)
+        assert run.code == 0, run.err
+        curves.append([row['train_loss'] for row in json.loads((run.folder / 'result.json').read_text())['history']])
+    apart = [abs(a - b) for a, b in zip(*curves, strict=True)]
+    assert len(apart) >= 20 and 0 < max(apart) < 0.005 and curves[0][-1] < curves[0][0] - 0.2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decode
+
+def test_decode_has_every_dtype_prompt_and_batch_and_latent_attention_both_ways(decode):
+    assert [tuple(r[k] for k in ('variant', 'dtype', 'prompt', 'batch_size', 'mode')) for r in decode['rows']] == [
+        (attn, dtype, prompt, batch, mode) for attn, modes in {'gqa': ['decode'], 'lora': ['absorb', 'expand']}.items()
+        for dtype in ('float32', 'bfloat16') for prompt in (8, 24) for batch in (1, 2) for mode in modes]
 
 
 def test_decode_reports_the_caches_own_bytes_and_quotients_of_its_timings(decode):
     for row in decode['rows']:
-        model, seconds, batch = live(row['variant']), decode['timings'][row['side']], row['batch_size']
+        dtype, batch, seconds = getattr(torch, row['dtype']), row['batch_size'], row['seconds']
+        model = live(row['variant'], block_size=28).for_decoding(dtype)
         assert row['cache_bytes'] == model.new_cache(batch, row['prompt'] + 4).bytes()
-        assert row['cache_bytes_per_token'] == model.cache_bytes_per_token(model.embed.weight.dtype)
-        assert row['prefill_tokens_per_second']['median'] == approximately(
-            batch * row['prompt'] / statistics.median(seconds['prefill']))
-        assert row['decode_tokens_per_second']['median'] == approximately(
-            batch * 4 / statistics.median(seconds[row['mode']]))
-        assert row['ms_per_token']['median'] * row['decode_tokens_per_second']['median'] == approximately(1e3 * batch)
+        assert row['cache_bytes_per_token'] == model.cache_bytes_per_token(dtype)
+        assert row['prefill_tokens_per_second']['max'] == approximately(batch * row['prompt'] / min(seconds['prefill']))
+        assert row['decode_tokens_per_second']['max'] == approximately(batch * 4 / min(seconds['decode']))
+        assert row['ms_per_token']['median'] == approximately(1e3 / 4 * statistics.median(seconds['decode']))
         # 4 experts, top-2: one token visits 2 of them, two tokens 3 on average; half of the new tokens are in the cache
         idle = model.parameter_counts()['params_experts'] * {1: 2 / 4, 2: 1 / 4}[batch]
-        weights = 4 * (sum(p.numel() for p in model.parameters()) - idle)
+        weights = dtype.itemsize * (sum(p.numel() for p in model.parameters()) - idle)
         assert row['least_bytes'] == weights + row['cache_bytes_per_token'] * batch * (row['prompt'] + 2)
-        if row['mode'] == 'absorb':
-            same_ratio(row['absorb_speed_to_expand'], seconds['absorb'], seconds['expand'])
+        others = dict(prompt=row['prompt'], batch_size=batch)
+        if row['dtype'] == 'bfloat16':
+            same_ratio(row['decode_speed']['to float32'], seconds['decode'], find(
+                decode, variant=row['variant'], dtype='float32', mode=row['mode'], **others)['seconds']['decode'])
+        if row['variant'] == 'lora':
+            same_ratio(row['prefill_speed']['to gqa'], seconds['prefill'], find(
+                decode, variant='gqa', dtype=row['dtype'], **others)['seconds']['prefill'])
+
+
+@pytest.mark.parametrize('mode', ['absorb', 'expand'])
+def test_latent_attention_decodes_every_new_token_in_the_mode_of_its_row(program, mode, monkeypatch):
+    b = program(task='decode', variants='lora')
+    sides, seen = b.decoding_sides(), []
+    [turn] = [turn for row, turn in sides if (row['mode'], row['batch_size'], row['dtype']) == (mode, 2, 'bfloat16')]
+
+    def note(self, tokens, *rest, decode=LanguageModel.decode):
+        seen.append((tuple(tokens.shape), self.layers[0].attn.decode_mode, self.embed.weight.dtype))
+        return decode(self, tokens, *rest)
+    monkeypatch.setattr(LanguageModel, 'decode', note)
+    assert turn().keys() == {'prefill', 'decode'}
+    assert seen == [((2, 8), 'auto', torch.bfloat16)] + [((2, 1), mode, torch.bfloat16)] * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels, one by one
+
+def test_each_kernel_takes_turns_at_being_plain(plain):
+    forms = ['none', *kernels.NAMES, 'all']
+    assert [(r['plain'], r['mode']) for r in plain['rows']] == [
+        (form, mode) for mode in ('absorb', 'expand') for form in forms]
+    for row in plain['rows']:
+        if row['plain'] == 'none':
+            assert 'to fast' not in row['decode_speed']
         else:
-            assert row['absorb_speed_to_expand'] is None
+            fast = find(plain, plain='none', mode=row['mode'])
+            same_ratio(row['decode_speed']['to fast'], row['seconds']['decode'], fast['seconds']['decode'])
 
 
-@pytest.mark.parametrize('task', ['scaling', 'decode'])
-def test_curves_are_drawn_where_matplotlib_is_installed(task, request):
-    pytest.importorskip('matplotlib', reason='matplotlib, which draws the figures, is not installed')
-    result = request.getfixturevalue(task)
-    assert result['figure'] == f'{task}.png'
-    assert (result['folder'] / result['figure']).read_bytes().startswith(b'\x89PNG')
+def test_in_its_turn_a_kernel_alone_is_plain_and_afterwards_fast_again(program, monkeypatch):
+    b, used = program(rounds=1, warmup=0), []
+    monkeypatch.setattr(kernels, 'use', lambda form, **others: used.append((form, others)))
+    forms = 'none', 'rotate', 'all'
+    b.take_turns([({'variant': 'mla', 'plain': form, 'seconds': {}}, lambda: {'work': 1.0}) for form in forms])
+    assert used == [('fast', {}), ('fast', {}), ('fast', {'rotate': 'plain'}), ('plain', {})]       # first the machine
 
 
-def test_without_matplotlib_a_line_takes_the_place_of_the_figure(tmp_path):
-    (tmp_path / 'matplotlib.py').write_text('raise ImportError')
-    out = tmp_path / 'decode.json'
-    knobs = ['--task=decode', '--quick=True', '--device=cpu', '--variants=mqa', '--rounds=1', '--warmup=0']
-    run = bench(*knobs, f'--out={out}', path=tmp_path)
-    assert run.code == 0 and 'no figure' in run.err
-    assert json.loads(out.read_text())['figure'] is None
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside transformers
+
+def test_the_peer_trains_the_same_model_in_both_dtypes(beside):
+    result = beside['train']
+    assert [(r['variant'], r['library'], r['dtype']) for r in result['rows']] == [
+        (attn, library, dtype) for attn in ('gqa', 'mla') for library in ('ours', 'transformers')
+        for dtype in ('float32', 'bfloat16')]
+    for attn in ('gqa', 'mla'):
+        peers = {r['dtype']: r for r in result['rows'] if (r['variant'], r['library']) == (attn, 'transformers')}
+        best = min(peers.values(), key=lambda r: statistics.median(r['seconds']['update']))
+        assert [d for d, r in peers.items() if r.get('best_update')] == [best['dtype']]
+        for dtype, theirs in peers.items():
+            ours, seconds = find(result, variant=attn, library='ours', dtype=dtype), theirs['seconds']['update']
+            assert all(theirs[k] == ours[k] for k in ('params_total', 'flops_per_token'))
+            same_ratio(ours['update_speed']['to transformers'], ours['seconds']['update'], seconds)
+            same_ratio(ours['update_speed']['to its best'], ours['seconds']['update'], best['seconds']['update'])
+            trials = theirs['trials']
+            assert theirs['experts_implementation'] == min(trials, key=trials.get) and 'eager' in trials
+    assert result['out'].count(', best |') == 2 and result['environment']['transformers']
 
 
-def test_the_peer_trains_the_same_model(with_peer):
-    result = with_peer['train']
-    assert [(r['variant'], r['library']) for r in result['rows']] == [
-        (attn, library) for attn in ('gqa', 'enhanced') for library in ('ours', 'transformers')]
-    for ours, theirs in zip(result['rows'][::2], result['rows'][1::2]):
-        assert theirs['params_total'] == ours['params_total'] and theirs['flops_per_token'] == ours['flops_per_token']
-        timings = result['timings']
-        same_ratio(ours['speed_to_peer'], timings[f'{ours["variant"]} ours']['update'],
-                   timings[f'{ours["variant"]} transformers']['update'])
-        trials = {name: seconds for name, seconds in theirs['trials'].items() if seconds is not None}
-        assert theirs['experts_implementation'] == min(trials, key=trials.get) and 'eager' in trials
-        assert theirs['speed_to_peer'] is None
-
-
-def test_the_peer_decodes_with_a_cache_of_the_same_size(with_peer):
-    result = with_peer['decode']
+def test_the_peer_decodes_with_a_cache_of_the_same_size(beside):
+    result = beside['decode']
     ours = [r for r in result['rows'] if r['library'] == 'ours']
-    theirs = {r['variant']: r for r in result['rows'] if r['library'] == 'transformers'}
-    assert [(r['variant'], r['mode']) for r in ours] == [
-        ('gqa', 'decode'), ('enhanced', 'absorb'), ('enhanced', 'expand')]
+    assert [r['mode'] for r in ours] == ['decode'] * 2 + ['absorb', 'expand'] * 2
     for row in ours:
-        peer, timings = theirs[row['variant']], result['timings']
-        assert peer['cache_bytes'] == row['cache_bytes']
-        for figure in ('prefill', 'decode'):
-            mine = timings[row['side']][row['mode'] if figure == 'decode' else figure]
-            same_ratio(row[f'{figure}_speed_to_peer'], mine, timings[peer['side']][figure])
+        peers = [r for r in result['rows'] if (r['variant'], r['library']) == (row['variant'], 'transformers')]
+        same = next(r for r in peers if r['dtype'] == row['dtype'])
+        assert same['cache_bytes'] == row['cache_bytes'] and same['least_bytes'] == row['least_bytes']
+        for measure in ('prefill', 'decode'):
+            best = min(peers, key=lambda r: statistics.median(r['seconds'][measure]))
+            mine = row['seconds'][measure]
+            same_ratio(row[f'{measure}_speed']['to transformers'], mine, same['seconds'][measure])
+            same_ratio(row[f'{measure}_speed']['to its best'], mine, best['seconds'][measure])
 
 
-@pytest.mark.parametrize('argument, words', [
-    ('--variants=baseline,enhansed', ['enhansed', 'did you mean', 'enhanced']), ('--variants=', ['--variants=']),
-    ('--variants=lora,lora', ['each once']), ('--prompts=128,x', ['--prompts=128,x', 'whole numbers']),
-    ('--prompts=', ['whole numbers']), ('--batch_sizes=0', ['--batch_sizes=0']),
-    ('--rounds=0', ['rounds', 'at least 1']), ('--warmup=-1', ['warmup', 'at least 0']),
-    ('--n_embd=100', ['n_embd', 'n_head']), ('--device=tpu', ['tpu', 'cpu']),
-    ('--device=mps', ['mps', 'cpu and cuda only']),
-    ('--device=cuda:99', ['no cuda:99']), ('--generate=True', ['unknown knob']),
-    ('--task=trian', ['trian', 'did you mean train']), ('--round=3', ['did you mean', 'rounds'])])
-def test_what_cannot_be_done_is_said_in_one_line(argument, words, tmp_path):
-    one_line(bench(argument, f'--out={tmp_path}/x.json'), *words)
-    assert not list(tmp_path.iterdir())
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot be done
 
-
-@pytest.mark.parametrize('arguments, words', [
-    (['--contexts=3,7'], ['--contexts=3,7', 'divide']), (['--experts=1,8'], ['--experts', 'top_k']),
-    (['--peer=transformers'], ['--peer=transformers', '--task=train', '--task=scaling'])])
-def test_scaling_names_what_does_not_fit(arguments, words):
-    one_line(bench('--task=scaling', '--quick=True', *arguments), *words)
+@pytest.mark.parametrize('knob, value, words', [
+    ('variants', 'baseline,enhansed', ['enhansed', 'did you mean', 'enhanced']), ('variants', '', ['--variants=']),
+    ('variants', 'lora,lora', ['each once']), ('prompts', '128,x', ['--prompts=128,x', 'whole numbers']),
+    ('prompts', '', ['whole numbers']), ('batch_sizes', '0', ['--batch_sizes=0']),
+    ('dtype', 'float16', ['float16', 'bfloat16']), ('rounds', 0, ['rounds', 'at least 1']),
+    ('warmup', -1, ['warmup', 'at least 0']), ('micro_batch_sizes', 8, ['batch_size', 'at least 8']),
+    ('contexts', '3,7', ['--contexts=3,7', 'divide', '--batch_size=3']), ('n_embd', 62, ['n_embd', 'n_head']),
+    ('experts', '1,8', ['top_k', 'n_expert']), ('plain', 'rope', ['--plain=rope', 'rotate']),
+    ('device', 'tpu', ['tpu', 'cpu']), ('device', 'mps', ['mps', 'cpu and cuda only']),
+    ('device', 'cuda:99', ['no cuda:99']), ('generate', True, ['unknown knob']),
+    ('task', 'trian', ['trian', 'did you mean train']), ('round', 3, ['did you mean', 'rounds'])])
+def test_what_cannot_be_done_is_said_in_one_line(knob, value, words, tmp_path):
+    one_line(bench(out=tmp_path / 'x.json', **{knob: value}), *words)
 
 
 def test_a_folder_for_a_file_and_a_place_that_cannot_be_written_to_are_told_at_once(tmp_path):
-    one_line(bench('--quick=True', f'--out={tmp_path}'), tmp_path, 'folder')
+    one_line(bench(out=tmp_path), tmp_path, 'directory', '--out=')
     (tmp_path / 'file').write_text('')
-    one_line(bench('--quick=True', f'--out={tmp_path / "file" / "x.json"}'), 'x.json', '--out=')
+    one_line(bench(out=tmp_path / 'file' / 'x.json'), 'x.json', '--out=')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['file']
 
 
 def test_without_transformers_its_peer_is_refused_in_one_line(tmp_path):
     (tmp_path / 'transformers.py').write_text("raise ImportError('no transformers here')")
-    run = bench('--peer=transformers', f'--out={tmp_path}/x.json', path=tmp_path)
-    one_line(run, 'pip install transformers', 'no transformers here')
+    run = bench(path=tmp_path, peer='transformers', out=tmp_path / 'x.json')
+    one_line(run, 'pip install transformers', 'no transformers here', '--peer=none')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gpu.sh
+
+@pytest.fixture
+def gpu(tmp_path):
+    """gpu(**environment): gpu.sh with a Python that fails, or takes its time, where the files fails, slow say so."""
+    log, fake = tmp_path / 'log', tmp_path / 'python'
+    fake.write_text(f"""#!/usr/bin/env bash
+echo "$@" >> {log}
+if [ -e {tmp_path}/fails ] && [[ "$*" == *$(cat {tmp_path}/fails)* ]]; then exit 1; fi
+if [ -e {tmp_path}/slow ] && [[ "$*" == *$(cat {tmp_path}/slow)* ]]; then sleep 30; fi
+if [ "$1" = train.py ]; then
+    for a in "$@"; do declare "${{a#--}}" 2> /dev/null; done
+    mkdir -p "out/$experiment/$name-s$seed" && echo '{{}}' > "out/$experiment/$name-s$seed/result.json"
+fi
+""")
+    fake.chmod(0o755)
+    (tmp_path / 'repository').mkdir()
+    shutil.copytree(REPOSITORY / 'config', tmp_path / 'repository/config')
+    plan = tmp_path / 'repository/config/gpu.plan'
+    plan.write_text(re.sub('(?m)^seeds .*', 'seeds 0 1', plan.read_text()))
+    for name in ('gpu.sh', 'reproduce.sh'):                         # they go to the folder in which they lie
+        shutil.copy(REPOSITORY / name, tmp_path / 'repository')
+
+    def run(*arguments, **environment):
+        log.write_text('')
+        done = subprocess.run(['./gpu.sh', *arguments], cwd=tmp_path / 'repository', capture_output=True, text=True,
+                              env={**os.environ, 'PYTHON': str(fake), **environment})
+        return SimpleNamespace(code=done.returncode, out=done.stdout + done.stderr, asked=log.read_text().splitlines())
+    run.folder = tmp_path
+    return run
+
+
+def programs(run):
+    return [line.split()[0] for line in run.asked]
+
+
+def test_gpu_sh_skips_what_is_done_and_tries_again_what_failed(gpu):
+    (gpu.folder / 'fails').write_text('--prompts=8192')
+    first = gpu('--dataset=/data/code', OUT=str(gpu.folder / 'results'))
+    assert first.code == 1 and 'failed: decode-8192' in first.out
+    assert programs(first) == ['-m', *['bench.py'] * 5, *['train.py'] * 14, 'analyze.py']
+    assert all('--dataset=/data/code' in line for line in first.asked if line.startswith('train.py'))
+    assert len(list((gpu.folder / 'results/experiment').glob('*-s*.json'))) == 14
+    (gpu.folder / 'fails').unlink()
+    second = gpu(OUT=str(gpu.folder / 'results'))
+    assert second.code == 0 and 'all is done' in second.out
+    assert programs(second) == ['bench.py'] and '--prompts=8192' in second.asked[0]
+    assert gpu(OUT=str(gpu.folder / 'results')).asked == []
+
+
+def test_gpu_sh_stops_when_its_time_is_over_and_goes_on_in_the_next_call(gpu):
+    (gpu.folder / 'slow').write_text('--prompts=32768')
+    first = gpu(BUDGET='3')
+    assert first.code == 75 and 'call again' in first.out and programs(first) == ['-m', *['bench.py'] * 5]
+    (gpu.folder / 'slow').write_text('--name=mqa --seed=1')
+    second = gpu(BUDGET='10')
+    assert second.code == 75 and programs(second)[:2] == ['bench.py', 'train.py']
+    (gpu.folder / 'slow').unlink()
+    third = gpu(BUDGET='0')
+    assert third.code == 0 and '--name=mqa --seed=1' in third.asked[0], 'finished runs are not run again'
+
+
+def test_a_rehearsal_is_the_same_list_of_stages_at_a_size_of_seconds_on_the_cpu(gpu):
+    run = gpu(REHEARSE='1')
+    assert run.code == 0 and programs(run) == ['-m', *['bench.py'] * 4, *['train.py'] * 7, 'analyze.py']
+    assert all('--device=cpu' in line for line in run.asked if line.startswith(('bench.py', 'train.py')))
+    assert all(word in line for line in run.asked if line.startswith('train.py')
+               for word in ('config/smoke.py', '--experiment=rehearsal'))
