@@ -50,8 +50,9 @@ BFLOAT16_FROM = 256     # width from which a CPU gains by bfloat16; below, its c
 def choose_dtype(name, device, n_embd):
     """--dtype -> 'float32' or 'bfloat16'; auto: bfloat16 where the processor computes in it and the model is wide enough.
 
-    A GPU says itself whether it computes in bfloat16 or emulates it; of CPUs those do that have AVX512-BF16 or AMX. There an
-    update was 0.5 to 1.2 times as fast as in float32 at a width of 96, 1.5 at 192, 1.7 at 256, 1.9 at 384 (results/README.md).
+    A GPU says itself whether it computes in bfloat16 or emulates it; of CPUs those do that have AVX512-BF16 or AMX. An update
+    384 wide is 1.4 times as fast as in float32 on a Xeon with AMX (results/bench/train.md); on an EPYC 96 wide it was half as
+    fast. This is for training: decoding on a CPU gains nothing yet.
     """
     if name != 'auto':
         return name

@@ -122,6 +122,8 @@ except ValueError as error:
     fail(str(error).partition(', or take')[0])              # another tokenizer is no way out here
 ends = getattr(tokenizer, 'ends', {tokenizer.eot})
 
+if dtype == 'auto' and device.type == 'cpu':
+    dtype = 'float32'                                       # a decoded token is no faster in bfloat16 (results/bench/decode.md)
 dtype = getattr(torch, choose_dtype(dtype, device, model.config.n_embd))
 model = model.eval().to(device).for_decoding(dtype)
 block_size = model.config.block_size
