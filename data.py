@@ -291,7 +291,8 @@ def named_vocabulary(source, tokenizer, log):
     try:
         return make_tokenizer(tokenizer, 0, (), log), []
     except DataError as error:
-        return None, [f'No text and no bits per byte: {error}.']
+        # another tokenizer is no way out for tokens that are given
+        return None, [f'No text and no bits per byte: {str(error).partition(", or take")[0]}.']
 
 
 def adopt(source, tokenizer, vocabulary, log):

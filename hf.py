@@ -530,6 +530,17 @@ def tokenizer_json(tokenizer):
                       'vocab': {spell(token): i for token, i in ids.items()}}}
 
 
+def has_vocabulary(path, tokenizer):
+    """Whether the tokenizer.json of a folder has the tokens of a Tokenizer under the same ids; where one is missing, True."""
+    file = Path(path) / 'tokenizer.json'
+    if tokenizer is None or not file.is_file():
+        return True
+    try:
+        return read_json(file)['model']['vocab'] == tokenizer_json(tokenizer)['model']['vocab']
+    except (ValueError, LookupError, TypeError):                # neither bytes nor BPE
+        return False
+
+
 class FolderTokenizer:
     """A folder's own tokenizer. ends: the set of ids that end a text; eot: one of them, or None."""
 
@@ -548,7 +559,7 @@ class FolderTokenizer:
 
 def open_tokenizer(path):
     """The tokenizer.json of a folder, by the package `tokenizers` -> FolderTokenizer."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not (path / 'tokenizer.json').is_file():
         raise ValueError(f'{path} has no tokenizer.json')
     try:
@@ -572,7 +583,7 @@ def open_tokenizer(path):
 
 def from_run(path):
     """A run's folder, or a checkpoint file -> LanguageModel in eval mode, Tokenizer or None."""
-    path = Path(path)
+    path = Path(path).expanduser()
     file = path / 'checkpoint.pt' if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f'{path} holds no checkpoint.pt' if path.is_dir() else f'{path} is not there')

@@ -52,7 +52,7 @@ def choose_dtype(name, device, n_embd):
 
     A GPU says itself whether it computes in bfloat16 or emulates it; of CPUs those do that have AVX512-BF16 or AMX. An update
     384 wide is 1.4 times as fast as in float32 on a Xeon with AMX (results/bench/train.md); on an EPYC 96 wide it was half as
-    fast. This is for training: decoding on a CPU gains nothing yet.
+    fast, with the code before kernels.py, and 256 is a choice between the two. This is for training: decoding on a CPU gains nothing yet.
     """
     if name != 'auto':
         return name

@@ -219,7 +219,9 @@ def command_to_go_on(overwrite=False, **knobs):
 
 
 def read_weights(path, asked):
-    """--init_from=PATH -> (fields of ModelConfig, weights by name, tokenizer's state or None, SHA-256 of the files).
+    """--init_from=PATH -> (fields of ModelConfig, weights by name, same_vocabulary, SHA-256 of the files).
+
+    same_vocabulary(tokenizer): whether a Tokenizer, or None where token files have none, gives the ids of these weights.
 
     PATH: a run's folder, a checkpoint file, or a Hugging Face folder (see hf.py). The network is the one that is read;
     what has no weights, context and rotary positions, may be asked for otherwise. asked: {knob: value} of the flags.
@@ -227,15 +229,17 @@ def read_weights(path, asked):
     path = Path(path).expanduser()
     file = path / 'checkpoint.pt' if (path / 'checkpoint.pt').exists() else path
     if file.is_dir() and (file / 'config.json').exists():
-        from hf import from_folder
+        from hf import from_folder, has_vocabulary
         try:
             model = from_folder(path)
         except ValueError as error:
             fail(error)
         files = sorted(f for f in path.iterdir() if f.suffix in ('.json', '.safetensors'))
-        content = {'model_config': vars(model.config), 'model': model.state_dict(), 'tokenizer': None}
+        content = {'model_config': vars(model.config), 'model': model.state_dict()}
+        same_vocabulary = lambda tokenizer: has_vocabulary(path, tokenizer)
     else:
         from machine import load_whole
+        from tokenizer import Tokenizer
         try:
             content, files = load_whole(file), [file]
             if content['schema'] != SCHEMA:
@@ -244,6 +248,8 @@ def read_weights(path, asked):
             fail(f'--init_from={path}: no such run, checkpoint file or Hugging Face folder')
         except Exception as error:
             fail(f'--init_from={path}: holds no checkpoint.pt, or it cannot be read ({type(error).__name__})')
+        own = content['tokenizer'] and Tokenizer.from_state(content['tokenizer']).sha256()
+        same_vocabulary = lambda tokenizer: not own or tokenizer is not None and tokenizer.sha256() == own
     digest = hashlib.sha256()
     for name in files:
         with open(name, 'rb') as f:
@@ -256,7 +262,7 @@ def read_weights(path, asked):
             if not knob.startswith(('rope_', 'block_size')):
                 fail(f'--{knob}={asked[knob]} is not what {path} has: {network[knob]}')
             network[knob] = asked[knob]
-    return network, content['model'], content['tokenizer'], digest.hexdigest()
+    return network, content['model'], same_vocabulary, digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -114,7 +114,6 @@ from moe import LOSS_WEIGHTS
 from muon import configure_optimizers
 from parallel import rank, world_size
 from result import SCHEMA, RunFolder, command_to_go_on, folder_of, read_weights
-from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What was asked for, checked before anything slow or destructive
@@ -136,12 +135,11 @@ if shard and (world_size == 1 or optimizer == 'muon'):
 if batch_size % world_size:
     fail(f'batch_size ({batch_size}) must be a multiple of the number of processes ({world_size})')
 trackers.check(tracker)
-name = name or asked['attn']
-folder = RunFolder(folder_of(out_dir, experiment, name, seed))
-
 network, weights = {k: asked[k] for k in ModelConfig.__dataclass_fields__}, None
 if init_from:
-    network, weights, vocabulary, digest = read_weights(init_from, asked)
+    network, weights, same_vocabulary, digest = read_weights(init_from, asked)
+name = name or network['attn']
+folder = RunFolder(folder_of(out_dir, experiment, name, seed))
 try:
     network = ModelConfig(**network)                        # tells of bad sizes now
     corpus = data.Corpus(data.prepare(os.path.expanduser(dataset), tokenizer, asked['vocab_size'],
@@ -151,8 +149,7 @@ except ValueError as error:
     fail(error)
 if not init_from:
     network = replace(network, vocab_size=corpus.vocab_size)
-elif corpus.vocab_size > network.vocab_size or vocabulary and (
-        corpus.tokenizer is None or Tokenizer.from_state(vocabulary).sha256() != corpus.tokenizer.sha256()):
+elif corpus.vocab_size > network.vocab_size or not same_vocabulary(corpus.tokenizer):
     fail(f'{init_from} has another vocabulary ({network.vocab_size:,} tokens) than {dataset} in --tokenizer={tokenizer}'
          f' ({corpus.vocab_size:,} tokens)')
 block_size, expert_layers = network.block_size, max(0, network.n_layer - network.n_dense_layer)

@@ -334,7 +334,7 @@ def gpt2(monkeypatch):
     def fetch(name, log):
         state.asked += 1
         if not state.online:
-            raise DataError('offline')
+            raise DataError('offline; do this, or take --tokenizer=bpe or --tokenizer=bytes')
         return Tokenizer('gpt2', [f'<{i}>'.encode() for i in range(50256)] + [None], 'x', eot=50256)
     state = SimpleNamespace(online=False, asked=0)
     monkeypatch.setattr('tokenizer.fetch_tokenizer', fetch)
@@ -347,7 +347,8 @@ def test_gpt2_token_files_work_without_the_vocabulary_and_get_it_when_it_can_be_
     corpus = Corpus(folder, block_size=8)
     facts = corpus.describe()
     assert facts['vocab_size'] == 50257 and facts['val_bytes'] is None and facts['tokenizer'] == 'gpt2'
-    assert 'offline' in corpus.remarks[0] and prepare(str(source), 'gpt2', 0, tmp_path / 'root', silent) == folder
+    assert 'offline' in corpus.remarks[0] and '--tokenizer' not in corpus.remarks[0]    # these tokens are given
+    assert prepare(str(source), 'gpt2', 0, tmp_path / 'root', silent) == folder
     gpt2.online = True
     assert prepare(str(source), 'gpt2', 0, tmp_path / 'root', silent) == folder
     for gpt2.online in (True, False):                    # and keeps it

@@ -12,6 +12,7 @@ from configurator import run_knobs
 from conftest import refusal, result, save
 
 from result import SCHEMA, RunFolder, command_to_go_on, disagreements, folder_of, load, read_weights
+from tokenizer import Tokenizer
 
 CONFIG = {'attn': 'lora', 'seed': 0, 'max_steps': 20, 'learning_rate': 0.01, 'micro_batch_size': 4, 'dataset': '/a/x.txt',
           'compile': True, 'eval_interval': 10}
@@ -292,12 +293,22 @@ def test_the_command_to_go_on_is_this_one_for_a_shell(monkeypatch, argv, overwri
 DEFAULTS = {name: knob.default for name, knob in run_knobs()[0].items()}
 
 
+def byte_tokenizer():
+    return Tokenizer('bytes', [bytes([i]) for i in range(256)] + [None], eot=256)
+
+
 def test_weights_to_start_from_come_with_their_hash_and_network(place, tmp_path, capsys):
-    path = place('complete', content(20, 3.0))
+    path, known = place('complete', content(20, 3.0)), byte_tokenizer()
     for given in (path, path / 'checkpoint.pt'):
-        network, weights, vocabulary, digest = read_weights(given, DEFAULTS)
-        assert network == {**DEFAULTS, 'n_layer': 1} and vocabulary is None and torch.equal(weights['w'], torch.full((3,), 20.0))
+        network, weights, same_vocabulary, digest = read_weights(given, DEFAULTS)
+        assert network == {**DEFAULTS, 'n_layer': 1} and torch.equal(weights['w'], torch.full((3,), 20.0))
+        assert same_vocabulary(known) and same_vocabulary(None)         # a run without a tokenizer says nothing of it
         assert digest == hashlib.sha256((path / 'checkpoint.pt').read_bytes()).hexdigest()
+    torch.save({**content(20, 3.0), 'tokenizer': known.state()}, path / 'checkpoint.pt')
+    _, _, same_vocabulary, _ = read_weights(path, DEFAULTS)
+    other = byte_tokenizer()
+    other.tokens[97], other.tokens[98] = other.tokens[98], other.tokens[97]
+    assert same_vocabulary(known) and not same_vocabulary(other) and not same_vocabulary(None)
     assert 'no such run' in refusal(capsys, read_weights, tmp_path / 'nowhere', DEFAULTS)
     assert 'holds no checkpoint.pt' in refusal(capsys, read_weights, tmp_path, DEFAULTS)
     (path / 'checkpoint.pt').write_bytes(b'hello')

@@ -636,6 +636,7 @@ def test_training_goes_on_from_the_weights_of_a_run_with_a_fresh_optimizer(train
     assert all(torch.equal(a, b) for a, b in zip(weights_of(run).values(), weights_of(source).values()))
     longer = result_of(train('longer', init_from=source.folder, **network))
     assert longer['final']['updates'] == 6 and longer['final']['val_loss'] < before['final']['val_loss']
+    assert longer['name'] == 'mla'                          # what was trained, not what --attn says by default
     one_line(train('x', init_from=source.folder, **{**network, 'n_layer': 3}), '--n_layer=3', 'source has: 1')
     one_line(train('x', init_from=source.folder, **network, tokenizer='bpe', vocab_size=280), 'another vocabulary', '257')
     one_line(train('x', init_from=tmp_path / 'nowhere', **network), 'nowhere', 'no such run')
@@ -651,6 +652,11 @@ def test_training_goes_on_from_a_hugging_face_folder_and_a_damaged_one_is_one_li
     run = train(init_from=tmp_path / 'published', **network, learning_rate=0.0, bias_update_rate=0)
     assert result_of(run)['final']['val_loss'] == pytest.approx(result_of(source)['final']['val_loss'], rel=1e-6)
     assert re.fullmatch('published sha256:[0-9a-f]{64}', result_of(run)['config']['init_from'])
+    other = json.loads((tmp_path / 'published/tokenizer.json').read_text())     # as many tokens, two of them exchanged
+    vocab = other['model']['vocab']
+    vocab['a'], vocab['b'] = vocab['b'], vocab['a']
+    (tmp_path / 'published/tokenizer.json').write_text(json.dumps(other))
+    one_line(train('x', init_from=tmp_path / 'published', **network), 'published', 'another vocabulary')
     (tmp_path / 'published/config.json').write_text('{"model_type": "gpt2"}')
     one_line(train('x', init_from=tmp_path / 'published', **network), 'published', 'only MixtralForCausalLM')
 
