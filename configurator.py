@@ -29,7 +29,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections import namedtuple
+from collections import ChainMap, namedtuple
 
 Knob = namedtuple('Knob', 'name default types choices section comment')
 
@@ -267,6 +267,7 @@ def print_help(knobs, values, docstring, argument):
 def configure(namespace, more=None, positional=None, argv=None):
     """Lays config files and flags over the defaults -> {name: value}; writes the program's own knobs into namespace.
 
+    What is returned is a ChainMap: its maps[0] holds what was given in files and flags, maps[1] the defaults.
     namespace: globals() of the caller, whose source is namespace['__file__']. more: {name: Knob} of knobs that stand
     elsewhere (run_knobs); they are in what is returned only. positional: None: arguments that end in .py are config
     files, a later one overriding an earlier one; a knob's name: the one such argument is its value. argv: by default of
@@ -277,7 +278,7 @@ def configure(namespace, more=None, positional=None, argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     own, docstring = read_block(namespace['__file__'])
     knobs = {**(more or {}), **own}
-    values = {name: knob.default for name, knob in knobs.items()}
+    values = ChainMap({}, {name: knob.default for name, knob in knobs.items()})
     flags, extra = {}, []
     for arg in argv:
         name, equals, text = arg.removeprefix('--').partition('=')

@@ -29,9 +29,8 @@ from typing import NamedTuple
 import torch
 
 from attention import yarn_mscale
-from machine import load_whole
 from model import LanguageModel, ModelConfig
-from result import SCHEMA
+from result import read_checkpoint
 from tokenizer import EOT, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -583,19 +582,13 @@ def open_tokenizer(path):
 
 def from_run(path):
     """A run's folder, or a checkpoint file -> LanguageModel in eval mode, Tokenizer or None."""
-    path = Path(path).expanduser()
-    file = path / 'checkpoint.pt' if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f'{path} holds no checkpoint.pt' if path.is_dir() else f'{path} is not there')
+    checkpoint = read_checkpoint(path)
     try:
-        checkpoint = load_whole(file)
-        if checkpoint['schema'] > SCHEMA:
-            raise ValueError(f'it has schema {checkpoint["schema"]}, this program reads up to {SCHEMA}')
         model = LanguageModel(ModelConfig(**checkpoint['model_config']), seed=None).eval()
         model.load_state_dict(checkpoint['model'])
         return model, checkpoint['tokenizer'] and Tokenizer.from_state(checkpoint['tokenizer'])
-    except Exception as error:                                  # whatever a damaged or foreign file makes torch raise
-        raise ValueError(f'{file} is no sound checkpoint of train.py ({type(error).__name__}: '
+    except Exception as error:                                  # whatever entries of other kinds or sizes make raise
+        raise ValueError(f'{path} is no sound checkpoint of train.py ({type(error).__name__}: '
                          f'{str(error).partition(chr(10))[0]})') from None
 
 

@@ -1,12 +1,11 @@
-"""The machine under train.py, sample.py and bench.py: device, description, memory, files that are whole or refused.
+"""The machine under train.py, sample.py and bench.py: device, description, memory; and a file that is written whole.
 
 Imports torch, so it is imported after configure() has answered --help and typos.
 """
 import os
 import platform
 import subprocess
-import sys
-import zipfile
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -31,35 +30,31 @@ def choose_device(name, kinds=('cuda', 'mps', 'cpu'), index=None):
         device = torch.device(next(kind for kind in kinds if there[kind]) if name == 'auto' else name)
     except RuntimeError:
         fail(f'--device={name} is no device; try auto, {", ".join(reversed(kinds))} or cuda:1')
-    if device.type in there and device.type not in kinds:
-        fail(f'--device={name}: this program runs on {" and ".join(reversed(kinds))} only; try --device=auto')
     if device.type == 'cuda' and index is not None:
         device = torch.device('cuda', index)
-    count = there.get(device.type, 0)
+    count = there[device.type] if device.type in kinds else 0
     if (device.index or 0) >= count:
-        fail(f'--device={name}: there is no {device}, this torch ({torch.__version__}) sees {count} of that kind; '
+        fail(f'--device={name}: there is no {device} for this program, torch {torch.__version__} sees {count}; '
              'try --device=auto')
     if device.type == 'cuda':
         torch.cuda.set_device(device.index or 0)            # memory, names and events are those of the current one
     return device
 
 
-BFLOAT16_FROM = 256     # width from which a CPU gains by bfloat16; below, its casts and small products cost more than they save
-
-
 def choose_dtype(name, device, n_embd):
     """--dtype -> 'float32' or 'bfloat16'; auto: bfloat16 where the processor computes in it and the model is wide enough.
 
-    A GPU says itself whether it computes in bfloat16 or emulates it; of CPUs those do that have AVX512-BF16 or AMX. An update
-    384 wide is 1.4 times as fast as in float32 on a Xeon with AMX (results/bench/train.md); on an EPYC 96 wide it was half as
-    fast, with the code before kernels.py, and 256 is a choice between the two. This is for training: decoding on a CPU gains nothing yet.
+    A GPU says itself whether it computes in bfloat16 or emulates it; CPUs compute in it with AVX512-BF16 or AMX. Below
+    some width casts and small products cost them more than they save: an update 384 wide is 1.4 times as fast as in
+    float32 on a Xeon with AMX (results/bench/train.md), one 96 wide was half as fast on an EPYC, with the code before
+    kernels.py; 256 is a choice between the two.
     """
     if name != 'auto':
         return name
     if device.type == 'cuda':
         computes = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        computes = device.type == 'cpu' and n_embd >= BFLOAT16_FROM and (
+        computes = device.type == 'cpu' and n_embd >= 256 and (
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return 'bfloat16' if computes else 'float32'
 
@@ -68,9 +63,9 @@ def compiles(device):
     """'' if torch.compile works here, else why not: it needs a C++ compiler, and triton on a GPU."""
     try:
         torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+        return ''
     except Exception as error:
-        return f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
-    return ''
+        return f'{type(error).__name__}: {str(error).strip()}'.splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,10 +84,8 @@ def device_name(device):
 def git(*command):
     """What git says about this folder; None without git or a repository."""
     command = ['git', '-C', Path(__file__).resolve().parent, *command]
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def environment(device):
@@ -104,24 +97,18 @@ def environment(device):
             'git_dirty': None if changes is None else bool(changes)}
 
 
-def resident_gb(field='VmHWM'):
-    """Memory of this process in 10^9 bytes: its peak, or with VmRSS what it is now (on Linux; elsewhere the peak).
-    None on Windows, whose Python cannot tell."""
-    try:                                                    # getrusage's peak includes the process that started this
-        with open('/proc/self/status') as file:
-            return next(int(line.split()[1]) for line in file if line.startswith(field)) * 1024 / 1e9
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
-
-
 def peak_memory_gb(device):
     """Largest amount so far, in 10^9 bytes: of device memory on a CUDA GPU, else of this process's resident memory."""
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == 'cuda' else resident_gb()
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:                                                    # getrusage's peak includes the process that started this
+        with open('/proc/self/status') as file:
+            return next(int(line.split()[1]) for line in file if line.startswith('VmHWM')) * 1024 / 1e9
+    except (OSError, StopIteration):
+        with suppress(ImportError):                         # on Windows Python cannot tell
+            import resource
+            unit = 1 if platform.system() == 'Darwin' else 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def out_of_memory(error):
@@ -133,9 +120,6 @@ def out_of_memory(error):
 def now():
     return datetime.now().astimezone().isoformat(timespec='seconds')
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
 
 def write_atomically(path, write):
     """write(file) aside, flushed to the disk, renamed over `path`: there is always one whole file under that name."""
@@ -149,16 +133,3 @@ def write_atomically(path, write):
     except OSError as error:
         aside.unlink(missing_ok=True)
         fail(f'{path} could not be written ({error.strerror or error}); what was there before is still there')
-
-
-def load_whole(path, mmap=False):
-    """What torch.save wrote to `path`, on the CPU; runs no code from the file. Raises something if it is damaged.
-
-    mmap: tensors stay in the file until they are touched, so that several processes share one copy of them.
-    torch.save stores a CRC-32 of each record, which torch.load does not look at: a flipped bit would become a weight.
-    """
-    with zipfile.ZipFile(path) as archive:                  # about 1 GB/s
-        # a record with attributes may pass for a folder, of which torch.load reads nothing: a tensor of stale memory
-        if archive.testzip() is not None or any(record.external_attr for record in archive.infolist()):
-            raise zipfile.BadZipFile('a record is damaged')
-    return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)

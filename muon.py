@@ -38,8 +38,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure=None):                           # torch's loader of optimizer states passes one, None
-        loss = None if closure is None else torch.enable_grad()(closure)()
+    def step(self, closure=None):                           # torch's loader of optimizer states passes None
         for group in self.param_groups:
             lr, momentum = group['lr'], group['momentum']
             for p in group['params']:
@@ -50,7 +49,6 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonalise(p.grad.lerp(m, momentum))
                 p.mul_(1 - lr * group['weight_decay'])
                 p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2:]) ** 0.5)
-        return loss
 
 
 def configure_optimizers(model, learning_rate, weight_decay=0.1, betas=(0.9, 0.95), muon=False):

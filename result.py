@@ -1,4 +1,4 @@
-"""What a run's folder holds. train.py writes it, analyze.py reads it and compares; torch is only imported to write.
+"""What a run's folder holds. train.py writes it, analyze.py reads it and compares; torch is imported for checkpoints only.
 
     folder = RunFolder('out/laptop/lora-s0')
     checkpoint = folder.open(config, data, asked, resume='auto')    # what to go on from; or one line and the end
@@ -10,7 +10,6 @@
 
 The README describes the fields ("Read a result").
 """
-
 import hashlib
 import json
 import math
@@ -19,26 +18,21 @@ import re
 import shlex
 import shutil
 import sys
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from configurator import fail, run_knobs, say
 
-SCHEMA = 2      # of result.json and checkpoint.pt. 1: every weight N(0, 0.02), router losses averaged over the layers
+SCHEMAS = {1: 'every weight N(0, 0.02), router losses averaged over the layers',
+           2: 'weights by fan-in, router losses summed over the layers'}
+SCHEMA = max(SCHEMAS)                               # of the result.json and checkpoint.pt that are written
 STATUSES = ('running', 'complete', 'interrupted', 'diverged')
-NAME_LENGTH = 60                                        # of a run's name, at most: what fits a table
-CONTINUATION = {'resume', 'overwrite', 'out_dir', 'data_root'}      # may differ between a run and its continuation
-# ... and so may these: they change no number but by rounding; the data's hashes must agree, whatever it is called
-INDIFFERENT = CONTINUATION | {'micro_batch_size', 'log_interval', 'checkpoint_interval', 'eval_interval', 'compile',
-                              'shard', 'tracker', 'dataset', 'text_field', 'extended_at'}
-
-
-def json_ready(value):
-    """NaN and infinities become null, as JSON has none."""
-    if isinstance(value, dict):
-        return {k: json_ready(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [json_ready(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+NAME_LENGTH = 60                                    # of a run's name, at most: what fits a table
+# May differ between a run and its continuation: these change no number but by rounding, or say where things lie; the data's
+# hashes must agree, whatever it is called
+INDIFFERENT = {'resume', 'overwrite', 'out_dir', 'data_root', 'micro_batch_size', 'log_interval', 'checkpoint_interval',
+               'eval_interval', 'compile', 'shard', 'tracker', 'dataset', 'text_field', 'extended_at'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,13 +48,7 @@ def folder_of(out_dir, experiment, name, seed):
 
 
 class RunFolder:
-    """The folder of one run: what is there already, and what the run leaves there.
-
-        result.json       what README describes; rewritten at each evaluation
-        checkpoint.pt     weights, optimizer, step, history: all that going on needs; sample.py reads it
-        best.pt           the checkpoint with the smallest validation loss, if that is not the last one
-        .lock             held by the process that writes
-    """
+    """The folder of one run: what is there already, and what the run leaves there. train.py's docstring lists the files."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -73,7 +61,7 @@ class RunFolder:
 
         config, data: of this run, as they will stand in its result; config gets `extended_at`, the steps at which a
         run was given more updates. asked: {knob: value} before 'auto' and None were resolved. resume: True, False or
-        'auto' (if there is anything to go on with). writer: this process locks the folder. mmap: see load_whole.
+        'auto' (if there is anything to go on with). writer: this process locks the folder. mmap: see read_checkpoint.
         """
         there = self.result.exists() or self.checkpoint.exists()
         if resume is True and not there:
@@ -82,12 +70,15 @@ class RunFolder:
             self.lock()
         if overwrite:
             if writer:                                      # or a later --resume=True would find what was there before
-                for path in (self.checkpoint, self.best_file):
-                    path.unlink(missing_ok=True)
+                self.checkpoint.unlink(missing_ok=True)
+                self.best_file.unlink(missing_ok=True)
             return None
         if self.result.exists():
-            before = self.read_result()
-            self.compare(before, config, data, asked, resume)
+            try:
+                before = read_run(self.result)
+            except ValueError as error:
+                fail(f'{error}; --overwrite=True replaces it')
+            self.compare(before, config, data, asked)
             more = config['max_steps'] > before['config']['max_steps']
             if before['status'] == 'diverged':
                 say(f'{self.path} diverged ({before.get("error")}); --overwrite=True runs it again')
@@ -104,14 +95,17 @@ class RunFolder:
             if there:
                 say(f'{self.path} has no checkpoint yet: from the beginning')
             return None
-        checkpoint = self.read_checkpoint(mmap)
-        self.compare(checkpoint, config, data, asked, resume)
+        try:
+            checkpoint = read_checkpoint(self.checkpoint, mmap)
+        except ValueError as error:
+            fail(f'{error}; --overwrite=True starts again')
+        if checkpoint['schema'] != SCHEMA:
+            fail(f'{self.checkpoint} has schema {checkpoint["schema"]}: {SCHEMAS[checkpoint["schema"]]}; here it is '
+                 f'{SCHEMA}; --overwrite=True starts again')
+        self.compare(checkpoint, config, data, asked)
         before, step = checkpoint['config'], checkpoint['step']
         extended = before.get('extended_at', []) + [step] * (config['max_steps'] > before['max_steps'])
         if extended:
-            if checkpoint['optimizer'] is None:
-                fail(f'{self.checkpoint} is of a finished run and has no optimizer state; --init_from={self.path} '
-                     'starts another run from its weights')
             config['extended_at'] = extended
         self.best, self.saved = checkpoint.get('best'), step
         return checkpoint
@@ -120,54 +114,31 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.held = open(self.path / '.lock', 'w')
-            try:
+            with suppress(ImportError):
                 import fcntl                                # not on Windows, where nothing guards the folder
                 fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)       # let go of when this process ends
-            except ImportError:
-                pass
         except BlockingIOError:
             fail(f'another process is writing to {self.path}; wait for it, or go elsewhere with --out_dir=...')
         except OSError as error:
             fail(f'{self.path} cannot be written to ({error.strerror}); go elsewhere with --out_dir=...')
 
-    def read_result(self):
-        try:
-            content = json.loads(self.result.read_text(encoding='utf-8'))
-        except (OSError, ValueError) as error:
-            fail(f'{self.result} cannot be read ({error}); --overwrite=True replaces it')
-        if not (isinstance(content, dict) and isinstance(content.get('config'), dict)
-                and content.get('status') in STATUSES and 'max_steps' in content['config']):
-            fail(f'{self.result} is no result of this program; --overwrite=True replaces it')
-        return content
-
-    def read_checkpoint(self, mmap=False):
-        from machine import load_whole
-        try:
-            content = load_whole(self.checkpoint, mmap)
-            schema = content['schema']
-            content['config']['max_steps'], content['step'], content['optimizer']
-        except Exception as error:                          # whatever a damaged archive makes torch raise
-            fail(f'{self.checkpoint} cannot be read ({type(error).__name__}); --overwrite=True starts again')
-        if schema != SCHEMA:
-            fail(f'{self.checkpoint} has schema {schema}, this program reads {SCHEMA}; --overwrite=True starts again')
-        return content
-
-    def compare(self, before, config, data, asked, resume):
+    def compare(self, before, config, data, asked):
         """Fails unless what lies in the folder is this run: by its config, and its data by the hashes."""
+        old = before['config']
+
         def same(k):
-            if k not in before['config'] and k in DEFAULTS:             # a knob that is younger than that run
+            if k not in old and k in DEFAULTS:              # a knob that is younger than that run
                 return asked.get(k) == DEFAULTS[k]
-            if k == 'max_steps' and config[k] > before['config'][k]:    # a run may be given more updates
+            if k == 'max_steps' and config[k] > old[k]:     # a run may be given more updates
                 return True
-            return before['config'].get(k) == config.get(k)
-        different = [f'{k}: {before["config"].get(k, "absent")} there, {config.get(k, "absent")} here'
-                     for k in sorted((config.keys() | before['config'].keys()) - INDIFFERENT) if not same(k)]
+            return old.get(k) == config.get(k)
+        different = [f'{k}: {old.get(k, "absent")} there, {config.get(k, "absent")} here'
+                     for k in sorted((config.keys() | old.keys()) - INDIFFERENT) if not same(k)]
         if different:
             fail(f'{self.path} holds a run of another config ({", ".join(different)}); --overwrite=True replaces it, '
                  '--out_dir=... goes elsewhere')
-        old = before.get('data') or {}
-        hashes = [k for k in sorted(data) if k.endswith(('sha256', 'tokens', 'size')) and k in old
-                  and None not in (old[k], data[k])]
+        old = before.get('data', {})
+        hashes = [k for k in sorted(data) if k.endswith(('sha256', 'tokens', 'size')) and None not in (old.get(k), data[k])]
         different = [f'{k}: {str(old[k])[:12]} there, {str(data[k])[:12]} here' for k in hashes if old[k] != data[k]]
         if different:
             fail(f'{self.path} holds a run on other data ({", ".join(different)}): the text, the vocabulary or how '
@@ -176,8 +147,9 @@ class RunFolder:
     def write_result(self, result):
         from machine import write_atomically
         file = 'checkpoint.pt' if self.best and self.best['step'] == self.saved else 'best.pt'
-        best = self.best and {**self.best, 'file': file}
-        text = json.dumps(json_ready({**result, 'best': best}), indent=1, allow_nan=False) + '\n'
+        result = {**result, 'best': self.best and {**self.best, 'file': file}}
+        result = json.loads(json.dumps(result), parse_constant=lambda name: None)       # NaN, infinity: JSON has none
+        text = json.dumps(result, indent=1, allow_nan=False) + '\n'
         write_atomically(self.result, lambda file: file.write(text.encode()))
 
     def write_checkpoint(self, content):
@@ -189,13 +161,8 @@ class RunFolder:
         if loss < (self.best['val_loss'] if self.best else math.inf):
             self.best = {'step': step, 'val_loss': loss}
         elif self.best and self.best['step'] == self.saved != step:
-            aside = self.best_file.with_name('best.pt.tmp')
-            aside.unlink(missing_ok=True)
-            try:
-                os.link(self.checkpoint, aside)             # a second name, no copy
-            except OSError:
-                shutil.copyfile(self.checkpoint, aside)
-            os.replace(aside, self.best_file)
+            with open(self.checkpoint, 'rb') as last:       # a copy: at every moment there is a whole checkpoint.pt
+                write_atomically(self.best_file, lambda file: shutil.copyfileobj(last, file))
         write_atomically(self.checkpoint, lambda file: torch.save({**content, 'best': self.best}, file))
         self.saved = step
         if self.best and self.best['step'] == step:
@@ -203,73 +170,77 @@ class RunFolder:
 
 
 def command_to_go_on(overwrite=False, **knobs):
-    """The command line of this program with --resume=True and these knobs, ready to be pasted into a shell.
+    """The command line of this program with --resume=True and these knobs, ready to be pasted into a shell."""
+    knobs = {'resume': True, **knobs}
+    if overwrite:
+        knobs['overwrite'] = False                          # also where it is a config file that asks for it
+    arguments = [a for a in sys.argv if a.partition('=')[0].removeprefix('--') not in knobs]
+    processes = os.environ.get('WORLD_SIZE', '1')
+    launcher = [sys.orig_argv[0]] if processes == '1' else ['torchrun', f'--nproc_per_node={processes}']
+    return shlex.join(launcher + arguments + [f'--{k}={v}' for k, v in knobs.items()])
 
-    overwrite: as configured; where a config file asks for it, a flag must take it back.
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading checkpoints
+
+def read_checkpoint(path, mmap=False):
+    """A run's folder, or a checkpoint file -> what train.py saved, on the CPU. ValueError if it is damaged or another's.
+
+    No code from the file runs. torch.save stores a CRC-32 of each record, which torch.load does not look at: a flipped
+    bit would become a weight. mmap: tensors stay in the file until they are touched; several processes share one copy.
     """
-    env, knobs = os.environ, {'resume': True, **knobs}
-    if overwrite and '--overwrite=True' not in sys.argv:
-        knobs['overwrite'] = False
-    arguments = [a for a in sys.argv if a.partition('=')[0].removeprefix('--') not in {*knobs, 'overwrite'}]
-    launcher, several = [sys.orig_argv[0]], int(env.get('GROUP_WORLD_SIZE', 1)) > 1
-    if int(env.get('WORLD_SIZE', 1)) > 1:
-        launcher = ['torchrun', f'--nproc_per_node={env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])}']
-    where = " on each machine, with torchrun's --nnodes, --node_rank and --master_... as before" * several
-    return shlex.join(launcher + arguments + [f'--{k}={v}' for k, v in knobs.items()]) + where
+    import torch
+    path = Path(path).expanduser()
+    file = path / 'checkpoint.pt' if path.is_dir() else path
+    if not file.exists():
+        raise ValueError(f'{path} holds no checkpoint.pt' if path.is_dir() else f'{path} is not there')
+    try:
+        with zipfile.ZipFile(file) as archive:              # about 1 GB/s
+            # a record with attributes may pass for a folder, of which torch.load reads nothing: a tensor of stale memory
+            if archive.testzip() is not None or any(record.external_attr for record in archive.infolist()):
+                raise zipfile.BadZipFile('a record is damaged')
+        content = torch.load(file, map_location='cpu', weights_only=True, mmap=mmap)
+        if content['schema'] not in SCHEMAS:
+            raise ValueError(f'it has schema {content["schema"]}, this program reads up to {SCHEMA}')
+        return content
+    except Exception as error:                              # whatever a damaged or foreign file makes torch raise
+        raise ValueError(f'{file} is no sound checkpoint of train.py ({type(error).__name__}: '
+                         f'{str(error).partition(chr(10))[0]})') from None
 
 
-def read_weights(path, asked):
+def read_weights(path, given):
     """--init_from=PATH -> (fields of ModelConfig, weights by name, same_vocabulary, SHA-256 of the files).
 
-    same_vocabulary(tokenizer): whether a Tokenizer, or None where token files have none, gives the ids of these weights.
-
-    PATH: a run's folder, a checkpoint file, or a Hugging Face folder (see hf.py). The network is the one that is read;
-    what has no weights, context and rotary positions, may be asked for otherwise. asked: {knob: value} of the flags.
+    PATH: a run's folder, a checkpoint file, or a Hugging Face folder. same_vocabulary(tokenizer): whether a Tokenizer, or
+    None where token files have none, gives the ids of these weights. given: {knob: value} of flags and config files. The
+    network is the one that is read; what has no weights, context and rotary positions, may be asked for otherwise.
     """
+    import hf
+    import numpy as np
     path = Path(path).expanduser()
-    file = path / 'checkpoint.pt' if (path / 'checkpoint.pt').exists() else path
-    if file.is_dir() and (file / 'config.json').exists():
-        from hf import from_folder, has_vocabulary
-        try:
-            model = from_folder(path)
-        except ValueError as error:
-            fail(error)
-        files = sorted(f for f in path.iterdir() if f.suffix in ('.json', '.safetensors'))
-        content = {'model_config': vars(model.config), 'model': model.state_dict()}
-        same_vocabulary = lambda tokenizer: has_vocabulary(path, tokenizer)
-    else:
-        from machine import load_whole
-        from tokenizer import Tokenizer
-        try:
-            content, files = load_whole(file), [file]
-            if content['schema'] != SCHEMA:
-                fail(f'{file} has schema {content["schema"]}, this program reads {SCHEMA}')
-        except FileNotFoundError:
-            fail(f'--init_from={path}: no such run, checkpoint file or Hugging Face folder')
-        except Exception as error:
-            fail(f'--init_from={path}: holds no checkpoint.pt, or it cannot be read ({type(error).__name__})')
-        own = content['tokenizer'] and Tokenizer.from_state(content['tokenizer']).sha256()
-        same_vocabulary = lambda tokenizer: not own or tokenizer is not None and tokenizer.sha256() == own
-    digest = hashlib.sha256()
-    for name in files:
-        with open(name, 'rb') as f:
-            while block := f.read(2**20):
-                digest.update(block)
-    network = {}
-    for knob in NETWORK:
-        network[knob] = content['model_config'].get(knob, DEFAULTS[knob])
-        if knob != 'vocab_size' and asked[knob] not in (DEFAULTS[knob], network[knob]):
+    try:
+        if (path / 'config.json').exists():
+            model, files = hf.from_folder(path), sorted(f for f in path.iterdir() if f.suffix in ('.json', '.safetensors'))
+            same_vocabulary = lambda tokenizer: hf.has_vocabulary(path, tokenizer)
+        else:
+            (model, own), files = hf.from_run(path), [path / 'checkpoint.pt' if path.is_dir() else path]
+            same_vocabulary = lambda tokenizer: not own or tokenizer is not None and tokenizer.sha256() == own.sha256()
+    except ValueError as error:
+        fail(f'--init_from: {error}')
+    network, digest = vars(model.config), hashlib.sha256()
+    for file in files:
+        digest.update(np.memmap(file, mode='r'))
+    for knob, value in given.items():
+        if knob in network and knob != 'vocab_size' and value not in (None, network[knob]):
             if not knob.startswith(('rope_', 'block_size')):
-                fail(f'--{knob}={asked[knob]} is not what {path} has: {network[knob]}')
-            network[knob] = asked[knob]
-    return network, content['model'], same_vocabulary, digest.hexdigest()
+                fail(f'--{knob}={value} is not what {path} has: {network[knob]}')
+            network[knob] = value
+    return network, model.state_dict(), same_vocabulary, digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading: what analyze.py computes with is checked here, once, so that later code meets no surprise
 
-SCHEMAS = {1: 'every weight N(0, 0.02), router losses averaged over the layers',
-           2: 'weights by fan-in, router losses summed over the layers'}
 FIELDS = {field: kind for kind, fields in {         # final.* are needed in complete runs only
     'an object': 'config model data environment environment.source_sha256',
     'a list': 'history final.expert_load',
@@ -285,51 +256,44 @@ FIELDS = {field: kind for kind, fields in {         # final.* are needed in comp
 }.items() for field in fields.split()}
 
 
-def check(file, value, field, kind, within=''):
-    """The dotted field of an object; fails, naming file and field, if it is not there or not of that kind."""
+def check(value, field, kind, within=''):
+    """The dotted field of an object; ValueError, naming the field, if it is not there or not of that kind."""
     for part in field.split('.'):
         if not isinstance(value, dict) or part not in value:
-            fail(f'{file}: lacks the field {within}{field}')
+            raise ValueError(f'lacks the field {within}{field}')
         value = value[part]
     number = type(value) in (int, float) and abs(value) < 1e150         # false for NaN
     if not {'an object': isinstance(value, dict), 'a list': isinstance(value, list),
             'a line of text': isinstance(value, str) and value.isprintable() and value.strip(),
             'a whole number': number and type(value) is int and value >= 0,
             'a number': number, 'a number or null': number or value is None}[kind]:
-        fail(f'{file}: {within}{field} is {"null" if value is None else ascii(value)[:60]}, expected {kind}')
+        raise ValueError(f'{within}{field} is {json.dumps(value)[:60]}, expected {kind}')
     return value
 
 
 def read_run(file):
-    """One result file -> its object plus `file` and `seed`. Fails, naming file and field, if unsound."""
-    def not_a_number(text):
-        raise ValueError(f'{text} is not JSON, train.py writes null')
+    """One result file -> its object plus `file` and `seed`. ValueError, naming file and field, if unsound."""
     try:
-        with open(file, encoding='utf-8') as f:
-            run = json.loads(f.read(), parse_constant=not_a_number)
-    except OSError as error:
-        fail(f'{file}: cannot be read ({error.strerror})')
-    except (ValueError, RecursionError) as error:
-        fail(f'{file}: not valid JSON, perhaps truncated ({error})')
-    if (schema := check(file, run, 'schema', 'a whole number')) not in SCHEMAS:
-        fail(f'{file}: schema is {schema}, this program reads {" and ".join(map(str, SCHEMAS))}')
-    status = check(file, run, 'status', 'a line of text')
-    if status not in STATUSES:
-        fail(f'{file}: status is {status[:60]}, expected {", ".join(STATUSES[:-1])} or {STATUSES[-1]}')
-    for field, kind in FIELDS.items():
-        if status == 'complete' or not field.startswith('final.'):
-            check(file, run, field, kind)
-    for i, row in enumerate(run['history']):
-        for field, kind in [('step', 'a whole number'), ('val_loss', 'a number or null'),
-                            ('train_loss', 'a number or null')]:
-            check(file, row, field, kind, f'history[{i}].')
-    if status == 'complete':
-        perplexity, loss, load = (run['final'][key] for key in ('val_perplexity', 'val_loss', 'expert_load'))
-        if perplexity is not None and abs(math.log(max(perplexity, 1e-300)) - loss) > 0.01:
-            fail(f'{file}: final.val_perplexity {perplexity:g} is not exp(final.val_loss) = exp({loss:g})')
+        run = json.loads(Path(file).read_text(encoding='utf-8'))
+        if (schema := check(run, 'schema', 'a whole number')) not in SCHEMAS:
+            raise ValueError(f'schema is {schema}, this program reads {" and ".join(map(str, SCHEMAS))}')
+        if (status := check(run, 'status', 'a line of text')) not in STATUSES:
+            raise ValueError(f'status is {status[:60]}, expected one of {", ".join(STATUSES)}')
+        for field, kind in FIELDS.items():
+            if status == 'complete' or not field.startswith('final.'):
+                check(run, field, kind)
+        for i, row in enumerate(run['history']):
+            check(row, 'step', 'a whole number', f'history[{i}].')
+            for field in ('val_loss', 'train_loss'):
+                check(row, field, 'a number or null', f'history[{i}].')
+        load = run['final']['expert_load'] if status == 'complete' else []
         if not all(isinstance(layer, list) and len(layer) == len(load[0]) and all(
                 type(x) in (int, float) and 0 <= x <= 1 for x in layer) and sum(layer) > 0 for layer in load):
-            fail(f'{file}: final.expert_load is not a list of layers with the share of each expert')
+            raise ValueError('final.expert_load is not a list of layers with the share of each expert')
+    except OSError as error:
+        raise ValueError(f'{file} cannot be read ({error.strerror})') from None
+    except (ValueError, RecursionError) as error:           # no JSON, perhaps cut off; or one of the above
+        raise ValueError(f'{file} is no sound result of train.py ({error})') from None
     return {**run, 'file': file, 'seed': run['config']['seed']}
 
 
@@ -342,7 +306,10 @@ def load(path, baseline=None):
         if name == 'result.json' or re.search(r'-s\d+\.json$', name))
     arms, first = {}, {}
     for file in files or fail(f'{path}: no result files below it (result.json or <name>-s<seed>.json)'):
-        run = read_run(file)
+        try:
+            run = read_run(file)
+        except ValueError as error:
+            fail(error)
         if (twin := arms.setdefault(run['name'], {}).setdefault(run['seed'], run)) is not run:
             fail(f'{twin["file"]} and {file} are both {run["name"]} seed {run["seed"]}; if these are two'
                  ' experiments, name the folder of one')

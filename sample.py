@@ -10,7 +10,7 @@ cache is built anew from the newest half of it. A token then sees between block_
 """
 from typing import Literal
 
-from configurator import configure, fail
+from configurator import configure, fail, say
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is continued
@@ -42,7 +42,6 @@ configure(globals(), positional='run')      # before torch is imported, so that 
 
 import codecs
 import itertools
-import logging
 import os
 import signal
 import sys
@@ -54,7 +53,6 @@ from pathlib import Path
 # What was asked for, checked before anything slow
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C before there is anything to report: just the end
-sys.stdout.reconfigure(errors='replace')                    # a terminal that lacks a character shows ?
 warnings.simplefilter('ignore')                             # torch's advice is not for the reader of the text
 
 if not run:
@@ -62,20 +60,18 @@ if not run:
 path = Path(run).expanduser()
 published = (path / 'config.json').is_file()                # a folder of Hugging Face's
 if path.is_dir() and not published:
-    best = (path / 'best.pt').exists()
+    best = checkpoint == 'best' and (path / 'best.pt').exists()
     if checkpoint == 'best' and not best:
-        print(f'{run} has no best.pt: the last checkpoint is the best that was kept', file=sys.stderr)
-    path /= 'best.pt' if checkpoint == 'best' and best else 'checkpoint.pt'
+        say(f'{run} has no best.pt: the last checkpoint is the best that was kept', sys.stderr)
+    path /= 'best.pt' if best else 'checkpoint.pt'
 if not path.exists():
     runs = [file.parent for file in sorted(path.parent.glob('*/checkpoint.pt'))]        # of an experiment's folder
     fail(f'{path} is not there: no such run folder, or nothing was saved in it yet'
          + (f'; did you mean {runs[0]}?' if runs else ''))
 if max_new_tokens < 1 or num_samples < 1:
     fail(f'max_new_tokens ({max_new_tokens}) and num_samples ({num_samples}) must be at least 1')
-if temperature != 0 and not 0.001 <= temperature <= 1000:
-    fail(f'temperature must be 0 or between 0.001 and 1000, not {temperature}')
-if top_k < 0 or not 0 < top_p <= 1:
-    fail(f'top_k ({top_k}) must be at least 0 (all tokens), top_p ({top_p}) above 0 and at most 1 (all tokens)')
+if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    fail(f'temperature ({temperature}) and top_k ({top_k}) must be at least 0, top_p ({top_p}) above 0 and at most 1')
 
 prompts = [prompt]
 try:
@@ -100,7 +96,8 @@ import torch
 
 import hf
 from attention import LatentAttention
-from machine import choose_device, choose_dtype, load_whole
+from machine import choose_device, choose_dtype, compiles, out_of_memory
+from result import read_checkpoint
 from tokenizer import fetch_tokenizer
 
 device = choose_device(device)
@@ -110,13 +107,12 @@ try:
     else:
         model, tokenizer = hf.from_run(path)
     if tokenizer is None:
-        name = load_whole(path)['config']['tokenizer']
+        name = read_checkpoint(path)['config']['tokenizer']
         if name in ('bpe', 'unknown'):
             raise ValueError(f'{path} has no tokenizer, so there is no text: its run was given tokens of an unknown '
                              'vocabulary; train it with --tokenizer=NAME')
         tokenizer = fetch_tokenizer(name, lambda line: None)            # out of reach in training, maybe not by now
-    surplus = model.config.vocab_size - tokenizer.vocab_size            # published models have some ids without a token
-    if surplus < 0 or surplus and not published:
+    if tokenizer.vocab_size > model.config.vocab_size:      # fewer is well: published models have ids without a token
         raise ValueError(f'{path} has {model.config.vocab_size:,} tokens, its tokenizer {tokenizer.vocab_size:,}')
 except ValueError as error:
     fail(str(error).partition(', or take')[0])              # another tokenizer is no way out here
@@ -142,23 +138,20 @@ for number, prompt in enumerate(prompts, 1):
     if not ids:
         fail(f'prompt {number} has no token in this vocabulary; give another --prompt')
     if len(ids) > block_size:
-        print(f'prompt {number} has {len(ids):,} tokens; the model sees the last {block_size:,}', file=sys.stderr)
+        say(f'prompt {number} has {len(ids):,} tokens; the model sees the last {block_size:,}', sys.stderr)
     encoded.append(ids[-block_size:])
 options = {'max_new_tokens': max_new_tokens, 'temperature': temperature, 'top_k': top_k or None,
            'top_p': top_p if top_p < 1 else None, 'seed': seed}
 
-if compile or compile is None and device.type == 'cuda':
+compile = device.type == 'cuda' if compile is None else compile
+if compile and (reason := compiles(device)):
+    say(f'torch.compile does not work here ({reason}); going on without', sys.stderr)
+elif compile:
     compiled, clock = torch.compile(model.trunk), time.perf_counter()
     # prompts are read once and differ in length, so only the steps of one token are compiled
-    fast = {'static': True, 'trunk': lambda x, *rest: (compiled if x.size(1) == 1 else model.trunk)(x, *rest)}
-    try:
-        logging.disable()                                   # one line will do
-        list(itertools.islice(model.generate(encoded[:1] * num_samples, **options, **fast), 2))
-        options |= fast
-        print(f'compiled in {time.perf_counter() - clock:.0f} s', file=sys.stderr)
-    except Exception as error:                              # it needs a C++ compiler, and triton on a GPU
-        print(f'torch.compile does not work here ({type(error).__name__}); going on without', file=sys.stderr)
-    logging.disable(logging.NOTSET)
+    options |= {'static': True, 'trunk': lambda x, *rest: (compiled if x.size(1) == 1 else model.trunk)(x, *rest)}
+    list(itertools.islice(model.generate(encoded[:1] * num_samples, **options), 2))
+    say(f'compiled in {time.perf_counter() - clock:.0f} s', sys.stderr)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The text
@@ -212,14 +205,13 @@ except OSError as error:                                    # a reader that is g
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # at exit the interpreter flushes once more
     sys.exit() if isinstance(error, BrokenPipeError) else fail(f'the text cannot be written ({error.strerror})')
 except RuntimeError as error:
-    if 'memory' not in str(error):
+    if not out_of_memory(error):
         raise
     fail(f'out of memory at {num_samples:,} samples of up to {max_new_tokens:,} tokens; ask for fewer')
 
 each = model.cache_bytes_per_token(dtype)
 slots = min(block_size, max(map(len, encoded)) + max_new_tokens)            # what generate() allocates for each sample
-print(f'prompt{"s" * (len(prompts) > 1)}: {read:,} tokens in {reading:.2f} s; '
-      f'then {decoded:,} tokens, {decoded / max(decoding, 1e-9):,.1f} tokens/s; '
-      f'cache: {num_samples * slots * each:,} bytes for {num_samples} x {slots:,} tokens, {each:,} bytes a token',
-      file=sys.stderr)
+say(f'prompt{"s" * (len(prompts) > 1)}: {read:,} tokens in {reading:.2f} s; '
+    f'then {decoded:,} tokens, {decoded / max(decoding, 1e-9):,.1f} tokens/s; cache: {num_samples * slots * each:,} bytes '
+    f'for {num_samples} x {slots:,} tokens, {each:,} bytes a token at {dtype.itemsize} bytes a number', sys.stderr)
 sys.exit(130 if interrupted else 0)

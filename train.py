@@ -79,11 +79,9 @@ def end(kind, error, trace):
     if 'result' in globals():
         write_result('interrupted', f'{kind.__name__}: {error}'.partition('\n')[0])
         if out_of_memory(error):
-            if micro_batch_size == 1:
-                fail(f'out of memory in step {step + 1} at --micro_batch_size=1: take a smaller model or --block_size')
-            less = micro_batch_size // 2
-            fail(f'out of memory in step {step + 1}; --micro_batch_size={less} takes less and changes no number; '
-                 f'to go on: {command_to_go_on(overwrite, micro_batch_size=less)}')
+            less = max(1, micro_batch_size // 2)
+            fail(f'out of memory in step {step + 1} at --micro_batch_size={micro_batch_size}; less changes no number (at 1, '
+                 f'take a smaller model); to go on: {command_to_go_on(overwrite, micro_batch_size=less)}')
     sys.__excepthook__(kind, error, trace)
 
 
@@ -107,8 +105,7 @@ import data
 import kernels
 import parallel
 import tracker as trackers
-from machine import (PEAK_FLOPS, choose_device, choose_dtype, compiles, environment, now,
-                     out_of_memory, peak_memory_gb)
+from machine import PEAK_FLOPS, choose_device, choose_dtype, compiles, environment, now, out_of_memory, peak_memory_gb
 from model import LanguageModel, ModelConfig
 from moe import LOSS_WEIGHTS
 from muon import configure_optimizers
@@ -120,14 +117,13 @@ from result import SCHEMA, RunFolder, command_to_go_on, folder_of, read_weights
 
 device = choose_device(device, index=parallel.local_rank if world_size > 1 else None)
 for least, knobs in ((1, 'max_steps batch_size micro_batch_size'),
-                     (0, 'max_train_tokens max_val_tokens warmup_steps eval_interval seed checkpoint_interval '
-                         'log_interval min_lr_ratio weight_decay grad_clip learning_rate bias_update_rate')):
+                     (0, 'seed learning_rate min_lr_ratio warmup_steps weight_decay grad_clip bias_update_rate '
+                         'eval_interval checkpoint_interval log_interval')):
     for knob in knobs.split():
         if asked[knob] < least:
             fail(f'{knob} must be at least {least}, not {asked[knob]}')
-for knob in ('beta1', 'beta2'):
-    if not 0 <= asked[knob] < 1:
-        fail(f'{knob} must be at least 0 and below 1, not {asked[knob]}')
+if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+    fail(f'beta1 ({beta1}) and beta2 ({beta2}) must be at least 0 and below 1')
 if resume and overwrite:
     fail('--resume=True goes on with what the folder holds, --overwrite=True throws it away; keep one of them')
 if shard and (world_size == 1 or optimizer == 'muon'):
@@ -137,7 +133,7 @@ if batch_size % world_size:
 trackers.check(tracker)
 network, weights = {k: asked[k] for k in ModelConfig.__dataclass_fields__}, None
 if init_from:
-    network, weights, same_vocabulary, digest = read_weights(init_from, asked)
+    network, weights, same_vocabulary, digest = read_weights(init_from, asked.maps[0])
 name = name or network['attn']
 folder = RunFolder(folder_of(out_dir, experiment, name, seed))
 try:
@@ -199,15 +195,12 @@ optimizers = configure_optimizers(raw_model, learning_rate, weight_decay, (beta1
 
 # Whole tensors on the CPU, by parameter name: any number of processes, sharded or not, reads what any other wrote
 whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-try:
-    if checkpoint or weights:
-        set_model_state_dict(raw_model, checkpoint['model'] if checkpoint else weights, options=whole)
-    if checkpoint and checkpoint['optimizer']:
-        for opt, state in zip(optimizers, checkpoint['optimizer'], strict=True):
-            set_optimizer_state_dict(raw_model, opt, state, options=whole)
-except Exception as error:
-    fail(f'{folder.checkpoint if checkpoint else init_from} does not fit this model ({type(error).__name__}); '
-         '--overwrite=True starts again')
+if checkpoint:
+    set_model_state_dict(raw_model, checkpoint['model'], options=whole)
+    for opt, state in zip(optimizers, checkpoint['optimizer'], strict=True):
+        set_optimizer_state_dict(raw_model, opt, state, options=whole)
+elif init_from:
+    set_model_state_dict(raw_model, weights, options=whole)
 
 
 def learning_rate_at(step):
@@ -326,14 +319,12 @@ def save_checkpoint():
 def diverge(cause):
     """End the run with exit status 3. What was saved last is from before the trouble and is left alone."""
     write_result('diverged', cause)
-    saved = 'the last checkpoint still stands' if folder.checkpoint.exists() else 'no checkpoint was written yet'
     if rank == 0:
-        say(f'diverged at {cause}; {saved}; to try again: a smaller --learning_rate with --overwrite=True', sys.stderr)
+        say(f'diverged at {cause}; to try again: a smaller --learning_rate with --overwrite=True', sys.stderr)
     sys.exit(3)
 
 
-here = Path(__file__).resolve().parent
-sources = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(here.glob('*.py'))}
+sources = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(__file__).resolve().parent.glob('*.py'))}
 result = {'schema': SCHEMA, 'status': 'running', 'name': name,
           'started': checkpoint['started'] if checkpoint else now(), 'finished': None,
           'config': config, 'model': describe_model(), 'data': described,
@@ -353,8 +344,8 @@ say(f'{name}, seed {seed}: {facts["attention_class"]}, {facts["params_total"] / 
     f'cache {facts["kv_cache_bytes_per_token"]:,} bytes a token in {dtype}')
 text, times = described, max_steps * batch_size * block_size / described['train_tokens']
 say(f'data: {text["dataset"]} in {text["vocab_size"]:,} tokens ({text["tokenizer"]}); {text["train_tokens"]:,} for '
-    f'training, seen {times:.2f} times; {text["val_tokens"]:,} for validation')
-say(f'a uniform guess costs {text["uniform_loss"]:.3f} nats a token, one by frequency {text["unigram_loss"]:.3f}')
+    f'training, seen {times:.2f} times; {text["val_tokens"]:,} for validation; a uniform guess costs '
+    f'{text["uniform_loss"]:.3f} nats a token, one by frequency {text["unigram_loss"]:.3f}')
 say(f'{max_steps} updates of {batch_size} x {block_size} tokens on {result["environment"]["device_name"]}'
     f'{f" x {world_size}" if world_size > 1 else ""}, {dtype}{", compiled" if compile else ""} -> {folder.path}/')
 if step:
@@ -392,7 +383,7 @@ if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_I
 
 def log_line(row, figures):
     bits = figures and figures['val_bits_per_byte']
-    pace = (time.perf_counter() - first_done) / (step - first) if step > first else step_seconds[-1]
+    pace = (time.perf_counter() - start) / (step - first)
     line = (f'step {step}/{max_steps} | loss {row["train_loss"]:.4f} | lr {row["learning_rate"]:.2e} | '
             f'{batch_size * block_size / step_seconds[-1]:,.0f} tokens/s | '
             f'{timedelta(seconds=round((max_steps - step) * pace))} left')
@@ -412,7 +403,7 @@ track = trackers.Tracker(tracker if rank == 0 else '', folder.path, result)
 mine = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)        # rows of every batch
 start = time.perf_counter()
 micro_batches = math.ceil(batch_size // world_size / micro_batch_size)
-first, first_done = step, start                             # for the time left; moved past the first update
+first = step                                                # of this process, for the time left
 
 while step < max_steps:
     clock = time.perf_counter()
@@ -470,8 +461,6 @@ while step < max_steps:
                                     'max_violation': worst(load)}})
         track.log(history[-1], figures)
         say(log_line(history[-1], figures))
-    if step - first == 1 and len(step_seconds) == 1:
-        first, first_done = step, time.perf_counter()
 
     if stopping or step == max_steps or step % checkpoint_interval == 0:
         save_checkpoint()
