@@ -171,12 +171,9 @@ z_loss_weight = LOSS_WEIGHTS[network.router][1] if z_loss_weight is None else z_
 eval_interval = eval_interval or max_steps
 checkpoint_interval = checkpoint_interval or eval_interval
 log_interval = log_interval or math.ceil(max_steps / 200)
-config = {**asked, **vars(network), 'device': device.type, 'out_dir': folder.path.as_posix(),
-          'tokenizer': corpus.tokenizer_name,
+config = {**asked, **{knob: globals()[knob] for knob in asked.keys() - vars(network).keys()}, **vars(network),
+          'device': device.type, 'out_dir': folder.path.as_posix(), 'tokenizer': corpus.tokenizer_name,
           'init_from': init_from and f'{Path(init_from).name} sha256:{digest}'}
-config |= {k: globals()[k] for k in ('dtype', 'compile', 'balance_loss_weight', 'z_loss_weight', 'name',
-                                     'eval_interval', 'checkpoint_interval', 'log_interval')}
-
 described = corpus.describe()
 checkpoint = folder.open(config, described, asked, resume, overwrite, writer=rank == 0, mmap=shard)
 

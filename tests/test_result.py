@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import os
 import random
 
@@ -148,22 +147,15 @@ def test_arms_come_in_the_order_of_their_caches_after_the_baseline(tmp_path):
 
 # ---- files that are not what they should be
 
-def read(tmp_path, text):
+def outcome(tmp_path, text):
+    """None if the file is accepted, else the one line of its refusal, which names it."""
     file = tmp_path / 'result.json'
     file.write_bytes(text if isinstance(text, bytes) else text.encode('utf-8', 'surrogatepass'))
-    return str(file)
-
-
-def outcome(tmp_path, capsys, text):
-    """None if the file is accepted, else the one line of its refusal, which names it."""
-    file = read(tmp_path, text)
     try:
         read_run(file)
-    except SystemExit as stop:
-        lines = capsys.readouterr().err.splitlines()
-        assert stop.code == 2 and len(lines) == 1 and file in lines[0], lines
-        return lines[0]
-    return None
+    except ValueError as error:
+        assert '\n' not in str(error) and str(file) in str(error)
+        return str(error)
 
 
 def leaves(value, path=()):
@@ -188,68 +180,66 @@ def changed(run, path, value=None, remove=False):
     return run
 
 
-def test_a_file_truncated_at_any_byte_is_refused(tmp_path, capsys):
+def test_a_file_truncated_at_any_byte_is_refused(tmp_path):
     text = json.dumps(result(), indent=1).encode()
     for end in range(len(text)):
-        assert 'not valid JSON' in outcome(tmp_path, capsys, text[:end])
-    assert outcome(tmp_path, capsys, text) is None
+        assert 'no sound result' in outcome(tmp_path, text[:end])
+    assert outcome(tmp_path, text) is None
 
 
 # what the report is computed from; other fields of a file are not read
 USED = [tuple(field.split('.')) for field in ('schema', *FIELDS)]
 
 
-def test_a_missing_field_is_named(tmp_path, capsys):
+def test_a_missing_field_is_named(tmp_path):
     for path in USED:
-        line = outcome(tmp_path, capsys, json.dumps(changed(result(), path, remove=True)))
+        line = outcome(tmp_path, json.dumps(changed(result(), path, remove=True)))
         assert line and 'lacks the field ' + '.'.join(path) in line, path
-    line = outcome(tmp_path, capsys, json.dumps(changed(result(), ('history', 2, 'val_loss'), remove=True)))
+    line = outcome(tmp_path, json.dumps(changed(result(), ('history', 2, 'val_loss'), remove=True)))
     assert 'history[2].val_loss' in line
 
 
-def test_a_wrong_type_is_named_with_its_field(tmp_path, capsys):
+def test_a_wrong_type_is_named_with_its_field(tmp_path):
     fits = {'an object': [{}], 'a list': [[], [None]], 'a line of text': ['text'], 'a whole number': [7],
             'a number': [7, -1.5], 'a number or null': [7, -1.5, None]}
     for field, kind in FIELDS.items():
         for value in (None, True, 'text', '', -1.5, [], {}, [None], 10 ** 400, -7, 7):
-            line = outcome(tmp_path, capsys, json.dumps(changed(result(), tuple(field.split('.')), value)))
+            line = outcome(tmp_path, json.dumps(changed(result(), tuple(field.split('.')), value)))
             if not any(value is ok or value == ok for ok in fits[kind]) and not (value == -7 and kind.startswith('a number')):
                 assert line and f'{field} is ' in line and f'expected {kind}' in line, (field, value, line)
 
 
-def test_nan_infinity_and_overflow_are_refused(tmp_path, capsys):
+def test_nan_infinity_and_overflow_are_refused(tmp_path):
     for path in (('final', 'val_loss'), ('config', 'learning_rate'), ('history', 0, 'train_loss')):
         for text in ('NaN', 'Infinity', '-Infinity', '1e999', '1e200'):
             json_text = json.dumps(changed(result(), path, '@')).replace('"@"', text)
-            assert outcome(tmp_path, capsys, json_text), (path, text)
-    unread = changed(result(), ('history', 0, 'grad_norm'), math.nan)
-    assert 'NaN is not JSON' in outcome(tmp_path, capsys, json.dumps(unread))
+            assert outcome(tmp_path, json_text), (path, text)
 
 
 @pytest.mark.parametrize('text', [
     '', ' ', 'null', '[]', '1', '"x"', '{}', '{"schema": 1}', '[' * 100_000,
     '{"a":' * 100_000, '\ufeff{}', b'\xff\xfe\x00', b'\x00' * 100, '{"schema": "1"}', '{"schema": true}'])
-def test_what_is_not_a_result_file_at_all_is_refused(tmp_path, capsys, text):
-    assert outcome(tmp_path, capsys, text)
+def test_what_is_not_a_result_file_at_all_is_refused(tmp_path, text):
+    assert outcome(tmp_path, text)
 
 
 @pytest.mark.parametrize('schema', [0, 3, 99, '1', 1.5, None, True])
-def test_another_schema_is_named(tmp_path, capsys, schema):
-    assert 'schema' in outcome(tmp_path, capsys, json.dumps(result(schema=schema)))
+def test_another_schema_is_named(tmp_path, schema):
+    assert 'schema' in outcome(tmp_path, json.dumps(result(schema=schema)))
 
 
 @pytest.mark.parametrize('changes', [
-    {'final__val_perplexity': 60.0}, {'final__val_loss': -4.0}, {'status': 'done'},
+    {'status': 'done'},
     {'final__expert_load': [[0.5, 0.5], [1.0]]}, {'final__expert_load': [[0.0, 0.0]]}, {'final__expert_load': [3]},
     {'final__expert_load': [['a']]}, {'name': 'two\nlines'}, {'final': None}, {'name': '\ud800'},
     {'history': [3]}, {'history': [{'step': -1, 'val_loss': 3.0, 'train_loss': 3.0}]},
     {'history': [{'step': 1, 'val_loss': 'x', 'train_loss': 3.0}]},
 ])
-def test_a_file_that_contradicts_itself_is_refused(tmp_path, capsys, changes):
+def test_a_file_of_another_form_is_refused(tmp_path, changes):
     run = result()
     for field, value in changes.items():
         run = changed(run, field.split('__'), value)
-    assert outcome(tmp_path, capsys, json.dumps(run))
+    assert outcome(tmp_path, json.dumps(run))
 
 
 def test_damaged_files_by_the_hundred_end_in_one_line_or_in_a_report_of_finite_numbers(tmp_path, capsys):
