@@ -29,7 +29,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections import ChainMap, namedtuple
+from collections import namedtuple
 
 Knob = namedtuple('Knob', 'name default types choices section comment')
 
@@ -264,21 +264,22 @@ def print_help(knobs, values, docstring, argument):
     raise SystemExit(0)
 
 
-def configure(namespace, more=None, positional=None, argv=None):
+def configure(namespace, more=None, positional=None, argv=None, given=None):
     """Lays config files and flags over the defaults -> {name: value}; writes the program's own knobs into namespace.
 
-    What is returned is a ChainMap: its maps[0] holds what was given in files and flags, maps[1] the defaults.
     namespace: globals() of the caller, whose source is namespace['__file__']. more: {name: Knob} of knobs that stand
     elsewhere (run_knobs); they are in what is returned only. positional: None: arguments that end in .py are config
     files, a later one overriding an earlier one; a knob's name: the one such argument is its value. argv: by default of
-    the program. Bad input ends the program with one line and status 2, --help with status 0.
+    the program. Bad input ends the program with one line and status 2, --help with status 0. given: a dict that gets what
+    files and flags set, be it the default or not.
     """
+    given = {} if given is None else given
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='replace')                # a terminal that lacks a character shows ?
     argv = sys.argv[1:] if argv is None else list(argv)
     own, docstring = read_block(namespace['__file__'])
     knobs = {**(more or {}), **own}
-    values = ChainMap({}, {name: knob.default for name, knob in knobs.items()})
+    values = {name: knob.default for name, knob in knobs.items()}
     flags, extra = {}, []
     for arg in argv:
         name, equals, text = arg.removeprefix('--').partition('=')
@@ -301,7 +302,8 @@ def configure(namespace, more=None, positional=None, argv=None):
         for path in extra:
             if not path.endswith('.py'):
                 fail(f'unexpected argument {path}; flags are --name=value, config files end in .py')
-            values.update(read_config(path, knobs))
+            given.update(read_config(path, knobs))
+            values.update(given)
     elif extra:
         if positional in flags or len(extra) > 1:
             fail(f'{positional} is given more than once ({" ".join(extra)}); keep one of them')
@@ -310,4 +312,5 @@ def configure(namespace, more=None, positional=None, argv=None):
         print_help(knobs, values, docstring, positional or 'config/file.py ...')
     values.update(flags)
     namespace.update({name: values[name] for name in own})
+    given.update(flags)
     return values

@@ -4,7 +4,6 @@
     checkpoint = folder.open(config, data, asked, resume='auto')    # what to go on from; or one line and the end
     folder.write_checkpoint(content), folder.write_result(result)
 
-    run = read_run('out/laptop/lora-s0/result.json')    # sound, or one line and the end
     arms = load('out/laptop', 'baseline')               # {arm: {seed: run}}: an arm is the runs of one name
     for line in disagreements(arms, 'baseline'): ...    # what they differ in beyond variant and seed
 
@@ -100,8 +99,7 @@ class RunFolder:
         except ValueError as error:
             fail(f'{error}; --overwrite=True starts again')
         if checkpoint['schema'] != SCHEMA:
-            fail(f'{self.checkpoint} has schema {checkpoint["schema"]}: {SCHEMAS[checkpoint["schema"]]}; here it is '
-                 f'{SCHEMA}; --overwrite=True starts again')
+            fail(f'{self.checkpoint} has schema {checkpoint["schema"]}, here it is {SCHEMA}; --overwrite=True starts again')
         self.compare(checkpoint, config, data, asked)
         before, step = checkpoint['config'], checkpoint['step']
         extended = before.get('extended_at', []) + [step] * (config['max_steps'] > before['max_steps'])
@@ -125,20 +123,16 @@ class RunFolder:
     def compare(self, before, config, data, asked):
         """Fails unless what lies in the folder is this run: by its config, and its data by the hashes."""
         old = before['config']
-
-        def same(k):
-            if k not in old and k in DEFAULTS:              # a knob that is younger than that run
-                return asked.get(k) == DEFAULTS[k]
-            if k == 'max_steps' and config[k] > old[k]:     # a run may be given more updates
-                return True
-            return old.get(k) == config.get(k)
+        same = {k for k in config.keys() - old.keys() if k in DEFAULTS and asked.get(k) == DEFAULTS[k]}     # younger knobs
+        if config['max_steps'] > old['max_steps']:          # a run may be given more updates
+            same.add('max_steps')
         different = [f'{k}: {old.get(k, "absent")} there, {config.get(k, "absent")} here'
-                     for k in sorted((config.keys() | old.keys()) - INDIFFERENT) if not same(k)]
+                     for k in sorted((config.keys() | old.keys()) - INDIFFERENT - same) if old.get(k) != config.get(k)]
         if different:
             fail(f'{self.path} holds a run of another config ({", ".join(different)}); --overwrite=True replaces it, '
                  '--out_dir=... goes elsewhere')
         old = before.get('data', {})
-        hashes = [k for k in sorted(data) if k.endswith(('sha256', 'tokens', 'size')) and None not in (old.get(k), data[k])]
+        hashes = [k for k in (*TOKENS, 'vocab_sha256') if None not in (old.get(k), data[k])]
         different = [f'{k}: {str(old[k])[:12]} there, {str(data[k])[:12]} here' for k in hashes if old[k] != data[k]]
         if different:
             fail(f'{self.path} holds a run on other data ({", ".join(different)}): the text, the vocabulary or how '

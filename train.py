@@ -66,7 +66,8 @@ tracker: Literal['', 'wandb', 'tensorboard'] = ''   # show the numbers there too
 resume: Literal['auto'] | bool = False  # go on from the checkpoint; auto: if there is one, and else start
 overwrite = False               # throw away what the folder holds
 # ---------------------------------------------------------------------------------------------------------------------
-asked = configure(globals(), run_knobs()[0])    # config files, then flags; before torch: a typo is answered at once
+given = {}                      # what config files and flags set; asked: every knob
+asked = configure(globals(), run_knobs()[0], given=given)       # before torch: a typo is answered at once
 
 import os
 import sys
@@ -133,7 +134,7 @@ if batch_size % world_size:
 trackers.check(tracker)
 network, weights = {k: asked[k] for k in ModelConfig.__dataclass_fields__}, None
 if init_from:
-    network, weights, same_vocabulary, digest = read_weights(init_from, asked.maps[0])
+    network, weights, same_vocabulary, digest = read_weights(init_from, given)
 name = name or network['attn']
 folder = RunFolder(folder_of(out_dir, experiment, name, seed))
 try:
@@ -399,7 +400,6 @@ write_result('running')
 track = trackers.Tracker(tracker if rank == 0 else '', folder.path, result)
 mine = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)        # rows of every batch
 start = time.perf_counter()
-micro_batches = math.ceil(batch_size // world_size / micro_batch_size)
 first = step                                                # of this process, for the time left
 
 while step < max_steps:
@@ -415,7 +415,8 @@ while step < max_steps:
     load = torch.zeros(expert_layers, network.n_expert, device=device)
     with autocast:                                          # one for all micro-batches: it casts the weights once
         for i in range(0, len(x), micro_batch_size):
-            rewrite(f'step {step + 1}/{max_steps}: micro-batch {i // micro_batch_size + 1} of {micro_batches}')
+            rewrite(f'step {step + 1}/{max_steps}: micro-batch {i // micro_batch_size + 1} of '
+                    f'{math.ceil(len(x) / micro_batch_size)}')
             xb, yb = x[i:i + micro_batch_size], y[i:i + micro_batch_size]
             parallel.sync_gradients(model, i + micro_batch_size >= len(x))
             o = model(xb, yb)

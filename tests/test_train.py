@@ -624,7 +624,9 @@ def test_training_goes_on_from_the_weights_of_a_run_with_a_fresh_optimizer(train
     assert longer['final']['updates'] == 6 and longer['final']['val_loss'] < before['final']['val_loss']
     assert longer['name'] == 'mla'                          # what was trained, not what --attn says by default
     one_line(train('x', init_from=source.folder, **{**network, 'n_layer': 3}), '--n_layer=3', 'source has: 1')
+    (tmp_path / 'mine.py').write_text("attn = 'baseline'\n")                       # the default, but it was asked for
     one_line(train('x', init_from=source.folder, **{**network, 'attn': 'baseline'}), '--attn=baseline', 'source has: mla')
+    one_line(train('x', tmp_path / 'mine.py', init_from=source.folder, **network), '--attn=baseline', 'source has: mla')
     one_line(train('x', init_from=source.folder, **network, tokenizer='bpe', vocab_size=280), 'another vocabulary', '257')
     one_line(train('x', init_from=tmp_path / 'nowhere', **network), 'nowhere is not there')
     wider = result_of(train('wider', init_from=source.folder, **{**network, 'block_size': 64}, rope_scaling='yarn', rope_factor=2.0))
