@@ -1,7 +1,7 @@
-"""What a run's folder holds. train.py writes it, analyze.py reads it and compares; torch is imported for checkpoints only.
+"""What a run's folder holds. train.py writes it, analyze.py reads it and compares; only checkpoints need torch.
 
     folder = RunFolder('out/laptop/lora-s0')
-    checkpoint = folder.open(config, data, asked, resume='auto')    # what to go on from; or one line and the end
+    checkpoint = folder.open(config, data, resume='auto')       # what to go on from; or one line and the end
     folder.write_checkpoint(content), folder.write_result(result)
 
     arms = load('out/laptop', 'baseline')               # {arm: {seed: run}}: an arm is the runs of one name
@@ -28,8 +28,8 @@ SCHEMAS = {1: 'every weight N(0, 0.02), router losses averaged over the layers',
 SCHEMA = max(SCHEMAS)                               # of the result.json and checkpoint.pt that are written
 STATUSES = ('running', 'complete', 'interrupted', 'diverged')
 NAME_LENGTH = 60                                    # of a run's name, at most: what fits a table
-# May differ between a run and its continuation: these change no number but by rounding, or say where things lie; the data's
-# hashes must agree, whatever it is called
+# May differ between a run and its continuation: these change no number but by rounding, or say where things lie. The
+# data's hashes must agree, whatever it is called
 INDIFFERENT = {'resume', 'overwrite', 'out_dir', 'data_root', 'micro_batch_size', 'log_interval', 'checkpoint_interval',
                'eval_interval', 'compile', 'shard', 'tracker', 'dataset', 'text_field', 'extended_at'}
 
@@ -47,7 +47,7 @@ def folder_of(out_dir, experiment, name, seed):
 
 
 class RunFolder:
-    """The folder of one run: what is there already, and what the run leaves there. train.py's docstring lists the files."""
+    """The folder of one run: what is there already, and what the run leaves there (the files: see train.py)."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -55,12 +55,12 @@ class RunFolder:
         self.best_file = self.path / 'best.pt'
         self.best = self.saved = None               # {'step', 'val_loss'} of the best checkpoint; step of the last one
 
-    def open(self, config, data, asked, resume=False, overwrite=False, writer=True, mmap=False):
+    def open(self, config, data, resume=False, overwrite=False, writer=True, mmap=False):
         """-> the checkpoint to go on from, or None to start at the beginning. Ends the program if neither is right.
 
         config, data: of this run, as they will stand in its result; config gets `extended_at`, the steps at which a
-        run was given more updates. asked: {knob: value} before 'auto' and None were resolved. resume: True, False or
-        'auto' (if there is anything to go on with). writer: this process locks the folder. mmap: see read_checkpoint.
+        run was given more updates. resume: True, False or 'auto' (if there is anything to go on with). writer: this
+        process locks the folder. mmap: see read_checkpoint.
         """
         there = self.result.exists() or self.checkpoint.exists()
         if resume is True and not there:
@@ -77,7 +77,7 @@ class RunFolder:
                 before = read_run(self.result)
             except ValueError as error:
                 fail(f'{error}; --overwrite=True replaces it')
-            self.compare(before, config, data, asked)
+            self.compare(before, config, data)
             more = config['max_steps'] > before['config']['max_steps']
             if before['status'] == 'diverged':
                 say(f'{self.path} diverged ({before.get("error")}); --overwrite=True runs it again')
@@ -100,7 +100,7 @@ class RunFolder:
             fail(f'{error}; --overwrite=True starts again')
         if checkpoint['schema'] != SCHEMA:
             fail(f'{self.checkpoint} has schema {checkpoint["schema"]}, here it is {SCHEMA}; --overwrite=True starts again')
-        self.compare(checkpoint, config, data, asked)
+        self.compare(checkpoint, config, data)
         before, step = checkpoint['config'], checkpoint['step']
         extended = before.get('extended_at', []) + [step] * (config['max_steps'] > before['max_steps'])
         if extended:
@@ -120,14 +120,15 @@ class RunFolder:
         except OSError as error:
             fail(f'{self.path} cannot be written to ({error.strerror}); go elsewhere with --out_dir=...')
 
-    def compare(self, before, config, data, asked):
+    def compare(self, before, config, data):
         """Fails unless what lies in the folder is this run: by its config, and its data by the hashes."""
         old = before['config']
-        same = {k for k in config.keys() - old.keys() if k in DEFAULTS and asked.get(k) == DEFAULTS[k]}     # younger knobs
+        same = INDIFFERENT | {k for k in config.keys() - old.keys()         # a knob younger than that run had its default
+                              if k in VARIANT or k in DEFAULTS and config[k] == DEFAULTS[k]}
         if config['max_steps'] > old['max_steps']:          # a run may be given more updates
             same.add('max_steps')
         different = [f'{k}: {old.get(k, "absent")} there, {config.get(k, "absent")} here'
-                     for k in sorted((config.keys() | old.keys()) - INDIFFERENT - same) if old.get(k) != config.get(k)]
+                     for k in sorted((config.keys() | old.keys()) - same) if old.get(k) != config.get(k)]
         if different:
             fail(f'{self.path} holds a run of another config ({", ".join(different)}); --overwrite=True replaces it, '
                  '--out_dir=... goes elsewhere')
@@ -205,9 +206,9 @@ def read_checkpoint(path, mmap=False):
 def read_weights(path, given):
     """--init_from=PATH -> (fields of ModelConfig, weights by name, same_vocabulary, SHA-256 of the files).
 
-    PATH: a run's folder, a checkpoint file, or a Hugging Face folder. same_vocabulary(tokenizer): whether a Tokenizer, or
-    None where token files have none, gives the ids of these weights. given: {knob: value} of flags and config files. The
-    network is the one that is read; what has no weights, context and rotary positions, may be asked for otherwise.
+    PATH: a run's folder, a checkpoint file, or a Hugging Face folder. same_vocabulary(tokenizer): whether a Tokenizer,
+    or None where token files have none, gives the ids of these weights. given: {knob: value} of flags and config
+    files; they must say what is read, but for what has no weights: context and rotary positions.
     """
     import hf
     import numpy as np

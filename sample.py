@@ -60,10 +60,8 @@ if not run:
 path = Path(run).expanduser()
 published = (path / 'config.json').is_file()                # a folder of Hugging Face's
 if path.is_dir() and not published:
-    best = checkpoint == 'best' and (path / 'best.pt').exists()
-    if checkpoint == 'best' and not best:
-        say(f'{run} has no best.pt: the last checkpoint is the best that was kept', sys.stderr)
-    path /= 'best.pt' if best else 'checkpoint.pt'
+    # without a best.pt the last checkpoint is the best
+    path /= 'best.pt' if checkpoint == 'best' and (path / 'best.pt').exists() else 'checkpoint.pt'
 if not path.exists():
     runs = [file.parent for file in sorted(path.parent.glob('*/checkpoint.pt'))]        # of an experiment's folder
     fail(f'{path} is not there: no such run folder, or nothing was saved in it yet'

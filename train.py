@@ -176,7 +176,7 @@ config = {**asked, **{knob: globals()[knob] for knob in asked.keys() - vars(netw
           'device': device.type, 'out_dir': folder.path.as_posix(), 'tokenizer': corpus.tokenizer_name,
           'init_from': init_from and f'{Path(init_from).name} sha256:{digest}'}
 described = corpus.describe()
-checkpoint = folder.open(config, described, asked, resume, overwrite, writer=rank == 0, mmap=shard)
+checkpoint = folder.open(config, described, resume, overwrite, writer=rank == 0, mmap=shard)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model and optimizer
@@ -400,6 +400,7 @@ write_result('running')
 track = trackers.Tracker(tracker if rank == 0 else '', folder.path, result)
 mine = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)        # rows of every batch
 start = time.perf_counter()
+micro_batches = math.ceil(batch_size // world_size / micro_batch_size)
 first = step                                                # of this process, for the time left
 
 while step < max_steps:
@@ -415,8 +416,7 @@ while step < max_steps:
     load = torch.zeros(expert_layers, network.n_expert, device=device)
     with autocast:                                          # one for all micro-batches: it casts the weights once
         for i in range(0, len(x), micro_batch_size):
-            rewrite(f'step {step + 1}/{max_steps}: micro-batch {i // micro_batch_size + 1} of '
-                    f'{math.ceil(len(x) / micro_batch_size)}')
+            rewrite(f'step {step + 1}/{max_steps}: micro-batch {i // micro_batch_size + 1} of {micro_batches}')
             xb, yb = x[i:i + micro_batch_size], y[i:i + micro_batch_size]
             parallel.sync_gradients(model, i + micro_batch_size >= len(x))
             o = model(xb, yb)

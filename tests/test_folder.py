@@ -32,7 +32,7 @@ def place(tmp_path):
     """place(status=None, checkpoint=None, config=CONFIG, data=DATA) -> path of a folder that holds these."""
     def make(status=None, checkpoint=None, config=CONFIG, data=DATA):
         folder = RunFolder(tmp_path / 'run')
-        folder.open(config, data, config, overwrite=True)
+        folder.open(config, data, overwrite=True)
         if checkpoint:
             folder.write_checkpoint({**checkpoint, 'config': config})
         if status:
@@ -42,12 +42,12 @@ def place(tmp_path):
     return make
 
 
-def opened(path, resume=False, overwrite=False, asked=None, data=DATA, **config):
+def opened(path, resume=False, overwrite=False, data=DATA, **config):
     """-> the checkpoint that a run of this config would go on from, and its config."""
     config = {**CONFIG, **config}
     folder = RunFolder(path)
     try:
-        return folder.open(config, data, asked or config, resume, overwrite), config
+        return folder.open(config, data, resume, overwrite), config
     finally:
         if hasattr(folder, 'held'):
             folder.held.close()
@@ -60,7 +60,7 @@ def refused(capsys, path, *words, **how):
 
 def test_a_new_folder_is_made_locked_and_begins_at_the_beginning(tmp_path, capsys):
     folder = RunFolder(tmp_path / 'a' / 'run')
-    assert folder.open(CONFIG, DATA, CONFIG) is None and [p.name for p in folder.path.iterdir()] == ['.lock']
+    assert folder.open(CONFIG, DATA) is None and [p.name for p in folder.path.iterdir()] == ['.lock']
     pytest.importorskip('fcntl', reason='no file locks on this system')
     refused(capsys, folder.path, 'another process is writing')
     folder.held.close()
@@ -166,9 +166,8 @@ def test_a_hash_that_an_older_run_does_not_have_is_no_contradiction(place):
 
 def test_a_knob_that_is_younger_than_the_run_has_its_default(place, capsys):
     path = place('interrupted', content(7))                                 # CONFIG knows nothing of these two
-    asked = {**CONFIG, 'grad_clip': 1.0, 'head_dim': None}
-    assert opened(path, resume=True, asked=asked, grad_clip=1.0, head_dim=48)[0]['step'] == 7       # 48: what none became
-    refused(capsys, path, 'grad_clip: absent there, 0.5 here', resume=True, asked={**asked, 'grad_clip': 0.5}, grad_clip=0.5)
+    assert opened(path, resume=True, grad_clip=1.0, head_dim=48)[0]['step'] == 7                    # 48: what none became
+    refused(capsys, path, 'grad_clip: absent there, 0.5 here', resume=True, grad_clip=0.5)
     refused(capsys, path, 'mine: absent there, 1 here', resume=True, mine=1)                        # no knob of this program
 
 
@@ -236,7 +235,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last_and_said(tmp_path):
         seen.append((best and (best['step'], best['val_loss'], best['file']), (tmp_path / 'best.pt').exists()))
         if step == 5:                                       # and a run that goes on knows it still
             folder = RunFolder(tmp_path)
-            folder.open(CONFIG, DATA, CONFIG, resume=True)
+            folder.open(CONFIG, DATA, resume=True)
     assert seen == [(None, False), ((2, 5.0, 'checkpoint.pt'), False), ((3, 4.0, 'checkpoint.pt'), False),
                     ((3, 4.0, 'best.pt'), True), ((3, 4.0, 'best.pt'), True), ((3, 4.0, 'best.pt'), True),
                     ((7, 3.9, 'checkpoint.pt'), False), ((7, 3.9, 'best.pt'), True)]

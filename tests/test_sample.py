@@ -340,7 +340,7 @@ def test_the_best_checkpoint_is_taken_when_asked_for(trained, lively, sample, tm
     arguments = *GREEDY, f'--prompt={PROMPT}', '--max_new_tokens=9'
     last, best = sample(trained, *arguments).out, sample(lively, *arguments).out
     run = sample(tmp_path, '--checkpoint=best', *arguments)             # where the last is the best, no other is kept
-    assert run.out == last and 'no best.pt: the last checkpoint is the best' in run.err
+    assert run.out == last
     (tmp_path / 'best.pt').write_bytes(lively.read_bytes())
     assert sample(tmp_path, '--checkpoint=best', *arguments).out == best != last
     assert sample(tmp_path, *arguments).out == last
@@ -535,14 +535,10 @@ def test_the_statistics_tell_the_bytes_that_the_cache_has(lively, sample, monkey
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit status 2
 
-@pytest.mark.parametrize('flag, code, words', [
-    ('--help', 0, '--mla_decode=auto'), ('--temprature=1', 2, 'did you mean --temperature=1?'),
-    ('out/none', 2, 'out/none is not there: no such run folder'), ('--prompt=', 2, 'which run?')])
-def test_help_and_typos_are_answered_without_importing_torch(tmp_path, flag, code, words):
+@pytest.mark.parametrize('flag, words', [('out/none', 'out/none is not there: no such run folder'), ('--prompt=', 'which run?')])
+def test_a_run_that_is_not_there_is_one_line_without_importing_torch(tmp_path, flag, words):
     (tmp_path / 'torch.py').write_text('raise SystemExit(77)\n')
-    run = ended(python('sample.py', flag, env={'PYTHONPATH': str(tmp_path)}))
-    assert run.code == code and words in run.out + run.err and 'Traceback' not in run.err
-    assert code == 0 or run.err.count('\n') == 1
+    one_line(ended(python('sample.py', flag, env={'PYTHONPATH': str(tmp_path)})), words)
 
 
 def damaged(trained, folder, kind):
