@@ -236,8 +236,8 @@ def evaluate():
     parts = [(x[i:min(i + micro_batch_size, full)], y[i:min(i + micro_batch_size, full)])
              for i in range(0, full, micro_batch_size)]
     parts += [(x[full:, :rest], y[full:, :rest])] * (rest > 0)
-    sums = torch.zeros(6, dtype=torch.float64)              # nll, correct; balance, z, entropy times tokens; tokens
-    load = torch.zeros(expert_layers, network.n_expert, dtype=torch.float64)
+    # nll, correct; balance, z, entropy times tokens; tokens; load of each expert in each layer
+    sums = torch.zeros(6 + expert_layers * network.n_expert, dtype=torch.float64)
     model.eval()
     with autocast:
         for i in range(rank, math.ceil(len(parts) / world_size) * world_size, world_size):
@@ -248,21 +248,18 @@ def evaluate():
             if i < len(parts):
                 n = xb.numel()
                 means = [n * value.item() for value in (o.balance_loss, o.z_loss, o.entropy.sum())]
-                sums += torch.tensor([o.nll.item(), o.correct.item(), *means, n], dtype=torch.float64)
-                load += o.load.cpu().double().view_as(load)             # in this order: MPS has no float64
+                sums += torch.tensor([o.nll.item(), o.correct.item(), *means, n, *o.load.flatten().tolist()], dtype=sums.dtype)
     model.train()
     if world_size > 1:
-        together = parallel.add_up(torch.cat((sums, load.flatten())).to(device)).cpu()
-        sums, load = together[:6], together[6:].view_as(load)
-    nll, correct, balance_loss, z_loss, entropy, tokens = sums.tolist()              # a target for every token
-    fractions = load / load.sum(1, keepdim=True)            # (n_layer, E)
-    val_bytes = described['val_bytes']
-    loss = nll / tokens
+        sums = parallel.add_up(sums.to(device)).cpu()
+    nll, correct, balance_loss, z_loss, entropy, tokens = sums[:6].tolist()         # a target for every token
+    load = sums[6:].view(expert_layers, network.n_expert)
+    loss, val_bytes = nll / tokens, described['val_bytes']
     return {'val_loss': loss, 'val_perplexity': math.exp(loss) if loss < 700 else math.inf,
             'val_accuracy': correct / tokens, 'val_bits_per_byte': nll / math.log(2) / val_bytes if val_bytes else None,
             'balance_loss': balance_loss / tokens, 'z_loss': z_loss / tokens,
             'router_entropy': entropy / tokens / expert_layers if expert_layers else None,
-            'expert_load': fractions.tolist(), 'max_violation': worst(load)}
+            'expert_load': (load / load.sum(1, keepdim=True)).tolist(), 'max_violation': worst(load)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
