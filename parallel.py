@@ -41,8 +41,11 @@ def sharded(config, seed, device, dtype, compile):
         fully_shard(wide, mesh=mesh, reshard_after_forward=False)
         fully_shard(layer, mesh=mesh, mp_policy=narrow)
     fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):        # the routers' selection bias, zeros
+            setattr(module, name, torch.zeros_like(buffer, device=device))
     model.to_empty(device=device)
-    for buffer in model.buffers():                          # the routers' selection bias
+    for buffer in model.buffers():
         buffer.zero_()
     for name, p in model.named_parameters():                # one after the other the very numbers of one process
         whole = torch.empty(p.shape)

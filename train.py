@@ -339,8 +339,8 @@ say(f'{name}, seed {seed}: {facts["attention_class"]}, {facts["params_total"] / 
     f'cache {facts["kv_cache_bytes_per_token"]:,} bytes a token in {dtype}')
 text, times = described, max_steps * batch_size * block_size / described['train_tokens']
 say(f'data: {text["dataset"]} in {text["vocab_size"]:,} tokens ({text["tokenizer"]}); {text["train_tokens"]:,} for '
-    f'training, seen {times:.2f} times; {text["val_tokens"]:,} for validation; a uniform guess costs '
-    f'{text["uniform_loss"]:.3f} nats a token, one by frequency {text["unigram_loss"]:.3f}')
+    f'training, seen {times:.2f} times; {text["val_tokens"]:,} for validation')
+say(f'a uniform guess costs {text["uniform_loss"]:.3f} nats a token, one by frequency {text["unigram_loss"]:.3f}')
 say(f'{max_steps} updates of {batch_size} x {block_size} tokens on {result["environment"]["device_name"]}'
     f'{f" x {world_size}" if world_size > 1 else ""}, {dtype}{", compiled" if compile else ""} -> {folder.path}/')
 if step:
