@@ -13,7 +13,6 @@ Both classes are called in the same way, attention(x, rope, cache=None) for x (B
     rope     rope_tables() at the positions of x's tokens
     cache    None in training: every token attends to itself and to those before it, nothing is kept. When decoding, the
              layer's own decoding.LayerCache: it takes what is kept of the new tokens and gives back that of all tokens.
-
 python attention.py runs a worked example: the shapes, what is cached, and the two ways to use the cache.
 """
 import math
@@ -195,8 +194,7 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(r)        # the latents' norms keep an epsilon of 1e-6 whatever norm_eps is (DeepSeek)
         self.kv_b_proj = nn.Linear(r, H * (dn + dv), bias=False)
         self.o_proj = nn.Linear(H * dv, C, bias=bias)
-        # of the width that the scores are made of, nope + rope: also when absorbed queries are r + dr wide
-        self.scale = attention_scale(config, dn + dr)
+        self.scale = attention_scale(config, dn + dr)                   # also when absorbed queries are r + dr wide
         self.decode_mode = 'auto'                                       # auto | expand | absorb, for tests and bench.py
 
     def head_dims(self):
@@ -264,8 +262,8 @@ class LatentAttention(nn.Module):
 def variants(n_embd, n_head):
     """The rows behind --attn: name -> {'class': ..., knob: value}, as proportions of the width, so that they hold at any.
 
-    With C = n_embd and d = C / n_head. At C = 384 and 8 heads the lora row has the numbers of the report that this project
-    repeats: ranks 32 and 64, nope 16 + rope 32, v 48. A knob that a row does not name means nothing to its class.
+    At C = 384 and 8 heads the lora row has the numbers of the report that this project repeats: ranks 32 and 64, nope 16 +
+    rope 32, v 48. A knob that a row does not name means nothing to its class.
     """
     C, d = n_embd, n_embd // n_head
     two_thirds = 2 * round(d / 3)                                       # 2d/3, rounded to an even number of dims
@@ -306,13 +304,12 @@ def lay_over_row(config):
         require(knob in row or getattr(config, knob) is None,
                 f'--{knob} means nothing to --attn={config.attn}, which is {row["class"].__name__}')
 
-    require(H % (config.n_kv_head or 1) == 0 and (config.n_kv_head is None or config.n_kv_head >= 1),
-            f'n_kv_head ({config.n_kv_head}) must divide n_head ({H})')
     require((config.q_lora_rank or 0) >= 0,
             f'q_lora_rank ({config.q_lora_rank}) must be 0 (no bottleneck for the queries) or positive')
-    for knob in ('head_dim', 'kv_lora_rank', 'v_head_dim', 'qk_nope_head_dim'):
+    for knob in ('n_kv_head', 'head_dim', 'kv_lora_rank', 'v_head_dim', 'qk_nope_head_dim'):
         require(knob not in row or getattr(config, knob) >= 1,
                 f'{knob} is {getattr(config, knob)} with n_embd={C}, n_head={H}; it must be at least 1')
+    require(H % (config.n_kv_head or H) == 0, f'n_kv_head ({config.n_kv_head}) must divide n_head ({H})')
     knob = 'head_dim' if config.qk_rope_head_dim is None else 'qk_rope_head_dim'
     rotary = getattr(config, knob)
     require(rotary >= 2 and rotary % 2 == 0, f'{knob} is {rotary} with n_embd={C}, n_head={H}; it must be even, 2 or '
@@ -323,6 +320,10 @@ def lay_over_row(config):
             'rope_scaling=dynamic needs a rotary width above 2: its exponent is width / (width - 2)')
     require(1 <= config.rope_factor < math.inf,
             f'rope_factor ({config.rope_factor}) must be at least 1: positions are divided by it')
+    require(config.rope_scaling != 'default' or config.rope_factor == row['rope_factor'],
+            f'rope_factor ({config.rope_factor}) means nothing to rope_scaling=default: linear, dynamic and yarn have one')
+    require(config.rope_scaling == 'yarn' or config.rope_attention_factor is None,
+            f'rope_attention_factor means nothing to rope_scaling={config.rope_scaling}: only yarn has one')
 
 
 def require(holds, otherwise):

@@ -162,8 +162,7 @@ if __name__ == '__main__':
         chosen, weights, routing = moe.route(x)
         print(f'\n{router}: eight tokens, 2 of 4 experts each')
         for t in range(8):
-            print(f'  token {t}: ' + ' + '.join(f'{w:.2f} x expert {e}' for e, w in
-                                                zip(chosen[0, t].tolist(), weights[0, t].tolist())))
+            print(f'  token {t}: ' + ' + '.join(f'{w:.2f} x expert {e}' for w, e in zip(weights[0, t], chosen[0, t])))
         print(f'  load {routing.load.tolist()}, even would be 4; balance loss {routing.balance_loss:.3f}, z-loss '
               f'{routing.z_loss:.3f}, entropy {routing.entropy:.3f} of at most 1.386')
         if router == 'sigmoid':

@@ -319,6 +319,8 @@ BAD = [(dict(vocab_size=0), 'vocab_size'), (dict(block_size=0), 'block_size'), (
        (dict(attn='mla', qk_nope_head_dim=0), 'qk_nope_head_dim'), (dict(attn='lora', n_embd=8), 'n_embd'),
        (dict(rope_scaling='ntk'), 'rope_scaling'), (dict(rope_factor=0.5), 'rope_factor'),
        (dict(rope_factor=math.nan), 'rope_factor'), (dict(rope_factor=math.inf), 'rope_factor'),
+       (dict(rope_factor=2.0), 'rope_factor (2.0) means nothing to rope_scaling=default'),
+       (dict(rope_attention_factor=1.2, rope_scaling='linear'), 'rope_attention_factor means nothing to rope_scaling=linear'),
        (dict(rope_scaling='dynamic', n_embd=16), 'rope_scaling'),
        (dict(attn='mla', rope_scaling='dynamic', qk_rope_head_dim=2), 'rope_scaling')]
 
