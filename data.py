@@ -18,10 +18,8 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import sysconfig
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -89,8 +87,8 @@ def split(text, spans, digests):
         start, end = spans[0].tolist()
         at = start + int((end - start) * (1 - VAL_SHARE))
         line = text.find(b'\n', at, end - 1) + 1 or text.rfind(b'\n', start, end - 1) + 1
-        while not line and at < end and text[at] & 0xC0 == 0x80:    # not within a character
-            at += 1
+        while not line and text[at] & 0xC0 == 0x80:             # not within a character
+            at -= 1
         return {'train': np.array([[start, line or at]]), 'val': np.array([[line or at, end]])}
     sizes = spans[:, 1] - spans[:, 0]
     val, room = np.zeros(len(spans), dtype=bool), VAL_SHARE * sizes.sum()
@@ -121,10 +119,7 @@ def pieces(text, spans):
 def write_json(path, value):
     """Whole or not at all, also over a file that is there -> its entry in meta.json."""
     content, aside = json.dumps(value, indent=1).encode(), path.with_name(f'.{path.name}.{os.getpid()}')
-    with open(aside, 'wb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    aside.write_bytes(content)
     os.replace(aside, path)
     return {'path': path.name, 'sha256': hashlib.sha256(content).hexdigest()}
 
@@ -138,8 +133,6 @@ def write_tokens(path, text, spans, tokenizer, dtype, log):
             file.write(np.array(ids, dtype=dtype).tobytes())
             count, done = count + len(ids), done + len(piece.encode())
             progress(f'  {path.name}: {count:,} tokens, {done / total:.0%} of the text')
-        file.flush()
-        os.fsync(file.fileno())
     log(f'  {path.name}: {count:,} tokens of {total:,} bytes in {len(spans):,} documents')
     return {'path': path.name, 'documents': len(spans), 'text_bytes': total, **scan(path, dtype)}
 
@@ -185,22 +178,12 @@ def build(source, listing, text_field, tokenizer, vocab_size, skip_bad_files, fo
     files, remarks, problems = listing
     log(f'  reading {len(files):,} files')
     with tempfile.TemporaryFile(dir=folder) as spool:
-        spans, digests, odd = read_documents(files, text_field, spool, problems, log)
-        if problems and not skip_bad_files:
-            for problem in problems:
-                log(f'  {problem}')
-            more = f' (and {len(problems) - 1:,} more, named above)' if len(problems) > 1 else ''
-            raise DataError(f'{problems[0]}{more}; data.py --skip_bad_files=True, with the same --dataset and '
-                            '--tokenizer, leaves out what cannot be used')
-        too_little = DataError(f'{source}: too little text to be split into training and validation; it takes two '
-                               'documents, or one of several lines')
-        if not len(spans):
-            raise too_little
+        spans, digests, odd = read_documents(files, problems, text_field, skip_bad_files, spool, log)
+        if (spans[:, 1] - spans[:, 0]).sum() < 5:               # bytes: maybe a single character
+            raise DataError(f'{source}: too little text to be split into training and validation')
         spool.flush()
         with mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) as text:
             parts = split(text, spans, digests)
-            if any((part[:, 0] == part[:, 1]).any() for part in parts.values()):
-                raise too_little
             texts = (piece for piece, _ in pieces(text, parts['train']))
             vocabulary = make_tokenizer(tokenizer, vocab_size, texts, log)
             dtype = 'uint16' if vocabulary.vocab_size <= 2**16 else 'uint32'
@@ -209,8 +192,6 @@ def build(source, listing, text_field, tokenizer, vocab_size, skip_bad_files, fo
     if copies := len(spans) - sum(map(len, parts.values())):
         log(f'  left out: {copies:,} copies of other documents')
     remarks = odd + remarks
-    if problems:
-        remarks.insert(0, f'{len(problems):,} files or folders could not be used, whole or in part, as {problems[0]}.')
     if tokenizer == 'bpe' and vocabulary.vocab_size < vocab_size:
         remarks.append(f'The vocabulary has {vocabulary.vocab_size:,} tokens instead of {vocab_size:,}: '
                        'the training text holds no further pair twice.')
@@ -254,12 +235,8 @@ def named_vocabulary(source, tokenizer, log):
 def adopt(source, tokenizer, vocabulary, remarks, folder):
     """nanoGPT's train.bin and val.bin, used where they lie -> what meta.json says about them; writes vocab.json."""
     paths, V = [source / 'train.bin', source / 'val.bin'], vocabulary.vocab_size if vocabulary else 0
-    try:
-        dtype, other = [id_type(path, V) for path in paths]
-        entries = {path.stem: {'path': str(path), 'documents': None, 'text_bytes': None, **scan(path, dtype)}
-                   for path in paths}
-    except OSError as error:
-        raise DataError(f'{error.filename}: cannot be read ({error.strerror})') from None
+    dtype, other = [id_type(path, V) for path in paths]
+    entries = {path.stem: {'path': str(path), 'documents': None, 'text_bytes': None, **scan(path, dtype)} for path in paths}
     if other != dtype:
         raise DataError(f'{source}: train.bin is made of {dtype}, val.bin of {other}')
     largest = max(entry['largest_id'] for entry in entries.values())
@@ -281,8 +258,8 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=say, text_field='text
     dataset: stdlib or a path. tokenizer: bpe, bytes or a name of tiktoken's; vocab_size, eot included: bpe's.
     root: where prepared folders lie, default data/ beside this file. log: gets lines of progress.
     text_field: of rows. skip_bad_files: leave out files and rows that cannot be read, instead of refusing.
-    Builds in a folder aside, flushed and renamed into place: a crash leaves nothing half made, and of two
-    processes that build at once one finds the other's result and throws its own away. No folder is ever replaced.
+    Builds in a folder aside, renamed into place: a crash leaves nothing half made, and of two processes that build at
+    once one finds the other's result and throws its own away. No folder is ever replaced.
     """
     check_tokenizer(tokenizer, vocab_size)
     kind, source, name = locate(dataset)
@@ -318,9 +295,6 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=say, text_field='text
         if earlier := sorted(root.glob(f'{name}-{label}-*')):
             log(f'  not the text of before; its tokens stay in {earlier[0]}, for runs that used them')
         root.mkdir(parents=True, exist_ok=True)
-        for left in root.glob('.building-*'):                   # by processes killed a day ago or earlier
-            if left.stat().st_mtime < time.time() - 86400:
-                shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=root, prefix='.building-') as aside:
             built = Path(aside, folder.name)
             built.mkdir()
@@ -340,8 +314,8 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=say, text_field='text
                     raise
         return folder
     except OSError as error:
-        raise DataError(f'{folder}: cannot be written ({error.strerror or error}), nothing half made is '
-                        f'left; make room or give another place with --data_root=FOLDER') from None
+        raise DataError(f'{folder} cannot be made ({error}), nothing half made is left; make room or give another place '
+                        'with --data_root=FOLDER') from None
 
 
 def verified(folder, entry):
@@ -414,10 +388,10 @@ class Corpus:
 
         Every token but the first is a target once; the last window is filled up with x = 0, y = -1 (ignore).
         """
-        n = math.ceil((len(self.val) - 1) / self.block_size)
-        x, y = np.zeros(n * self.block_size, dtype=np.int64), np.full(n * self.block_size, -1, dtype=np.int64)
-        x[:len(self.val) - 1], y[:len(self.val) - 1] = self.val[:-1], self.val[1:]
-        return x.reshape(n, self.block_size), y.reshape(n, self.block_size)
+        ids = self.val.astype(np.int64)
+        fill = (0, -(len(ids) - 1) % self.block_size)           # numbers before and after
+        x, y = np.pad(ids[:-1], fill), np.pad(ids[1:], fill, constant_values=-1)
+        return x.reshape(-1, self.block_size), y.reshape(-1, self.block_size)
 
     def _count(self, tokens):
         blocks = (tokens[i:i + 2**24] for i in range(0, len(tokens), 2**24))
@@ -467,12 +441,6 @@ if __name__ == '__main__':
         fail(error)
     except KeyboardInterrupt:
         fail('interrupted, nothing half made is left')
-    facts = corpus.describe()
-    say(f'{folder} is ready and verified')
-    for part in ('train', 'val'):
-        text_bytes = corpus.meta[part]['text_bytes']
-        ratio = f', {text_bytes / facts[f"{part}_tokens"]:.2f} bytes each' if text_bytes else ''
-        say(f'  {part:5} {facts[f"{part}_tokens"]:,} tokens{ratio}')
-    say(f'  loss of a uniform guess {facts["uniform_loss"]:.4f}, of unigram frequencies {facts["unigram_loss"]:.4f}')
+    say(f'{folder} is ready and verified: {len(corpus.train):,} tokens for training, {len(corpus.val):,} for validation')
     for remark in corpus.remarks:
         say(remark)

@@ -69,11 +69,11 @@ def counted(counter):
     return ', '.join(f'{n:,} {name}' for name, n in counter.most_common(5))
 
 
-def read_documents(files, text_field, spool, problems, log):
+def read_documents(files, problems, text_field, skip_bad_files, spool, log):
     """Appends the documents of all files to the binary file `spool`; in memory are 48 bytes of each.
 
-    -> spans (n, 2), where each starts and ends; its SHA-256, (n,) of 32 bytes; remarks, a sentence each. Of a broken
-    file nothing is used, of one with broken rows the others; `problems` gets a sentence for either.
+    -> spans (n, 2), where each starts and ends; its SHA-256, (n,) of 32 bytes; remarks, a sentence each. DataError if
+    there are problems and skip_bad_files is not set; if it is, nothing of a broken file is used.
     """
     spans, digests, odd, size, progress = array('q'), bytearray(), Counter(), 0, paced(log)
     for number, path in enumerate(files, 1):
@@ -100,6 +100,14 @@ def read_documents(files, text_field, spool, problems, log):
             del spans[before[0]:], digests[before[1]:]
             odd = before[2]
     remarks = [sentence.format(odd[what]) for what, sentence in ODD.items() if odd[what]]
+    if problems:
+        more = f', and {len(problems) - 1:,} more' * (len(problems) > 1)
+        remarks.insert(0, f'Could not be used, whole or in part: {problems[0]}{more}')
+        if not skip_bad_files:
+            for problem in problems:
+                log(f'  {problem}')
+            raise DataError(f'{remarks[0]}; data.py --skip_bad_files=True, with the same --dataset and --tokenizer, leaves '
+                            'it out')
     return np.array(spans).reshape(-1, 2), np.frombuffer(digests, 'S32'), remarks
 
 
@@ -144,10 +152,8 @@ def rows(path, text_field, odd, problems):
             if row is None:
                 raise ValueError('not a JSON object')
             text = row.get(text_field)
-            if text is None:
-                raise ValueError(f'nothing in the field {text_field} of {", ".join(row)}: choose by --text_field=NAME')
             if not isinstance(text, str):
-                raise ValueError(f'{text_field} is {type(text).__name__}, not text')
+                raise ValueError(f'no text in the field {text_field} of {", ".join(row)}; choose by --text_field=NAME')
             text.encode()                                       # half a surrogate pair, bytes that are no text
             yield text, True
         except ValueError as error:

@@ -100,7 +100,7 @@ def test_a_broken_row_is_named_by_its_line_and_left_out_when_told_so(tmp_path, r
 
 def test_a_row_of_parquet_that_is_no_text_is_named(tmp_path):
     parquet(tmp_path / 'a.parquet', [{'text': t.encode()} for t in TEXTS])
-    assert '30 of 30 rows are broken, the first at row 1: text is bytes' in refused(tmp_path / 'a.parquet', tmp_path)[0]
+    assert '30 of 30 rows are broken, the first at row 1: no text' in refused(tmp_path / 'a.parquet', tmp_path)[0]
     parquet(tmp_path / 'b.parquet', [*({'text': t} for t in TEXTS), {'text': None}, {'text': ''}])
     assert '1 of 32 rows are broken, the first at row 31' in refused(tmp_path / 'b.parquet', tmp_path)[0]
     assert read(tmp_path / 'b.parquet', tmp_path, skip_bad_files=True)[0] == sorted(TEXTS)
@@ -133,7 +133,7 @@ def test_blocks_of_any_size_give_the_same_documents(tmp_path, monkeypatch, size)
     monkeypatch.setattr(documents, 'BLOCK', size)
     (tmp_path / 'x.txt').write_bytes(content.encode('utf-16'))
     spool = io.BytesIO()
-    spans, *_ = documents.read_documents([tmp_path / 'x.txt'], 'text', spool, [], silent)
+    spans, *_ = documents.read_documents([tmp_path / 'x.txt'], [], 'text', False, spool, silent)
     found = [spool.getvalue()[start:end].decode() for start, end in spans]
     assert found == [part for part in documents.SEPARATOR.split(content) if part.strip()]
     assert len(found) == sum(bool(part) for part in parts)
@@ -190,7 +190,7 @@ def test_bad_files_are_all_named_and_left_out_when_told_so(tmp_path):
     assert all(name in lines for name in [*bad, 'gone.txt'])
     assert '7 more' in message and '--skip_bad_files=True' in message
     found, corpus = read(folder, tmp_path, skip_bad_files=True)
-    assert found == sorted(TEXTS) and '8 files' in corpus.remarks[0] and 'mixed' in corpus.remarks[1]
+    assert found == sorted(TEXTS) and '7 more' in corpus.remarks[0] and 'mixed' in corpus.remarks[1]
 
 
 def test_a_broken_parquet_file_is_named(tmp_path):
