@@ -175,10 +175,8 @@ def write_meta(folder, meta):
 
 def build(source, listing, text_field, tokenizer, vocab_size, skip_bad_files, folder, log):
     """Files of text -> train.bin, val.bin and vocab.json in an empty folder; returns what meta.json says about them."""
-    files, remarks, problems = listing
-    log(f'  reading {len(files):,} files')
     with tempfile.TemporaryFile(dir=folder) as spool:
-        spans, digests, odd = read_documents(files, problems, text_field, skip_bad_files, spool, log)
+        spans, digests, remarks = read_documents(*listing, text_field, skip_bad_files, spool, log)
         if (spans[:, 1] - spans[:, 0]).sum() < 5:               # bytes: maybe a single character
             raise DataError(f'{source}: too little text to be split into training and validation')
         spool.flush()
@@ -191,7 +189,6 @@ def build(source, listing, text_field, tokenizer, vocab_size, skip_bad_files, fo
                        for part in parts}
     if copies := len(spans) - sum(map(len, parts.values())):
         log(f'  left out: {copies:,} copies of other documents')
-    remarks = odd + remarks
     if tokenizer == 'bpe' and vocabulary.vocab_size < vocab_size:
         remarks.append(f'The vocabulary has {vocabulary.vocab_size:,} tokens instead of {vocab_size:,}: '
                        'the training text holds no further pair twice.')
@@ -236,7 +233,7 @@ def adopt(source, tokenizer, vocabulary, remarks, folder):
     """nanoGPT's train.bin and val.bin, used where they lie -> what meta.json says about them; writes vocab.json."""
     paths, V = [source / 'train.bin', source / 'val.bin'], vocabulary.vocab_size if vocabulary else 0
     dtype, other = [id_type(path, V) for path in paths]
-    entries = {path.stem: {'path': str(path), 'documents': None, 'text_bytes': None, **scan(path, dtype)} for path in paths}
+    entries = {path.stem: {'path': str(path), **scan(path, dtype)} for path in paths}
     if other != dtype:
         raise DataError(f'{source}: train.bin is made of {dtype}, val.bin of {other}')
     largest = max(entry['largest_id'] for entry in entries.values())
@@ -292,18 +289,15 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=say, text_field='text
                 write_meta(folder, {**want, **adopt(source, tokenizer, vocabulary, remarks, folder)})
             return folder
         log(f'preparing {folder}')
-        if earlier := sorted(root.glob(f'{name}-{label}-*')):
-            log(f'  not the text of before; its tokens stay in {earlier[0]}, for runs that used them')
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix='.building-') as aside:
             built = Path(aside, folder.name)
             built.mkdir()
             if tokens:
-                log(f'  the token files stay in {source}')
                 meta = adopt(source, tokenizer, vocabulary, remarks, built)
             else:
-                meta = build(source, listing, text_field, tokenizer, vocab_size, skip_bad_files or kind == 'stdlib',
-                             built, log)
+                skip_bad_files |= kind == 'stdlib'
+                meta = build(source, listing, text_field, tokenizer, vocab_size, skip_bad_files, built, log)
             for remark in meta['remarks']:
                 log(f'  {remark}')
             write_meta(built, {**want, **meta})

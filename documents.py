@@ -40,7 +40,7 @@ def list_files(folder, endings=TEXT_ENDINGS + ROW_ENDINGS, skip=r'\.'):
 
     skip: what the names of files and folders begin with that are passed over. Linked folders are visited, each once.
     """
-    files, others, closed, seen = [], Counter(), [], set()
+    found, closed, seen, remarks = [], [], set(), []
     for parent, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:
@@ -48,33 +48,30 @@ def list_files(folder, endings=TEXT_ENDINGS + ROW_ENDINGS, skip=r'\.'):
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not re.match(skip, name))
-        for path in (Path(parent, name) for name in names if not re.match(skip, name)):
-            if ending(path) in endings:
-                files.append(path)
-            else:
-                others[path.suffix or 'none'] += 1
+        found += [Path(parent, name) for name in names if not re.match(skip, name)]
+    files = sorted(path for path in found if ending(path) in endings)
     problems = [f'{error.filename}: cannot be read ({error.strerror})' for error in closed]
     if not files:
         raise DataError(problems[0] if problems else
                         f'{folder}: no text files in it; endings read are {" ".join(endings)}, and .gz behind them')
-    kinds, remarks = Counter(map(ending, files)), []
-    if others:
-        remarks.append(f'{others.total():,} files were left out for their endings: {counted(others)}.')
-    if len(kinds.keys() & set(ROW_ENDINGS)) not in (0, len(kinds)):
-        remarks.append(f'Rows and whole files are mixed: {counted(kinds)}.')
-    return sorted(files), remarks, problems
+
+    def counted(kinds):
+        return ', '.join(f'{n:,} {kind or "without"}' for kind, n in Counter(kinds).most_common(5)) + '.'
+    if len(found) > len(files):
+        others = [path.suffix for path in found if ending(path) not in endings]
+        remarks.append(f'{len(others):,} files were left out for their endings: {counted(others)}')
+    if len({ending(path) in ROW_ENDINGS for path in files}) == 2:
+        remarks.append(f'Rows and whole files are mixed: {counted(map(ending, files))}')
+    return files, remarks, problems
 
 
-def counted(counter):
-    return ', '.join(f'{n:,} {name}' for name, n in counter.most_common(5))
-
-
-def read_documents(files, problems, text_field, skip_bad_files, spool, log):
+def read_documents(files, remarks, problems, text_field, skip_bad_files, spool, log):
     """Appends the documents of all files to the binary file `spool`; in memory are 48 bytes of each.
 
-    -> spans (n, 2), where each starts and ends; its SHA-256, (n,) of 32 bytes; remarks, a sentence each. DataError if
-    there are problems and skip_bad_files is not set; if it is, nothing of a broken file is used.
+    files, remarks, problems: list_files(). -> spans (n, 2), where each document starts and ends; its SHA-256, (n,) of
+    32 bytes; the remarks. DataError if there are problems, unless skip_bad_files leaves out all of a broken file.
     """
+    log(f'  reading {len(files):,} files')
     spans, digests, odd, size, progress = array('q'), bytearray(), Counter(), 0, paced(log)
     for number, path in enumerate(files, 1):
         start, digest, blank = size, hashlib.sha256(), True
@@ -99,7 +96,7 @@ def read_documents(files, problems, text_field, skip_bad_files, spool, log):
             problems.append(f'{path}: {error}')
             del spans[before[0]:], digests[before[1]:]
             odd = before[2]
-    remarks = [sentence.format(odd[what]) for what, sentence in ODD.items() if odd[what]]
+    remarks = [sentence.format(odd[what]) for what, sentence in ODD.items() if odd[what]] + remarks
     if problems:
         more = f', and {len(problems) - 1:,} more' * (len(problems) > 1)
         remarks.insert(0, f'Could not be used, whole or in part: {problems[0]}{more}')
@@ -153,7 +150,8 @@ def rows(path, text_field, odd, problems):
                 raise ValueError('not a JSON object')
             text = row.get(text_field)
             if not isinstance(text, str):
-                raise ValueError(f'no text in the field {text_field} of {", ".join(row)}; choose by --text_field=NAME')
+                raise ValueError(f'no text in the field {text_field}; there are {", ".join(row)}: choose by '
+                                 '--text_field=NAME')
             text.encode()                                       # half a surrogate pair, bytes that are no text
             yield text, True
         except ValueError as error:
@@ -184,9 +182,9 @@ def parquet_rows(path, text_field):
         raise DataError(f'{path}: .parquet takes pyarrow (pip install pyarrow); or convert it to .jsonl') from None
     try:
         with ParquetFile(path) as file:
-            number, names = 0, file.schema_arrow.names
-            for batch in file.iter_batches(256, columns=[text_field] if text_field in names else names):
-                for number, row in enumerate(batch.to_pylist(), number + 1):
-                    yield f'row {number:,}', row
+            names = file.schema_arrow.names
+            batches = file.iter_batches(256, columns=[text_field] if text_field in names else names)
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield f'row {number:,}', row
     except pyarrow.ArrowException as error:
         raise ValueError(f'cannot be read as Parquet ({str(error).splitlines()[0]})') from None

@@ -157,7 +157,6 @@ def make_tokenizer(name, vocab_size, texts, log):
         progress(f'  vocabulary: {seen:,} characters seen, of {BPE_SAMPLE:,} at most')
         if seen >= BPE_SAMPLE:
             break
-    log(f'  vocabulary: {sum(chunks.values()):,} chunks, {len(chunks):,} different')
     tokens = train_bpe({chunk.encode(): count for chunk, count in chunks.items()}, vocab_size - 1, log)
     return Tokenizer(name, tokens + [None], PATTERN, eot=len(tokens))
 

@@ -62,7 +62,7 @@ def test_each_row_of_parquet_is_a_document(tmp_path, field):
         parquet(tmp_path / 'in' / f'{part}.parquet', [{'id': i, field: t} for i, t in enumerate(TEXTS[part::3])])
     found, corpus = read(tmp_path / 'in', tmp_path, text_field=field)
     assert found == sorted(TEXTS) and corpus.remarks == []
-    assert 'txt of id, ' + field in refused(tmp_path / 'in', tmp_path / 'other', text_field='txt')[0]
+    assert 'there are id, ' + field in refused(tmp_path / 'in', tmp_path / 'other', text_field='txt')[0]
 
 
 def test_the_text_field_is_part_of_what_a_folder_is_prepared_for(tmp_path):
@@ -133,7 +133,7 @@ def test_blocks_of_any_size_give_the_same_documents(tmp_path, monkeypatch, size)
     monkeypatch.setattr(documents, 'BLOCK', size)
     (tmp_path / 'x.txt').write_bytes(content.encode('utf-16'))
     spool = io.BytesIO()
-    spans, *_ = documents.read_documents([tmp_path / 'x.txt'], [], 'text', False, spool, silent)
+    spans, *_ = documents.read_documents([tmp_path / 'x.txt'], [], [], 'text', False, spool, silent)
     found = [spool.getvalue()[start:end].decode() for start, end in spans]
     assert found == [part for part in documents.SEPARATOR.split(content) if part.strip()]
     assert len(found) == sum(bool(part) for part in parts)
@@ -170,7 +170,7 @@ def test_capitals_linked_folders_and_other_endings(tmp_path):
     found, corpus = read(inside, tmp_path)
     assert found == sorted(TEXTS[:5])
     left_out, mixed = corpus.remarks
-    assert left_out.startswith('2 files were left out') and '1 .zst' in left_out and '1 none' in left_out
+    assert left_out.startswith('2 files were left out') and '1 .zst' in left_out and '1 without' in left_out
     assert 'mixed' in mixed and '1 .jsonl' in mixed
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import message_of, silent, text
 
 import tokenizer
-from data import Corpus, prepare
+from data import prepare
 from test_data import tokenizer_of
 from tokenizer import PATTERN, DataError, Tokenizer, make_tokenizer, train_bpe
 
@@ -102,16 +102,6 @@ def test_a_megabyte_without_a_break_is_encoded_and_learned_from_in_seconds(prepa
     unbounded = Tokenizer('x', tokenizer.tokens, gpt2)
     assert unbounded.decode(unbounded.encode(run * 300_000)) == run * 300_000
     assert make_tokenizer('bpe', 300, [run * 300_000], silent).vocab_size <= 300
-
-
-def test_a_small_corpus_yields_the_vocabulary_it_can(tmp_path):
-    (tmp_path / 'x.txt').write_text('abc abd\n' * 40)
-    folder, lines = None, []
-    folder = prepare(str(tmp_path / 'x.txt'), 'bpe', 5000, tmp_path / 'root', lines.append)
-    assert Corpus(folder, block_size=1).vocab_size == tokenizer_of(folder).vocab_size < 300
-    assert any('instead of 5,000' in line for line in lines)
-    (remark,) = Corpus(folder, block_size=1).remarks
-    assert f'{Corpus(folder, block_size=1).vocab_size} tokens instead of 5,000' in remark
 
 
 def test_a_vocabulary_that_is_neither_here_nor_reachable_is_said_so_quickly(texts, tmp_path, monkeypatch):
