@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from configurator import configure, fail, say
-from documents import ROW_ENDINGS, ending, list_files, read_documents
-from tokenizer import PATTERN, DataError, Tokenizer, check_tokenizer, checksum, make_tokenizer, paced, read_characters
+from documents import ROW_ENDINGS, ending, list_files, paced, read_documents
+from tokenizer import PATTERN, DataError, Tokenizer, check_tokenizer, checksum, make_tokenizer, read_characters
 
 FORMAT = 1                       # of meta.json
 VAL_SHARE = 0.05                 # of the bytes
@@ -90,7 +90,7 @@ def split(text, spans, digests):
         while not line and text[at] & 0xC0 == 0x80:             # not within a character
             at -= 1
         return {'train': np.array([[start, line or at]]), 'val': np.array([[line or at, end]])}
-    sizes = spans[:, 1] - spans[:, 0]
+    sizes = np.diff(spans)[:, 0]
     val, room = np.zeros(len(spans), dtype=bool), VAL_SHARE * sizes.sum()
     for i, size in enumerate(sizes):
         if size <= room:
@@ -100,17 +100,18 @@ def split(text, spans, digests):
     return {'train': spans[~val], 'val': spans[val]}
 
 
-def pieces(text, spans):
+def pieces(text, spans, what, log):
     """The documents' text, about a megabyte at a time -> (text, whether it ends a document).
 
     It is cut in front of lines that are not indented: no chunk of a tokenizer goes over that.
     """
-    line_start = re.compile(rb'\n(?=\S)')
+    line_start, done, total, progress = re.compile(rb'\n(?=\S)'), 0, np.diff(spans).sum(), paced(log)
     for start, end in map(np.ndarray.tolist, spans):
         while start < end:
             stop = next((line.end() for line in line_start.finditer(text, start + 2**20, end)), end)
             yield text[start:stop].decode(), stop == end
-            start = stop
+            done, start = done + stop - start, stop
+            progress(f'  {what}: {done / total:.0%} of the text')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,15 +127,13 @@ def write_json(path, value):
 
 def write_tokens(path, text, spans, tokenizer, dtype, log):
     """Documents, (n, 2) starts and ends in text, each ended by eot -> a file of bare ids and its entry in meta.json."""
-    count, done, total, progress = 0, 0, int((spans[:, 1] - spans[:, 0]).sum()), paced(log)
     with open(path, 'wb') as file:
-        for piece, last in pieces(text, spans):
+        for piece, last in pieces(text, spans, path.name, log):
             ids = tokenizer.encode(piece) + [tokenizer.eot] * (last and tokenizer.eot is not None)
-            file.write(np.array(ids, dtype=dtype).tobytes())
-            count, done = count + len(ids), done + len(piece.encode())
-            progress(f'  {path.name}: {count:,} tokens, {done / total:.0%} of the text')
-    log(f'  {path.name}: {count:,} tokens of {total:,} bytes in {len(spans):,} documents')
-    return {'path': path.name, 'documents': len(spans), 'text_bytes': total, **scan(path, dtype)}
+            file.write(np.array(ids, dtype).tobytes())
+    size, found = int(np.diff(spans).sum()), scan(path, dtype)
+    log(f'  {path.name}: {found["tokens"]:,} tokens of {size:,} bytes in {len(spans):,} documents')
+    return {'path': path.name, 'documents': len(spans), 'text_bytes': size, **found}
 
 
 def scan(path, dtype='uint8'):
@@ -177,12 +176,12 @@ def build(source, listing, text_field, tokenizer, vocab_size, skip_bad_files, fo
     """Files of text -> train.bin, val.bin and vocab.json in an empty folder; returns what meta.json says about them."""
     with tempfile.TemporaryFile(dir=folder) as spool:
         spans, digests, remarks = read_documents(*listing, text_field, skip_bad_files, spool, log)
-        if (spans[:, 1] - spans[:, 0]).sum() < 5:               # bytes: maybe a single character
+        if np.diff(spans).sum() < 5:               # bytes: maybe a single character
             raise DataError(f'{source}: too little text to be split into training and validation')
         spool.flush()
         with mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) as text:
             parts = split(text, spans, digests)
-            texts = (piece for piece, _ in pieces(text, parts['train']))
+            texts = (piece for piece, _ in pieces(text, parts['train'], 'vocabulary', log))
             vocabulary = make_tokenizer(tokenizer, vocab_size, texts, log)
             dtype = 'uint16' if vocabulary.vocab_size <= 2**16 else 'uint32'
             entries = {part: write_tokens(folder / f'{part}.bin', text, parts[part], vocabulary, dtype, log)

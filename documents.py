@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import time
 import zlib
 from array import array
 from collections import Counter
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenizer import EOT, DataError, paced
+from tokenizer import EOT, DataError
 
 TEXT_ENDINGS = ('.txt', '.md', '.rst', '.tex', '.html', '.py', '.c', '.h', '.cpp', '.js', '.ts', '.java', '.go', '.rs')
 ROW_ENDINGS = ('.jsonl', '.ndjson', '.parquet')
@@ -28,6 +29,18 @@ SEPARATOR = re.compile(rf'(?m)^{re.escape(EOT)}[ \t\r]*(?:\n|\Z)')
 BLOCK = 2**21                                                   # characters of a text file in memory at a time
 ODD = {'inline': EOT + ' stands {:,} times beside other text, where it is text: only lines of it alone end documents.',
        'like json': '{:,} files look like JSON lines and were read as plain text: name them .jsonl.'}
+
+
+def paced(log, seconds=2):
+    """`log` for lines of progress: says one at most every so many seconds and drops the others."""
+    last = time.perf_counter()
+
+    def say(line):
+        nonlocal last
+        if time.perf_counter() > last + seconds:
+            last = time.perf_counter()
+            log(line)
+    return say
 
 
 def ending(path):

@@ -12,7 +12,6 @@ import heapq
 import json
 import pickle
 import re
-import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
@@ -150,27 +149,14 @@ def make_tokenizer(name, vocab_size, texts, log):
     if name != 'bpe':
         return fetch_tokenizer(name, log)
     import regex
-    chunks, seen, pattern, progress = Counter(), 0, regex.compile(PATTERN), paced(log)
+    chunks, seen, pattern = Counter(), 0, regex.compile(PATTERN)
     for text in texts:
         chunks.update(pattern.findall(text[:BPE_SAMPLE - seen]))
         seen += len(text)
-        progress(f'  vocabulary: {seen:,} characters seen, of {BPE_SAMPLE:,} at most')
         if seen >= BPE_SAMPLE:
             break
     tokens = train_bpe({chunk.encode(): count for chunk, count in chunks.items()}, vocab_size - 1, log)
     return Tokenizer(name, tokens + [None], PATTERN, eot=len(tokens))
-
-
-def paced(log, seconds=2):
-    """`log` for lines of progress: says one at most every so many seconds and drops the others."""
-    last = time.perf_counter()
-
-    def say(line):
-        nonlocal last
-        if time.perf_counter() > last + seconds:
-            last = time.perf_counter()
-            log(line)
-    return say
 
 
 def check_tokenizer(name, vocab_size):
