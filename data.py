@@ -147,29 +147,36 @@ def scan(path, dtype='uint8'):
     return {'tokens': size // width, 'size': size, 'sha256': digest.hexdigest(), 'largest_id': largest}
 
 
-def damaged(path, what):
-    folder = path if path.is_dir() else path.parent
-    return DataError(f'{path}: {what}; rm -r {shlex.quote(str(folder))} and start again to build it anew')
+def write_meta(folder, meta):
+    write_json(folder / 'meta.json', {**meta, 'checksum': checksum(meta)})
 
 
 def read_meta(folder):
     """meta.json of a prepared folder -> dict. DataError if it is missing, damaged or of another format."""
-    path = Path(folder) / 'meta.json'
     try:
-        meta = json.loads(path.read_bytes())
+        meta = json.loads((folder / 'meta.json').read_bytes())
         if meta.pop('checksum') != checksum(meta):
             raise ValueError
-    except FileNotFoundError:
-        raise DataError(f'{path}: missing, so this is no prepared corpus (data.py makes one)') from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise damaged(path, 'is damaged, or not what data.py writes') from None
+        raise damaged(folder, 'meta.json is missing, damaged, or not what data.py writes') from None
     if meta['format'] != FORMAT:
-        raise damaged(path, f'has format {meta["format"]}, this data.py reads {FORMAT}')
+        raise damaged(folder, f'meta.json has format {meta["format"]}, this data.py reads {FORMAT}')
     return meta
 
 
-def write_meta(folder, meta):
-    write_json(folder / 'meta.json', {**meta, 'checksum': checksum(meta)})
+def verified(folder, entry):
+    """The path of a file that meta.json describes in an entry. DataError if it is not what was written."""
+    path = folder / entry['path']                               # of nanoGPT's own files: an absolute path
+    try:
+        if scan(path)['sha256'] == entry['sha256']:
+            return path
+    except OSError as error:
+        raise damaged(folder, f'{path.name} cannot be read ({error.strerror})') from None
+    raise damaged(folder, f'{path.name} does not agree with the SHA-256 in meta.json')
+
+
+def damaged(folder, what):
+    return DataError(f'{folder}: {what}; rm -r {shlex.quote(str(folder))} and start again to build it anew')
 
 
 def build(source, listing, text_field, tokenizer, vocab_size, skip_bad_files, folder, log):
@@ -311,17 +318,6 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=say, text_field='text
                         'with --data_root=FOLDER') from None
 
 
-def verified(folder, entry):
-    """The path of a file that meta.json describes in an entry. DataError if it is not what was written."""
-    path = folder / entry['path']                               # of nanoGPT's own files: an absolute path
-    try:
-        if scan(path)['sha256'] == entry['sha256']:
-            return path
-    except OSError as error:
-        raise damaged(folder, f'{path.name} cannot be read ({error.strerror})') from None
-    raise damaged(folder, f'{path.name} does not agree with the SHA-256 in meta.json')
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
@@ -336,7 +332,7 @@ class Corpus:
 
     def __init__(self, folder, max_train_tokens=0, max_val_tokens=0, block_size=512):
         self.folder, self.block_size = Path(folder), block_size
-        self.meta = meta = read_meta(folder)
+        self.meta = meta = read_meta(self.folder)
         self.vocab_size, self.tokenizer_name, self.remarks = meta['vocab_size'], meta['tokenizer'], meta['remarks']
         self.tokenizer = None
         if meta['vocabulary']:

@@ -545,7 +545,7 @@ def test_one_text_by_two_paths_is_described_alike(tmp_path):
 def test_something_else_in_the_place_of_the_folder_is_not_removed(texts, tmp_path):
     folder = prepare(str(texts), 'bytes', 0, tmp_path, silent)
     (folder / 'meta.json').rename(folder / 'thesis.doc')
-    assert 'rm -r' not in refused(prepare, str(texts), 'bytes', 0, tmp_path, silent)
+    assert 'meta.json is missing' in refused(prepare, str(texts), 'bytes', 0, tmp_path, silent)
     assert (folder / 'thesis.doc').exists()
 
 
