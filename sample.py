@@ -94,6 +94,7 @@ import torch
 
 import hf
 from attention import LatentAttention
+from decoding import generate
 from machine import choose_device, choose_dtype, compiles, out_of_memory
 from result import read_checkpoint
 from tokenizer import fetch_tokenizer
@@ -113,7 +114,7 @@ try:
     if tokenizer.vocab_size > model.config.vocab_size:      # fewer is well: published models have ids without a token
         raise ValueError(f'{path} has {model.config.vocab_size:,} tokens, its tokenizer {tokenizer.vocab_size:,}')
 except ValueError as error:
-    fail(str(error).partition(', or take')[0])              # another tokenizer is no way out here
+    fail(error)
 ends = getattr(tokenizer, 'ends', {tokenizer.eot})
 
 if dtype == 'auto' and device.type == 'cpu':
@@ -148,7 +149,7 @@ elif compile:
     compiled, clock = torch.compile(model.trunk), time.perf_counter()
     # prompts are read once and differ in length, so only the steps of one token are compiled
     options |= {'static': True, 'trunk': lambda x, *rest: (compiled if x.size(1) == 1 else model.trunk)(x, *rest)}
-    list(itertools.islice(model.generate(encoded[:1] * num_samples, **options), 2))
+    list(itertools.islice(generate(model, encoded[:1] * num_samples, **options), 2))
     say(f'compiled in {time.perf_counter() - clock:.0f} s', sys.stderr)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ try:
         print(dashes * (number > 0) + prompt, end='', flush=True)
         rows, texts, shown, clock = [[] for _ in range(num_samples)], [''] * num_samples, 0, time.perf_counter()
         live, before = set(range(num_samples)), len(tokenizer.decode(ids))  # live: the samples that have not ended
-        for step, new in enumerate(model.generate([ids] * num_samples, **options)):     # new (num_samples,)
+        for step, new in enumerate(generate(model, [ids] * num_samples, **options)):     # new (num_samples,)
             if step == 0:                                   # the prompt gave this token, from here on it is decoding
                 read, reading, clock = read + len(ids), reading + time.perf_counter() - clock, time.perf_counter()
             else:
