@@ -265,19 +265,27 @@ def evaluate():
 # ---------------------------------------------------------------------------------------------------------------------
 # The result, read off the live objects
 
-def describe_model():
-    """The `model` part of the result. RuntimeError unless the optimizer moves exactly the model that is described."""
-    owned = [id(p) for opt in optimizers for group in opt.param_groups for p in group['params']]
-    if len(owned) != len(set(owned)) or set(owned) != {id(p) for p in raw_model.parameters()}:
-        raise RuntimeError('the parameters in the optimizer are not those of the model that would be reported')
-    classes = {type(layer.attn).__name__ for layer in raw_model.layers}
-    return {'initialisation': 'as init_from says' if init_from else
-                              'N(0, 1/fan_in), embedding and router N(0, 0.02), o_proj and down_proj 0',
-            'router_losses': 'mean over sequences, sum over layers', 'attention_class': '/'.join(sorted(classes)),
-            **raw_model.layers[0].attn.head_dims(), **raw_model.parameter_counts(),
-            'flops_per_token': raw_model.flops_per_token(),
-            'kv_cache_bytes_per_token': raw_model.cache_bytes_per_token(getattr(torch, dtype)),
-            'kv_cache_bytes_per_token_16bit': raw_model.cache_bytes_per_token(torch.bfloat16)}
+owned = [id(p) for opt in optimizers for group in opt.param_groups for p in group['params']]
+if sorted(owned) != sorted(id(p) for p in raw_model.parameters()):
+    raise RuntimeError('the parameters in the optimizer are not those of the model that would be reported')
+attention = raw_model.layers[0].attn
+facts = {'initialisation': 'as init_from says' if init_from else
+                           'N(0, 1/fan_in), embedding and router N(0, 0.02), o_proj and down_proj 0',
+         'router_losses': 'mean over sequences, sum over layers', 'attention_class': type(attention).__name__,
+         **attention.head_dims(), **raw_model.parameter_counts(),
+         'flops_per_token': raw_model.flops_per_token(),
+         'kv_cache_bytes_per_token': raw_model.cache_bytes_per_token(getattr(torch, dtype)),
+         'kv_cache_bytes_per_token_16bit': raw_model.cache_bytes_per_token(torch.bfloat16)}
+result = {'schema': SCHEMA, 'status': 'running', 'name': name,
+          'started': checkpoint['started'] if checkpoint else now(), 'finished': None,
+          'config': config, 'model': facts, 'data': described,
+          'environment': {'device_name': None, 'world_size': world_size, **environment(device),
+                          'source_sha256': {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+                                            for p in sorted(Path(__file__).resolve().parent.glob('*.py'))}}}
+history, final, step, step_seconds, seconds_before = [], None, 0, [], 0.0       # step: updates done
+if checkpoint:
+    history, final, step, step_seconds, seconds_before = (
+        checkpoint[k] for k in ('history', 'final', 'step', 'step_seconds', 'seconds_total'))
 
 
 def describe_end(figures):
@@ -287,7 +295,7 @@ def describe_end(figures):
     return {'step': step, 'updates': step, 'tokens': tokens, **figures, 'seconds_training': seconds,
             'seconds_total': seconds_before + time.perf_counter() - start,
             'step_ms_median': 1e3 * statistics.median(step_seconds), 'tokens_per_second': tokens / seconds,
-            'mfu': tokens / seconds * result['model']['flops_per_token'] / (peak * world_size) if peak else None,
+            'mfu': tokens / seconds * facts['flops_per_token'] / (peak * world_size) if peak else None,
             'peak_memory_gb': peak_memory_gb(device),
             'peak_memory_kind': 'device' if device.type == 'cuda' else 'resident'}
 
@@ -319,21 +327,9 @@ def diverge(cause):
     sys.exit(3)
 
 
-sources = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(__file__).resolve().parent.glob('*.py'))}
-result = {'schema': SCHEMA, 'status': 'running', 'name': name,
-          'started': checkpoint['started'] if checkpoint else now(), 'finished': None,
-          'config': config, 'model': describe_model(), 'data': described,
-          'environment': {'device_name': None, 'world_size': world_size, **environment(device),
-                          'source_sha256': sources}}
-history, final, step, step_seconds, seconds_before = [], None, 0, [], 0.0       # step: updates done
-if checkpoint:
-    history, final, step, step_seconds, seconds_before = (
-        checkpoint[k] for k in ('history', 'final', 'step', 'step_seconds', 'seconds_total'))
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What is about to happen
 
-facts = result['model']
 say(f'{name}, seed {seed}: {facts["attention_class"]}, {facts["params_total"] / 1e6:.1f}M parameters, '
     f'{facts["params_active"] / 1e6:.1f}M active per token, {facts["params_attention"] / 1e6:.2f}M in attention; '
     f'cache {facts["kv_cache_bytes_per_token"]:,} bytes a token in {dtype}')
