@@ -42,7 +42,7 @@ def choose_device(name, kinds=('cuda', 'mps', 'cpu'), index=None):
 
 
 def choose_dtype(name, device, n_embd):
-    """--dtype -> 'float32' or 'bfloat16'; auto: bfloat16 where the processor computes in it and the model is wide enough.
+    """--dtype -> 'float32' or 'bfloat16'; auto: bfloat16 where the processor computes in it, for a model wide enough.
 
     A GPU says itself whether it computes in bfloat16 or emulates it; CPUs compute in it with AVX512-BF16 or AMX. Below
     some width casts and small products cost them more than they save: an update 384 wide is 1.4 times as fast as in

@@ -179,7 +179,7 @@ def command_to_go_on(overwrite=False, **knobs):
 # Reading checkpoints
 
 def read_checkpoint(path, mmap=False):
-    """A run's folder, or a checkpoint file -> what train.py saved, on the CPU. ValueError if it is damaged or another's.
+    """A run's folder, or a checkpoint file -> what train.py saved, on the CPU. ValueError if it is damaged or foreign.
 
     No code from the file runs. torch.save stores a CRC-32 of each record, which torch.load does not look at: a flipped
     bit would become a weight. mmap: tensors stay in the file until they are touched; several processes share one copy.
@@ -215,7 +215,8 @@ def read_weights(path, given):
     path = Path(path).expanduser()
     try:
         if (path / 'config.json').exists():
-            model, files = hf.from_folder(path), sorted(f for f in path.iterdir() if f.suffix in ('.json', '.safetensors'))
+            model = hf.from_folder(path)
+            files = sorted(file for file in path.iterdir() if file.suffix in ('.json', '.safetensors'))
             same_vocabulary = lambda tokenizer: hf.has_vocabulary(path, tokenizer)
         else:
             (model, own), files = hf.from_run(path), [path / 'checkpoint.pt' if path.is_dir() else path]

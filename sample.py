@@ -118,7 +118,7 @@ except ValueError as error:
 ends = getattr(tokenizer, 'ends', {tokenizer.eot})
 
 if dtype == 'auto' and device.type == 'cpu':
-    dtype = 'float32'                                       # a decoded token is no faster in bfloat16 (results/bench/decode.md)
+    dtype = 'float32'                                       # bfloat16 decodes no faster there (results/bench/decode.md)
 dtype = getattr(torch, choose_dtype(dtype, device, model.config.n_embd))
 model = model.eval().to(device).for_decoding(dtype)
 block_size = model.config.block_size
