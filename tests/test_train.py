@@ -595,7 +595,7 @@ def test_a_learning_rate_beyond_reason_is_recorded_as_diverged(train):
 # Bad input
 
 @pytest.mark.parametrize('knobs, words', [
-    (dict(attn='lorra'), ['lorra', 'did you mean lora?']), (dict(n_embd=33), ['n_embd (33)', 'n_head (2)']),
+    (dict(attn='lorra'), ['lorra', 'one of baseline']), (dict(n_embd=33), ['n_embd (33)', 'n_head (2)']),
     (dict(rope_scaling='yarm'), ['yarm', 'yarn']), (dict(block_size=100_000), ['block_size']),
     (dict(beta1=1), ['beta1 (1.0)', 'below 1']), (dict(beta2=-0.1), ['beta2 (-0.1)']),
     (dict(resume=True, overwrite=True), ['--resume=True', '--overwrite=True', 'keep one']),
