@@ -436,7 +436,7 @@ def test_of_several_processes_one_says_what_is_wrong(several, tmp_path):
 @pytest.mark.skipif(sys.platform == 'win32', reason='signals')
 @pytest.mark.parametrize('name', ['SIGINT', 'SIGKILL'])
 def test_one_interrupted_process_of_two_stops_both_and_a_dead_one_takes_the_other_with_it_within_a_minute(several, tmp_path, name):
-    whole, log = several(2, max_steps=100_000, eval_interval=50_000), tmp_path / 'log'
+    whole, log = several(2, max_steps=100_000, eval_interval=50_000, log_interval=5), tmp_path / 'log'
     wait_for(lambda: 'step ' in log.read_text(), 60)
     workers = subprocess.run(['pgrep', '-P', str(whole.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), getattr(signal, name))
