@@ -41,15 +41,16 @@ MEASURED = [*METRICS, 'val_perplexity', 'peak_memory_gb', 'max_violation', 'rout
 def compare(arms, baseline, metric, margin, contrasts=()):
     """{arm: {seed: run}} -> every number and verdict of the report, as one dict that JSON can hold.
 
-    contrasts: pairs of arms. If there are any, they are the family that is tested, and what else there is against the
-    baseline is only described; if there are none, every arm against the baseline is in the family.
+    contrasts: pairs of arms. If there are any, they are the family that is tested, those included that wait for their
+    runs, so that no verdict is taken back when these come; what else there is against the baseline is only described.
+    If there are none, every arm with two pairs against the baseline is in the family.
     """
     again, finals = f'{baseline}-again', {name: complete(arm) for name, arm in arms.items()}
     values = {name: {seed: run['final'][metric] for seed, run in runs.items()} for name, runs in finals.items()}
     against = [(name, baseline) for name in arms if name != baseline]
     planned = list(contrasts) or [pair for pair in against if pair[0] != again]         # A/A is no hypothesis
-    pairs = {(a, b): sorted(set(values[a]) & set(values[b])) for a, b in [*planned, *against]}
-    family = [f'{a} - {b}' for a, b in planned if len(pairs[a, b]) > 1]
+    pairs = {(a, b): sorted(set(values.get(a, ())) & set(values.get(b, ()))) for a, b in [*planned, *against]}
+    family = [f'{a} - {b}' for a, b in planned if contrasts or len(pairs[a, b]) > 1]
     every_seed = {seed for arm in arms.values() for seed in arm}
     r = {'schema': 2, 'baseline': baseline, 'again': again, 'metric': metric, 'margin': margin, 'family': family,
          'contrasts': bool(contrasts), **dict(zip(('label', 'unit', 'better'), METRICS[metric]))}
@@ -127,6 +128,8 @@ def verdict(c, r):
         return 'descriptive', f'{name} - {base}: ' + (
             f'{num(c["mean"], 4, True)} {unit} (95% interval {interval_text(c["low"], c["high"])}, n = {n} pairs).'
             if n else 'no complete pair.')
+    if waiting := [arm for arm in c['arms'] if arm not in r['arms']]:
+        return 'not tested', f'{name} - {base}: not tested: no runs of {" and ".join(waiting)}.'
     if n < 2:
         return 'not tested', (f'{name}: not tested (n = {n}): ' + (
             'one pair has no standard deviation, so no interval, no test and no effect size.' if n
@@ -497,18 +500,19 @@ def options_of(runs, arguments):
     return [flag for flag in options if flag.partition('=')[0] not in given]
 
 
-def arms_of(contrasts, arms):
-    """['mla48:mqa'] -> [('mla48', 'mqa')]; fails unless both are arms."""
+def arms_of(contrasts, arms, planned=False):
+    """['mla48:mqa'] -> [('mla48', 'mqa')]; fails unless both are arms, or planned and may still have no runs."""
     pairs = list(dict.fromkeys(tuple(text.split(':')) for text in contrasts))
     for pair in pairs:
         if len(pair) != 2 or pair[0] == pair[1]:
             fail(f'--contrasts: {":".join(pair)} is not FIRST:SECOND, two arms')
-        for name in {*pair} - {*arms}:
+        for name in {*pair} - {*arms} if not planned else ():           # typed by hand: a typo
             fail(f'--contrasts: no runs named {name}; there are {", ".join(arms)}' + did_you_mean(name, list(arms)))
     return pairs
 
 
-def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, plots, out, options=()):
+def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, plots, out, options=(), planned=False):
+    """options: the flags that made the report, which shows them. planned: the contrasts come from options.json."""
     if margin <= 0:
         fail(f'--margin={margin:g}: must be above 0, it is the smallest difference worth having')
     arms = load(runs, None if rates else baseline)
@@ -523,7 +527,8 @@ def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, pl
     problems = disagreements(arms, baseline, may_differ + ['learning_rate'] * rates, metric)
     if problems and not force:
         fail(f'{runs}: not comparable (--force=True reports all the same): ' + ' | '.join(problems))
-    r = compare_rates(arms, metric) if rates else compare(arms, baseline, metric, margin, arms_of(contrasts, arms))
+    r = (compare_rates(arms, metric) if rates
+         else compare(arms, baseline, metric, margin, arms_of(contrasts, arms, planned)))
     folder, pictures, problem = out or folder_of(runs), [], None
     title = os.path.basename(os.path.abspath(folder_of(runs)))
     try:
@@ -568,6 +573,7 @@ if __name__ == '__main__':
     # -----------------------------------------------------------------------------
     usual = dict(globals())
     configure(globals(), positional='runs')
-    values = configure(globals(), positional='runs', argv=[*options_of(runs, sys.argv[1:]), *sys.argv[1:]])
-    main(**values, options=[f'--{name}={as_text(value)}' for name, value in values.items()
+    beside = options_of(runs, sys.argv[1:])
+    values = configure(globals(), positional='runs', argv=[*beside, *sys.argv[1:]])
+    main(**values, planned=any(flag.startswith('--contrasts=') for flag in beside), options=[f'--{name}={as_text(value)}' for name, value in values.items()
                             if value != usual[name] and name not in ('runs', 'plots', 'out')])

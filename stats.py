@@ -93,11 +93,11 @@ def needed_n(effect, alpha=ALPHA):
 
 
 def holm(ps):
-    """Holm's (1979) step-down adjusted p values, in the order given; None stays None and does not count."""
+    """Holm's (1979) step-down adjusted p values, in the order given; None stays None and counts as a p of 1."""
     ranked = sorted((p, i) for i, p in enumerate(ps) if p is not None)
     adjusted, worst = list(ps), 0.0
     for rank, (p, i) in enumerate(ranked):
-        worst = max(worst, min(1.0, p * (len(ranked) - rank)))
+        worst = max(worst, min(1.0, p * (len(ps) - rank)))
         adjusted[i] = worst
     return adjusted
 

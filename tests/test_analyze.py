@@ -224,6 +224,37 @@ def test_a_contrast_that_names_no_two_arms_is_refused(tmp_path, capsys, contrast
     assert all(word in line for word in words)
 
 
+def test_a_plan_beside_the_runs_is_reported_while_arms_and_seeds_are_still_missing(tmp_path):
+    runs = [run for run in experiment(range(6), {'baseline': 0, 'gqa': 0.05, 'mqa': 0.07, 'lora': 0.14})
+            if run['name'] != 'gqa' or run['config']['seed'] < 4]
+    folder = save(tmp_path / 'laptop', *runs)
+    flags = ['--contrasts=lora:mqa,mla48:mqa,gqa:baseline,mla:mla96', '--margin=0.03']
+    (tmp_path / 'laptop/options.json').write_text(json.dumps(flags))
+    done = cli(folder, '--plots=False')
+    assert done.returncode == 0, done.stderr
+    verdicts = section(done.stdout, 'Verdicts')
+    assert '- mla48 - mqa: not tested: no runs of mla48.' in verdicts
+    assert '- mla - mla96: not tested: no runs of mla and mla96.' in verdicts
+    assert '- lora: worse than mqa' in verdicts and 'n = 6 pairs' in verdicts and 'n = 4 pairs' in verdicts
+    assert 'gqa: no run for seed(s) 4-5, which others have' in section(done.stdout, 'Caveats')
+    assert 'mla' not in section(done.stdout, 'Paired differences')
+    # what waits is in the family: the runs to come take no verdict back
+    c = json.loads((tmp_path / 'laptop/report.json').read_text())['comparisons']
+    assert 'The 4 planned contrasts are one family' in verdicts and c['lora - mqa']['p'] < c['gqa - baseline']['p']
+    assert c['lora - mqa']['p_holm'] == pytest.approx(4 * c['lora - mqa']['p'])
+    assert c['gqa - baseline']['p_holm'] == pytest.approx(3 * c['gqa - baseline']['p'])
+    figures.draw(*analysed(folder, contrasts=[('mla48', 'mqa'), ('mla', 'mla96')]), str(tmp_path))
+    # a baseline without runs can be waited for, too, once another arm takes its place
+    for run in runs:
+        if run['name'] == 'baseline':
+            (tmp_path / f'laptop/baseline-s{run["config"]["seed"]}/result.json').unlink()
+    assert '--baseline=... takes one of them' in cli(folder, '--plots=False').stderr
+    assert '- gqa - baseline: not tested: no runs of baseline.' in cli(folder, '--baseline=mqa', '--plots=False').stdout
+    # typed by hand it is a typo
+    typed = cli(folder, flags[0], '--baseline=mqa', '--plots=False')
+    assert typed.returncode == 2 and typed.stdout == '' and 'no runs named mla48' in typed.stderr
+
+
 def test_arms_may_differ_in_what_is_named_and_the_report_lists_it(tmp_path):
     runs = experiment(range(2))
     for run in runs:

