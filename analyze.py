@@ -25,7 +25,7 @@ import numpy as np
 from configurator import as_text, configure, did_you_mean, fail, say
 from figures import curve, draw
 from result import DEFAULTS, SCHEMAS, VARIANT, complete, differing, disagreements, load, spans, who
-from stats import ALPHA, EXACT_FLIPS, MOST_SEEDS, POWER, SAMPLED_FLIPS, correlation, holm, needed_n, paired, summary
+from stats import ALPHA, MOST_FLIPPED, MOST_SEEDS, POWER, correlation, holm, needed_n, paired, summary
 
 METRICS = {'val_loss': {'label': 'validation loss', 'unit': 'nats'},        # final.<metric>; lower is better
            'val_bits_per_byte': {'label': 'validation bits per byte', 'unit': 'bits/byte'}}
@@ -324,8 +324,8 @@ def report(arms, r, may_differ=(), pictures=()):
         name: [c['n'], num(c['mean'], 4, True), num(c['percent'], 2, True), interval_text(c['low'], c['high']),
                interval_text(c['low_all'], c['high_all']), *(p_text(c[key]) for key in (
                    'p', 'p_holm', 'sign_flip', 'floor', 'sign_flip_holm')), c['verdict']] for name, c in have.items()})
-    yield (f'p: paired t test, two-sided. Holm: over {m} comparison(s). Sign-flip: permutation test, floor 2/2^n; past '
-           f'{EXACT_FLIPS} pairs from {SAMPLED_FLIPS} drawn patterns. Every single difference ({unit}):')
+    yield (f'p: paired t test, two-sided. Holm: over {m} comparison(s). Sign-flip: permutation test, floor 2/2^n, up to '
+           f'{MOST_FLIPPED} pairs. Every single difference ({unit}):')
     by_seed = {name: dict(zip(c['seeds'], c['d'])) for name, c in have.items()}
     yield table(' | '.join(['Seed', *have]), {seed: [num(d.get(seed), 4, True) for d in by_seed.values()]
                                               for seed in sorted(set().union(*by_seed.values()))})
@@ -493,7 +493,7 @@ def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, pl
         fail(f'--margin={margin:g}: must be above 0, it is the smallest difference worth having')
     arms = load(runs, None if rates else baseline)
     every = [run for arm in arms.values() for run in arm.values()]
-    known = {*DEFAULTS, *(key for run in every for part in ('config', 'data', 'environment') for key in run[part])}
+    known = {*DEFAULTS, *every[0]['config'], *every[0]['data'], *every[0]['environment']}
     for key in may_differ:
         if key not in known:
             fail(f'--may_differ: nothing is called {key}' + did_you_mean(key, sorted(known)))

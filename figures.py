@@ -60,6 +60,12 @@ def legend(figure, ax):
     figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
 
 
+def log_axis(ax, values):
+    ax.set_xscale('log')
+    ax.set_xticks(values, [f'{x:g}' for x in values])
+    ax.minorticks_off()
+
+
 def figure_curves(arms, r):
     figure, (left, right) = canvas(8, 4, 1, 2)
     base, something = arms[r['baseline']], False
@@ -139,9 +145,7 @@ def figure_cache(arms, r):
         ax.plot(*zip(*sorted(best.values())), color=colour, lw=2, alpha=0.4, zorder=1)
         label = {'MultiHeadAttention': 'heads, shared or not', 'LatentAttention': 'latents'}.get(kind, kind)
         ax.plot([], [], marker + '-', color=colour, label=label)
-    ax.set_xscale('log')
-    ax.set_xticks(sorted(set(size.values())), [f'{x:g}' for x in sorted(set(size.values()))])
-    ax.minorticks_off()
+    log_axis(ax, sorted(set(size.values())))
     ax.margins(0.2, 0.1)
     ax.set(xlabel='cache, bytes per token (all layers, 2 bytes a number)', ylabel=f'{r["label"]} ({r["unit"]})')
     n = [len(arm['values']) for arm in drawn.values()]
@@ -182,10 +186,7 @@ def figure_rates(arms, r):
     for i, (arm, rates) in enumerate(r['rates'].items()):
         done = {rate: x for rate, x in rates.items() if not isinstance(x, str)}
         ax.plot(done.keys(), done.values(), **style(i), marker='o', ms=5, label=arm)
-    rates = sorted({rate for rates in r['rates'].values() for rate in rates})
-    ax.set_xscale('log')
-    ax.set_xticks(rates, [f'{rate:g}' for rate in rates])
-    ax.minorticks_off()
+    log_axis(ax, sorted({rate for rates in r['rates'].values() for rate in rates}))
     ax.set(xlabel='learning rate', ylabel=f'{r["label"]} ({r["unit"]})', title='Each arm at each learning rate')
     legend(figure, ax)
     return figure
