@@ -44,54 +44,42 @@ def section(text, heading):
 
 # ---- what can and cannot be said
 
-def verdict_of(tmp_path, d, margin=0.01, metric='val_loss'):
-    runs = [run for seed, x in enumerate(d) for run in (result('baseline', seed, 4 + seed / 100),
-                                                        result('lora', seed, 4 + seed / 100 + x))]
-    _, r = analysed(save(tmp_path, *runs), margin=margin, metric=metric)
-    return r['comparisons']['lora - baseline']
+def verdict_of(tmp_path, d, margin=0.01, arms=('lora',)):
+    """lora - baseline, where each of the arms differs from the baseline by the same d."""
+    runs = [result(name, seed, 4 + seed / 100 + (name != 'baseline') * x)
+            for seed, x in enumerate(d) for name in ('baseline', *arms)]
+    return analysed(save(tmp_path, *runs), margin=margin)[1]['comparisons']['lora - baseline']
 
 
-@pytest.mark.parametrize('d, verdict', [
-    ([-0.030, -0.031, -0.028, -0.033, -0.029], 'better'),
-    ([0.030, 0.031, 0.028, 0.033, 0.029], 'worse'),
-    ([0.0003, -0.0002, 0.0001, -0.0004, 0.0002], 'equivalent'),
-    ([0.0030, 0.0031, 0.0028, 0.0033, 0.0029], 'equivalent'),
-    ([0.03, -0.02, 0.01, -0.04, 0.02], 'undecided'),
-    ([0.0, 0.0, 0.0], 'equivalent'),
-    ([0.25, 0.25, 0.25], 'undecided'),
-    ([0.02], 'not tested'),
+@pytest.mark.parametrize('d, verdict, words', [
+    ([-0.030, -0.031, -0.028, -0.033, -0.029], 'better', 'lies wholly beyond the margin'),
+    ([0.030, 0.031, 0.028, 0.033, 0.029], 'worse', 'n = 5 pairs'),
+    ([0.0003, -0.0002, 0.0001, -0.0004, 0.0002], 'equivalent', 'within 0.01 nats (TOST'),
+    ([0.0030, 0.0031, 0.0028, 0.0033, 0.0029], 'equivalent', 'though measurably higher'),
+    ([0.03, -0.02, 0.01, -0.04, 0.02], 'undecided', 'neither zero nor a difference of 0.01 nats is ruled out'),
+    ([0.0, 0.0, 0.0], 'equivalent', 'all 3 paired differences from baseline are 0.0000 nats; was it the same network?'),
+    ([0.25, 0.25, 0.25], 'undecided', 'all 3 paired differences from baseline are +0.2500 nats, so there is no spread'),
+    ([0.02], 'not tested', '(n = 1): one pair has no standard deviation'),
 ])
-def test_each_comparison_gets_the_one_verdict_that_its_numbers_allow(tmp_path, d, verdict):
+def test_each_comparison_gets_the_one_verdict_that_its_numbers_allow(tmp_path, d, verdict, words):
     c = verdict_of(tmp_path, d)
     assert c['verdict'] == verdict
-    assert c['sentence'].startswith('lora: ' + verdict) and f'{len(d)}' in c['sentence']
+    assert c['sentence'].startswith('lora: ' + verdict) and words in c['sentence']
 
 
 def test_equivalence_too_is_corrected_for_the_number_of_variants(tmp_path):
     d = [0.011, -0.003, 0.008, -0.006, 0.003]
-    assert 0.025 < verdict_of(tmp_path / 'one', d)['tost'] < 0.05
-    assert verdict_of(tmp_path / 'one', d)['verdict'] == 'equivalent'
-    runs = [result(name, seed, 4 + seed / 100 + (name != 'baseline') * x)
-            for seed, x in enumerate(d) for name in ('baseline', 'lora', 'enhanced')]
-    _, r = analysed(save(tmp_path / 'two', *runs))
-    assert [c['verdict'] for c in r['comparisons'].values()] == ['undecided', 'undecided']
+    alone = verdict_of(tmp_path / 'one', d)
+    assert alone['verdict'] == 'equivalent' and 0.025 < alone['tost'] < 0.05
+    assert verdict_of(tmp_path / 'two', d, arms=('lora', 'enhanced'))['verdict'] == 'undecided'
 
 
 def test_undecided_tells_an_interval_that_excludes_zero_until_corrected_from_one_that_does_not(tmp_path):
     d = [0.035, 0.005, 0.030, 0.002, 0.028]
     assert verdict_of(tmp_path / 'one', d)['verdict'] == 'worse'
-    runs = [result(name, seed, 4 + seed / 100 + (name != 'baseline') * x)
-            for seed, x in enumerate(d) for name in ('baseline', 'lora', 'enhanced')]
-    _, r = analysed(save(tmp_path / 'two', *runs))
-    for c in r['comparisons'].values():
-        assert c['verdict'] == 'undecided' and c['low'] > 0 and c['p'] < 0.05 < c['p_holm']
-        assert 'by itself excludes zero' in c['sentence'] and 'neither zero' not in c['sentence']
-    assert 'neither zero' in verdict_of(tmp_path / 'three', [0.03, -0.02, 0.01, -0.04, 0.02])['sentence']
-
-
-def test_a_small_difference_that_is_measurable_is_equivalent_and_says_so(tmp_path):
-    assert 'though measurably higher' in verdict_of(
-        tmp_path, [0.0030, 0.0031, 0.0028, 0.0033, 0.0029])['sentence']
+    c = verdict_of(tmp_path / 'two', d, arms=('lora', 'enhanced'))
+    assert c['verdict'] == 'undecided' and c['low'] > 0 and c['p'] < 0.05 < c['p_holm']
+    assert 'by itself excludes zero' in c['sentence'] and 'neither zero' not in c['sentence']
 
 
 def test_undecided_names_an_n_above_the_present_one(tmp_path):
@@ -159,11 +147,6 @@ def test_the_aa_arm_is_the_noise_floor_and_no_hypothesis(tmp_path):
     assert 'largest difference 1.0e-05 nats, from the machine alone.' in report_of(save(tmp_path, *runs))
 
 
-def test_a_variant_that_is_the_baseline_to_the_last_digit_is_suspected(tmp_path):
-    runs = [result(name, seed, 4 + seed / 50) for seed in range(3) for name in ('baseline', 'window')]
-    assert 'all 3 paired differences from baseline are 0.0000 nats; was it the same network?' in report_of(save(tmp_path, *runs))
-
-
 # ---- planned contrasts
 
 def planned(tmp_path, seeds=8):
@@ -199,10 +182,7 @@ def test_beyond_the_margin_speaks_of_the_simultaneous_interval(tmp_path):
     alone = verdict_of(tmp_path / 'one', d, margin=0.016)
     assert alone['low'] == alone['low_all'] > 0.016 and 'lies wholly beyond the margin' in alone['sentence']
     assert '(95% interval' in alone['sentence']
-    runs = [result(name, seed, 4 + seed / 100 + (name != 'baseline') * x)
-            for seed, x in enumerate(d) for name in ('baseline', 'gqa', 'mqa', 'lora', 'enhanced', 'mla')]
-    _, r = analysed(save(tmp_path / 'five', *runs), margin=0.016)
-    c = r['comparisons']['lora - baseline']
+    c = verdict_of(tmp_path / 'five', d, margin=0.016, arms=('gqa', 'mqa', 'lora', 'enhanced', 'mla'))
     assert c['verdict'] == 'worse' and c['low'] > 0.016 > c['low_all'] > 0
     assert 'reaches inside the margin' in c['sentence']
     assert f'simultaneous 95% interval {c["low_all"]:+.4f} to {c["high_all"]:+.4f}' in c['sentence']
