@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from configurator import as_text, configure, did_you_mean, fail, say
+from configurator import configure, did_you_mean, fail, say
 from figures import curve, draw
 from result import DEFAULTS, SCHEMAS, VARIANT, complete, differing, disagreements, load, spans, who
 from stats import ALPHA, MOST_FLIPPED, MOST_SEEDS, POWER, correlation, holm, needed_n, paired, summary
@@ -62,7 +62,7 @@ def compare(arms, baseline, metric, margin, contrasts=()):
             **{key: model[key] for key in ('attention_class', *COSTS)},
             **{key: summary([run['final'][key] for run in runs.values() if run['final'][key] is not None])
                for key in MEASURED},
-            'early': early(runs.values()), 'load_by_rank': load_by_rank(runs.values())}
+            'early': early(runs.values()), 'extremes': extremes(runs.values())}
     for (a, b), seeds in pairs.items():
         c = paired([values[a][seed] for seed in seeds], [values[b][seed] for seed in seeds], margin, r['tests'])
         if (a, b) not in planned:
@@ -93,15 +93,15 @@ def early(runs):
             'r': correlation(sooner, later)}
 
 
-def load_by_rank(runs):
-    """Mean over runs of load relative to even, experts of a layer from busiest on: (layers x experts), or [].
+def extremes(runs):
+    """Load of the busiest and of the idlest expert of any layer, relative to an even share, mean over runs, or Nones.
 
     Sorted before averaging: expert 3 of one seed has nothing to do with expert 3 of another.
     """
-    loads = [np.array(run['final']['expert_load'], dtype=float) for run in runs]
-    loads = [load for load in loads if load.size and load.shape == loads[0].shape]
-    ranked = [-np.sort(-load / load.sum(1, keepdims=True), axis=1) * load.shape[1] for load in loads]
-    return np.mean(ranked, axis=0).tolist() if ranked else []
+    loads = [np.array(run['final']['expert_load'], dtype=float) for run in runs]           # (layers, experts) each
+    shares = [load / load.mean(1, keepdims=True) for load in loads if load.size and load.shape == loads[0].shape]
+    ranked = np.mean([np.sort(share, axis=1) for share in shares], axis=0) if shares else None
+    return [None, None] if ranked is None else [float(ranked.max()), float(ranked.min())]
 
 
 def unbeaten(r, cost):
@@ -357,8 +357,7 @@ def report(arms, r, may_differ=(), pictures=()):
     yield '## Expert balance'
     yield table('Configuration | n | busiest / even | idlest / even | largest excess | router entropy (nats) | '
                 'balance loss | z loss', {
-        name: [len(x['seeds']), num(max(map(max, x['load_by_rank']), default=None), 2),
-               num(min(map(min, x['load_by_rank']), default=None), 2), mean_sd(x['max_violation'], 3),
+        name: [len(x['seeds']), *(num(share, 2) for share in x['extremes']), mean_sd(x['max_violation'], 3),
                mean_sd(x['router_entropy'], 3), mean_sd(x['balance_loss'], 4), mean_sd(x['z_loss'], 4)]
         for name, x in a.items()})
     experts = run['config']['n_expert']
@@ -549,10 +548,9 @@ if __name__ == '__main__':
     plots = True                # draw the figures too; needs matplotlib
     out = ''                    # folder of the report; empty: where the runs are
     # -----------------------------------------------------------------------------
-    usual = dict(globals())
     configure(globals(), positional='runs')
     beside = options_of(runs, sys.argv[1:])
-    values = configure(globals(), positional='runs', argv=[*beside, *sys.argv[1:]])
-    main(**values, planned=any(flag.startswith('--contrasts=') for flag in beside), options=[
-        f'--{name}={as_text(value)}' for name, value in values.items()
-        if value != usual[name] and name not in ('runs', 'plots', 'out')])
+    flags = [*beside, *sys.argv[1:]]
+    main(**configure(globals(), positional='runs', argv=flags),
+         planned=any(flag.startswith('--contrasts=') for flag in beside),
+         options=[flag for flag in flags if flag.startswith('--') and not flag.startswith(('--runs', '--plots', '--out'))])

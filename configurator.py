@@ -194,32 +194,27 @@ def read_knobs(text):
 
 def read_config(path, knobs):
     """A config file -> {name: value}. Fails with file:line at anything but literals that fit the knobs."""
+    values, line = {}, 1
     try:
-        body = ast.parse(Path(path).read_text(encoding='utf-8-sig')).body
+        for node in ast.parse(Path(path).read_text(encoding='utf-8-sig')).body:
+            where = f'{path}:{(line := node.lineno)}'
+            if isinstance(node, ast.Expr) and type(ast.literal_eval(node.value)) is str:
+                continue                                     # a docstring
+            (name,), value = [target.id for target in node.targets], literal(node.value)
+            if name not in knobs:
+                fail(f'{where}: {unknown(name, knobs)}')
+            if name in values:
+                fail(f'{where}: {name} is set a second time in this file')
+            typed = f'{where}: {name} = {ast.unparse(node.value)[:60]}'
+            values[name] = from_text(knobs[name], as_text(value), typed)
+            kinds = {type(value), type(values[name])}
+            if len(kinds) > 1 and kinds & {str, list}:       # n_layer = '6', dataset = 6
+                fail(f'{typed}: text stands in quotes, texts in brackets, all else in neither')
     except OSError as error:
         fail(f'{path}: {error.strerror} (a config file is looked for from {os.getcwd()})')
-    except Exception as error:                               # no Python, not UTF-8, absurd nesting
-        fail(f'{path}:{getattr(error, "lineno", 0) or 1}: {getattr(error, "msg", error) or type(error).__name__}; '
-             'a config file holds lines of name = literal')
-    values = {}
-    for node in body:
-        where = f'{path}:{node.lineno}'
-        if isinstance(node, ast.Expr) and type(getattr(node.value, 'value', None)) is str:
-            continue                                         # a docstring
-        try:
-            (name,), value = [target.id for target in node.targets], literal(node.value)
-        except Exception:                                    # another statement, or no literal
-            fail(f'{where}: only lines of name = literal (number, text, True, False, None) are read here, '
-                 'nothing is executed')
-        if name not in knobs:
-            fail(f'{where}: {unknown(name, knobs)}')
-        if name in values:
-            fail(f'{where}: {name} is set a second time in this file')
-        typed = f'{where}: {name} = {ast.unparse(node.value)[:60]}'
-        values[name] = from_text(knobs[name], as_text(value), typed)
-        kinds = {type(value), type(values[name])}
-        if len(kinds) > 1 and kinds & {str, list}:           # n_layer = '6', dataset = 6
-            fail(f'{typed}: text stands in quotes, texts in brackets, all else in neither')
+    except Exception as error:                               # no Python, no assignment, no literal, absurd nesting
+        fail(f'{path}:{getattr(error, "lineno", None) or line}: only lines of name = literal (number, text, True, False, '
+             'None) are read here, nothing is executed')
     return values
 
 

@@ -192,36 +192,10 @@ def figure_rates(arms, r):
     return figure
 
 
-def figure_experts(arms, r):
-    from matplotlib.colors import TwoSlopeNorm
-    loads = {name: np.array(r['arms'][name]['load_by_rank']) for name in styles(r)}
-    loads = {name: load for name, load in loads.items() if load.size}
-    if not loads:
-        return None
-    columns = min(4, len(loads))
-    rows = -(-len(loads) // columns)
-    layers = max(len(load) for load in loads.values())
-    figure, axes = canvas(8, 1.2 + rows * (0.9 + 0.14 * layers), rows, columns)
-    norm = TwoSlopeNorm(1, 0, max(2, max(load.max() for load in loads.values())))
-    for ax in axes[len(loads):]:
-        ax.remove()
-    for ax, (name, load) in zip(axes, loads.items()):
-        image = ax.imshow(load, cmap='PuOr_r', norm=norm, aspect='auto', interpolation='nearest')
-        ax.grid(False)
-        ax.set_title(name, fontsize=10)
-        for axis, size in [(ax.xaxis, load.shape[1]), (ax.yaxis, load.shape[0])]:
-            axis.set_ticks(range(0, size, -(-size // 8)), [str(k + 1) for k in range(0, size, -(-size // 8))])
-    figure.supxlabel('experts of a layer, busiest first (rank)', fontsize=10)
-    figure.supylabel('layer', fontsize=10)
-    figure.colorbar(image, ax=axes[:len(loads)], label='load / even share', shrink=0.9)
-    return figure
-
-
 FIGURES = [('cache.png', 'loss against bytes of cache per token, at 2 bytes a number', figure_cache),
            ('forest.png', 'paired differences with 95% intervals and the margin', figure_forest),
            ('curves.png', 'validation loss during training, and its paired difference', figure_curves),
-           ('training.png', 'training loss', figure_training),
-           ('experts.png', 'load of the experts by layer', figure_experts)]
+           ('training.png', 'training loss', figure_training)]
 FIGURES_OF_RATES = [('rates.png', 'each arm at each learning rate', figure_rates)]
 
 
