@@ -280,10 +280,10 @@ learning rate {learning_rate:g}
 
 
 def report(arms, r, may_differ=(), pictures=()):
-    """The report below its title, as the blocks of its Markdown. pictures: (file, caption) of the figures beside it."""
+    """The report below its title, as the blocks of its Markdown. pictures: of draw()."""
     cs, a, base, m, unit, margin = r['comparisons'], r['arms'], r['baseline'], r['tests'], r['unit'], r['margin']
     have, several = ({name: c for name, c in cs.items() if c['n'] > least} for least in (0, 1))
-    images = [f'![{caption}]({file})' for file, caption in pictures]
+    images = [f'![{caption}]({file})' for file, caption, _ in pictures]
     run = first(arms[base])
     tokens, share = epochs(run)
 
@@ -401,7 +401,7 @@ def report_rates(arms, r, pictures=()):
     yield (f'{r["label"].capitalize()} ({r["unit"]}) after {first(first(arms))["config"]["max_steps"]} updates, seed(s) '
            f'{spans({seed for arm in arms.values() for seed in arm})}; the best of each in bold.')
     yield bullets(lines)
-    yield from (f'![{caption}]({file})' for file, caption in pictures)
+    yield from (f'![{caption}]({file})' for file, caption, _ in pictures)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,16 +424,17 @@ img { width: 100%; min-width: 32rem; box-sizing: border-box; padding: .4rem; bac
 """
 
 
-def page(blocks, folder):
+def page(blocks, pictures):
     """The blocks of the report, in Markdown -> one HTML file, pictures inside."""
-    body = []
+    images, body = {f'![{caption}]({file})': (caption, png) for file, caption, png in pictures}, []
     for block in blocks:
         text = html.escape(block, quote=False).replace('\\|', '&#124;')         # a | within a cell
         text = re.sub(r'`(.+?)`', r'<code>\1</code>', re.sub(r'\*\*(.+?)\*\*', r'<b>\1</b>', text))
         lines = text.split('\n')
-        if picture := re.fullmatch(r'!\[(.*)\]\((.*)\)', block):
-            data = base64.b64encode(Path(folder, picture[2]).read_bytes()).decode()
-            body.append(f'<div class="wide"><img alt="{picture[1]}" src="data:image/png;base64,{data}"></div>')
+        if block in images:
+            caption, png = images[block]
+            source = f'data:image/png;base64,{base64.b64encode(png).decode()}'
+            body.append(f'<div class="wide"><img alt="{caption}" src="{source}"></div>')
         elif block.startswith('| '):
             head, _, *rows = ('<tr><td>' + line[2:-2].replace(' | ', '</td><td>') + '</td></tr>' for line in lines)
             rows = '\n'.join([head.replace('td>', 'th>'), *rows])
@@ -505,31 +506,25 @@ def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, pl
     r = (compare_rates(arms, metric) if rates
          else compare(arms, baseline, metric, margin, arms_of(contrasts, arms, planned)))
 
-    folder, pictures, problem = out or folder_of(runs), [], None
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if plots:
-            pictures = draw({name: complete(arm) for name, arm in arms.items()}, r, folder)
-    except OSError as error:
-        problem = error
-    title = os.path.basename(os.path.abspath(folder_of(runs)))
+    folder, title = out or folder_of(runs), os.path.basename(os.path.abspath(folder_of(runs)))
+    pictures = draw({name: complete(arm) for name, arm in arms.items()}, r, folder) if plots else []
     blocks = [f'# {title}: {r["label"]}' + ' by learning rate' * rates,
               f'`{" ".join(["python analyze.py", title, *options])}`']
     if problems:
         blocks += ['**These runs are not comparable; the report was forced. They disagree in**', bullets(problems)]
     blocks += report_rates(arms, r, pictures) if rates else report(arms, r, may_differ, pictures)
     text = '\n\n'.join(blocks)
-    try:
-        for name, content in [('report.md', text + '\n'), ('report.json', as_json({**r, 'disagreements': problems})),
-                              ('report.html', page(blocks, folder))]:
-            with open(os.path.join(folder, name), 'w', encoding='utf-8', errors='backslashreplace', newline='\n') as f:
-                f.write(content)
-    except OSError as error:
-        problem = error
     sys.stdout.reconfigure(encoding='utf-8', errors='backslashreplace')
     say(text)
-    if problem:
-        fail(f'{problem.filename or folder}: no report written ({problem.strerror}); --out=FOLDER goes elsewhere')
+    files = {'report.md': text + '\n', 'report.json': as_json({**r, 'disagreements': problems}),
+             'report.html': page(blocks, pictures)}
+    contents = {name: content.encode('utf-8', 'backslashreplace') for name, content in files.items()}
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for name, content in [*contents.items(), *((name, png) for name, _, png in pictures)]:
+            Path(folder, name).write_bytes(content)
+    except OSError as error:
+        fail(f'{error.filename or folder}: no report written ({error.strerror}); --out=FOLDER goes elsewhere')
 
 
 if __name__ == '__main__':

@@ -4,9 +4,10 @@ Opaque white ground for light and dark pages; Okabe & Ito's colours, which the c
 figure_...() takes arms, {name: {seed: complete run}}, and r, what analyze.compare() made of them; it returns None if
 these runs have nothing for it.
 """
+import io
 import itertools
-import os
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -200,15 +201,15 @@ FIGURES_OF_RATES = [('rates.png', 'each arm at each learning rate', figure_rates
 
 
 def draw(arms, r, folder):
-    """Writes the figures -> [(file, caption)]. Without matplotlib: those that are there, and a line on stderr."""
-    possible = FIGURES_OF_RATES if 'rates' in r else FIGURES
+    """-> [(file, caption, PNG)]. Without matplotlib: of those that are in the folder, and a line on stderr."""
+    possible, pictures = FIGURES_OF_RATES if 'rates' in r else FIGURES, []
     try:
         import matplotlib.figure      # noqa: F401
     except ImportError:
         print('analyze.py: no figures drawn without matplotlib; pip install matplotlib', file=sys.stderr)
-        return [(file, caption) for file, caption, _ in possible if os.path.exists(os.path.join(folder, file))]
-    drawn = [(file, caption, make(arms, r)) for file, caption, make in possible]
-    for file, _, figure in drawn:
-        if figure:
-            figure.savefig(os.path.join(folder, file), metadata={'Software': None})
-    return [(file, caption) for file, caption, figure in drawn if figure]
+        return [(file, caption, path.read_bytes()) for file, caption, _ in possible if (path := Path(folder, file)).exists()]
+    for file, caption, make in possible:
+        if figure := make(arms, r):
+            figure.savefig(png := io.BytesIO(), format='png', metadata={'Software': None})
+            pictures.append((file, caption, png.getvalue()))
+    return pictures
