@@ -235,7 +235,8 @@ def caveats(arms, r):
         if arm['values'] and arm['val_loss']['mean'] >= unigram:
             yield (f'{name}: mean loss {num(arm["val_loss"]["mean"])} is not below the {unigram:.4f} of token '
                    'frequencies alone: nothing else was learned.')
-        total, active = (100 * (arm[key] / max(1, r['arms'][base][key]) - 1) for key in ('params_total', 'params_active'))
+        total, active = (100 * (arm[key] / max(1, r['arms'][base][key]) - 1)
+                         for key in ('params_total', 'params_active'))
         if max(abs(total), abs(active)) >= 1:
             sizes.append(f'{name} {total:+.1f}% ({active:+.1f}% active)')
     for n, floor in sorted({(c['n'], c['floor']) for c in r['comparisons'].values() if c['floor']}):
@@ -516,12 +517,13 @@ def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, pl
     text = '\n\n'.join(blocks)
     sys.stdout.reconfigure(encoding='utf-8', errors='backslashreplace')
     say(text)
-    files = {'report.md': text + '\n', 'report.json': as_json({**r, 'disagreements': problems}),
+    texts = {'report.md': text + '\n', 'report.json': as_json({**r, 'disagreements': problems}),
              'report.html': page(blocks, pictures)}
-    contents = {name: content.encode('utf-8', 'backslashreplace') for name, content in files.items()}
+    files = {name: content.encode('utf-8', 'backslashreplace') for name, content in texts.items()}
+    files |= {name: png for name, _, png in pictures}
     try:
         os.makedirs(folder, exist_ok=True)
-        for name, content in [*contents.items(), *((name, png) for name, _, png in pictures)]:
+        for name, content in files.items():
             Path(folder, name).write_bytes(content)
     except OSError as error:
         fail(f'{error.filename or folder}: no report written ({error.strerror}); --out=FOLDER goes elsewhere')
