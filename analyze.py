@@ -253,8 +253,9 @@ def caveats(arms, r):
     if len(steps) > 1 and (fall := float(np.mean(losses[:, -2] - losses[:, -1]))) > 0:
         yield (f'{base} was still improving at the end: {num(fall)} nats between its evaluations at steps '
                f'{steps[-2]} and {steps[-1]}. A longer budget can change the order.')
-    for field in ('environment.git_commit environment.threads environment.python environment.platform '
-                  'environment.world_size config.micro_batch_size config.compile config.shard').split():
+    for field in ('environment.git_commit environment.device_name environment.torch environment.threads '
+                  'environment.python environment.platform environment.world_size config.micro_batch_size config.compile '
+                  'config.shard').split():
         if text := differing(runs, *field.split('.')):
             yield f'{field} differs: {text}.'
     sources = [run['environment']['source_sha256'] for run in runs]
@@ -492,7 +493,11 @@ def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, pl
     """options: the flags that made the report, which shows them. planned: the contrasts come from options.json."""
     if margin <= 0:
         fail(f'--margin={margin:g}: must be above 0, it is the smallest difference worth having')
-    arms = load(runs, None if rates else baseline)
+    may_wait = planned and not any(flag.startswith('--baseline=') for flag in options)
+    arms = load(runs, None if rates or may_wait else baseline)
+    if may_wait:                                            # another arm stands in for a baseline whose runs are to come
+        baseline = baseline if baseline in arms else next(iter(arms))
+        arms = {baseline: arms[baseline], **arms}
     every = [run for arm in arms.values() for run in arm.values()]
     known = {*DEFAULTS, *every[0]['config'], *every[0]['data'], *every[0]['environment']}
     for key in may_differ:

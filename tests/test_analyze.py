@@ -201,8 +201,9 @@ def test_a_contrast_that_names_no_two_arms_is_refused(tmp_path, capsys, contrast
 def test_a_plan_beside_the_runs_is_reported_while_arms_and_seeds_are_still_missing(tmp_path):
     runs = [run for run in experiment(range(6), {'baseline': 0, 'gqa': 0.05, 'mqa': 0.07, 'lora': 0.14})
             if run['name'] != 'gqa' or run['config']['seed'] < 4]
+    runs[-1]['environment']['device_name'] = 'another CPU'
     folder = save(tmp_path / 'laptop', *runs)
-    flags = ['--contrasts=lora:mqa,mla48:mqa,gqa:baseline,mla:mla96', '--margin=0.03']
+    flags = ['--contrasts=lora:mqa,mla48:mqa,gqa:baseline,mla:mla96', '--margin=0.03', '--may_differ=device_name']
     (tmp_path / 'laptop/options.json').write_text(json.dumps(flags))
     done = cli(folder, '--plots=False')
     assert done.returncode == 0, done.stderr
@@ -210,7 +211,8 @@ def test_a_plan_beside_the_runs_is_reported_while_arms_and_seeds_are_still_missi
     assert '- mla48 - mqa: not tested: no runs of mla48.' in verdicts
     assert '- mla - mla96: not tested: no runs of mla and mla96.' in verdicts
     assert '- lora: worse than mqa' in verdicts and 'n = 6 pairs' in verdicts and 'n = 4 pairs' in verdicts
-    assert 'gqa: no run for seed(s) 4-5, which others have' in section(done.stdout, 'Caveats')
+    caveats = section(done.stdout, 'Caveats')
+    assert 'gqa: no run for seed(s) 4-5, which others have' in caveats and '"another CPU" (lora seed 5)' in caveats
     assert 'mla' not in section(done.stdout, 'Paired differences')
     # what waits is in the family: the runs to come take no verdict back
     c = json.loads((tmp_path / 'laptop/report.json').read_text())['comparisons']
@@ -218,12 +220,13 @@ def test_a_plan_beside_the_runs_is_reported_while_arms_and_seeds_are_still_missi
     assert c['lora - mqa']['p_holm'] == pytest.approx(4 * c['lora - mqa']['p'])
     assert c['gqa - baseline']['p_holm'] == pytest.approx(3 * c['gqa - baseline']['p'])
     figures.draw(*analysed(folder, contrasts=[('mla48', 'mqa'), ('mla', 'mla96')]), str(tmp_path))
-    # a baseline without runs can be waited for, too, once another arm takes its place
+    # a baseline without runs can be waited for, too: the arm with the largest cache stands in
     for run in runs:
         if run['name'] == 'baseline':
             (tmp_path / f'laptop/baseline-s{run["config"]["seed"]}/result.json').unlink()
-    assert '--baseline=... takes one of them' in cli(folder, '--plots=False').stderr
-    assert '- gqa - baseline: not tested: no runs of baseline.' in cli(folder, '--baseline=mqa', '--plots=False').stdout
+    without = cli(folder, '--plots=False').stdout
+    assert '- gqa - baseline: not tested: no runs of baseline.' in without and "That is gqa's." in without
+    assert '--baseline=... takes one of them' in cli(folder, '--plots=False', '--baseline=baseline').stderr
     # typed by hand it is a typo
     typed = cli(folder, flags[0], '--baseline=mqa', '--plots=False')
     assert typed.returncode == 2 and typed.stdout == '' and 'no runs named mla48' in typed.stderr
@@ -537,16 +540,13 @@ def test_figures_and_report_survive_runs_with_little_in_them(tmp_path, runs):
     assert 'nan' not in text.lower().replace('finance', '') and 'None' not in text.replace('None:', '')
 
 
-@pytest.mark.parametrize('names, seeds', [(6, 167), (125, 8)])
-def test_a_thousand_result_files_take_less_than_5_seconds(tmp_path, names, seeds):
-    labels = ['baseline', *(f'arm{i}' for i in range(names - 1))]
+def test_a_thousand_result_files_take_less_than_5_seconds(tmp_path):
     rng = np.random.default_rng(0)
-    for name in labels:
-        for seed in range(seeds):
-            save(tmp_path, result(name, seed, 4 + float(rng.normal(0, 0.01))))
+    for name in ['baseline', *(f'arm{i}' for i in range(124))]:
+        save(tmp_path, *(result(name, seed, 4 + float(rng.normal(0, 0.01))) for seed in range(8)))
     start = time.process_time()
     arms, r = analysed(tmp_path)
     assert disagreements(arms, 'baseline') == []
     text = '\n'.join(analyze.report(arms, r))
-    assert sum(len(arm) for arm in arms.values()) >= 1000 and len(text) > 10_000
+    assert sum(len(arm) for arm in arms.values()) == 1000 and len(text) > 10_000
     assert time.process_time() - start < 5
