@@ -281,11 +281,10 @@ learning rate {learning_rate:g}
 - device: {device_name}, {dtype}, torch {torch}, threads {threads}, processes {world_size}"""
 
 
-def report(arms, r, may_differ=(), pictures=()):
-    """The report below its title, as the blocks of its Markdown. pictures: of draw()."""
+def report(arms, r, may_differ=(), images=()):
+    """The report below its title, as the blocks of its Markdown. images: those that show the figures."""
     cs, a, base, m, unit, margin = r['comparisons'], r['arms'], r['baseline'], r['tests'], r['unit'], r['margin']
     have, several = ({name: c for name, c in cs.items() if c['n'] > least} for least in (0, 1))
-    images = [f'![{caption}]({file})' for file, caption, _ in pictures]
     run = first(arms[base])
     tokens, share = epochs(run)
 
@@ -368,7 +367,7 @@ def report(arms, r, may_differ=(), pictures=()):
 
     yield '## Caveats'
     yield bullets(caveats(arms, r))
-    yield from ['## Figures'] * (len(images) > 1) + images[1:]
+    yield from ['## Figures'] * (len(images) > 1) + [*images[1:]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,7 +383,7 @@ def compare_rates(arms, metric):
     return {'schema': 2, 'metric': metric, **METRICS[metric], 'rates': rates}
 
 
-def report_rates(arms, r, pictures=()):
+def report_rates(arms, r, images=()):
     """Blocks of Markdown: arm x rate, each arm's best in bold, and a line where it lies at the edge of its grid."""
     every, rows, lines = sorted({rate for rates in r['rates'].values() for rate in rates}), {}, []
     for arm, rates in r['rates'].items():
@@ -403,7 +402,7 @@ def report_rates(arms, r, pictures=()):
     yield (f'{r["label"].capitalize()} ({r["unit"]}) after {first(first(arms))["config"]["max_steps"]} updates, seed(s) '
            f'{spans({seed for arm in arms.values() for seed in arm})}; the best of each in bold.')
     yield bullets(lines)
-    yield from (f'![{caption}]({file})' for file, caption, _ in pictures)
+    yield from images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,17 +425,16 @@ img { width: 100%; min-width: 32rem; box-sizing: border-box; padding: .4rem; bac
 """
 
 
-def page(blocks, pictures):
-    """The blocks of the report, in Markdown -> one HTML file, pictures inside."""
-    images, body = {f'![{caption}]({file})': (caption, png) for file, caption, png in pictures}, []
+def page(blocks, images):
+    """The blocks of the report, in Markdown -> one HTML file, pictures inside. images: {block: PNG}."""
+    body = []
     for block in blocks:
         text = html.escape(block, quote=False).replace('\\|', '&#124;')         # a | within a cell
         text = re.sub(r'`(.+?)`', r'<code>\1</code>', re.sub(r'\*\*(.+?)\*\*', r'<b>\1</b>', text))
         lines = text.split('\n')
         if block in images:
-            caption, png = images[block]
-            source = f'data:image/png;base64,{base64.b64encode(png).decode()}'
-            body.append(f'<div class="wide"><img alt="{caption}" src="{source}"></div>')
+            source = f'data:image/png;base64,{base64.b64encode(images[block]).decode()}'
+            body.append(f'<div class="wide"><img alt="{block[2:].partition("]")[0]}" src="{source}"></div>')
         elif block.startswith('| '):
             head, _, *rows = ('<tr><td>' + line[2:-2].replace(' | ', '</td><td>') + '</td></tr>' for line in lines)
             rows = '\n'.join([head.replace('td>', 'th>'), *rows])
@@ -514,16 +512,16 @@ def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, pl
 
     folder, title = out or folder_of(runs), os.path.basename(os.path.abspath(folder_of(runs)))
     pictures = draw({name: complete(arm) for name, arm in arms.items()}, r, folder) if plots else []
+    images = {f'![{caption}]({file})': png for file, caption, png in pictures}
     blocks = [f'# {title}: {r["label"]}' + ' by learning rate' * rates,
               f'`{" ".join(["python analyze.py", title, *options])}`']
     if problems:
         blocks += ['**These runs are not comparable; the report was forced. They disagree in**', bullets(problems)]
-    blocks += report_rates(arms, r, pictures) if rates else report(arms, r, may_differ, pictures)
-    text = '\n\n'.join(blocks)
+    blocks += report_rates(arms, r, [*images]) if rates else report(arms, r, may_differ, [*images])
     sys.stdout.reconfigure(encoding='utf-8', errors='backslashreplace')
-    say(text)
-    texts = {'report.md': text + '\n', 'report.json': as_json({**r, 'disagreements': problems}),
-             'report.html': page(blocks, pictures)}
+    say('\n\n'.join(blocks))
+    texts = {'report.md': '\n\n'.join(blocks) + '\n', 'report.json': as_json({**r, 'disagreements': problems}),
+             'report.html': page(blocks, images)}
     files = {name: content.encode('utf-8', 'backslashreplace') for name, content in texts.items()}
     files |= {name: png for name, _, png in pictures}
     try:

