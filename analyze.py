@@ -375,11 +375,12 @@ def report(arms, r, may_differ=(), images=()):
 
 def compare_rates(arms, metric):
     """Runs named ARM@RATE -> `rates`: {arm: {rate: mean of its complete runs, or their status}}."""
-    rates = {name.partition('@')[0]: {} for name in arms}
-    for name, arm in sorted(arms.items(), key=lambda item: first(item[1])['config']['learning_rate']):
-        values = [run['final'][metric] for run in complete(arm).values()]
-        rates[name.partition('@')[0]][first(arm)['config']['learning_rate']] = (
-            summary(values)['mean'] if values else first(arm)['status'])
+    rates = {}
+    for name, arm in arms.items():
+        losses = [run['final'][metric] for run in complete(arm).values()]
+        rate, found = first(arm)['config']['learning_rate'], summary(losses)['mean'] if losses else first(arm)['status']
+        rates.setdefault(name.partition('@')[0], {})[rate] = found
+    rates = {arm: dict(sorted(grid.items())) for arm, grid in rates.items()}
     return {'schema': 2, 'metric': metric, **METRICS[metric], 'rates': rates}
 
 
@@ -393,9 +394,8 @@ def report_rates(arms, r, images=()):
         if done:
             best = min(done, key=done.get)
             cells[best] = f'**{cells[best]}**'
-            edge = ('the only rate tried' if len(rates) == 1 else 'the lowest rate tried' if best == min(rates)
-                    else 'the highest rate tried' if best == max(rates) else '')
-            line = f'best at {best:g}' + f', {edge}: a better one may lie beyond' * bool(edge) + '.'
+            edge = 'lowest' if best == min(rates) else 'highest' if best == max(rates) else ''
+            line = f'best at {best:g}' + f', the {edge} rate tried: a better one may lie beyond' * bool(edge) + '.'
         rows[arm] = [cells.get(rate, '-') for rate in every]
         lines.append(f'{arm}: {line}')
     yield table(f'Configuration | {" | ".join(f"{rate:g}" for rate in every)}', rows)
