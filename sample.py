@@ -120,7 +120,7 @@ try:
     if surplus < 0 or surplus and not published:
         raise ValueError(f'{path} has {model.config.vocab_size:,} tokens, its tokenizer {tokenizer.vocab_size:,}')
 except ValueError as error:
-    fail(str(error).partition(', or take')[0])              # another tokenizer is no way out here
+    fail(error)
 ends = getattr(tokenizer, 'ends', {tokenizer.eot})
 
 if dtype == 'auto' and device.type == 'cpu':
