@@ -24,7 +24,7 @@ import numpy as np
 
 from configurator import configure, did_you_mean, fail, say
 from figures import curve, draw
-from result import DEFAULTS, SCHEMAS, VARIANT, complete, differing, disagreements, load, spans, who
+from result import SCHEMAS, VARIANT, complete, differing, disagreements, load, spans, who
 from stats import ALPHA, MOST_FLIPPED, MOST_SEEDS, POWER, correlation, holm, needed_n, paired, summary
 
 METRICS = {'val_loss': {'label': 'validation loss', 'unit': 'nats'},        # final.<metric>; lower is better
@@ -205,11 +205,11 @@ def table(head, rows):
 
 
 def what_differs(arms, may_differ):
-    """A line per arm: its complete runs, and its value of each knob (or fact) that not all arms share."""
+    """A line per arm: its complete runs, and its value of each knob that not all arms share."""
     ones = {name: first(arm) for name, arm in arms.items()}
     keys = [('config', key) for key in first(ones)['config'] if key in {*VARIANT, *may_differ}]
-    keys += [('data', 'tokenizer'), ('data', 'vocab_size')] + [('environment', key) for key in may_differ]
-    keys = [(part, key) for part, key in keys if differing(ones.values(), part, key)]
+    keys = [(part, key) for part, key in [*keys, ('data', 'tokenizer'), ('data', 'vocab_size')]
+            if differing(ones.values(), part, key)]
     for name, run in ones.items():
         seeds = complete(arms[name])
         values = [f'{key} {run[part][key]}' for part, key in keys if run[part].get(key) is not None]
@@ -496,12 +496,7 @@ def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, pl
     if may_wait:                                            # another arm stands in for a baseline whose runs are to come
         baseline = baseline if baseline in arms else next(iter(arms))
         arms = {baseline: arms[baseline], **arms}
-    every = [run for arm in arms.values() for run in arm.values()]
-    known = {*DEFAULTS, *every[0]['config'], *every[0]['data'], *every[0]['environment']}
-    for key in may_differ:
-        if key not in known:
-            fail(f'--may_differ: nothing is called {key}' + did_you_mean(key, sorted(known)))
-    for run in every:
+    for run in [run for arm in arms.values() for run in arm.values()]:
         if run['status'] == 'complete' and run['final'][metric] is None:
             fail(f'{run["file"]}: final.{metric} is null; --metric=val_loss does without it')
     problems = disagreements(arms, baseline, may_differ + ['learning_rate'] * rates, metric)

@@ -244,8 +244,7 @@ def test_arms_may_differ_in_what_is_named_and_the_report_lists_it(tmp_path):
     assert re.search(r'- lora: 2 complete \(seeds 0-1\); attn lora, .*learning_rate 0.002', done.stdout)
     assert 'not comparable' not in done.stdout and '--may_differ=learning_rate,d_ff`' in done.stdout
     assert 'd_ff 256' not in done.stdout                                   # named, but all the same
-    wrong = cli(folder, '--may_differ=learning_rates', '--plots=False')
-    assert wrong.returncode == 2 and 'did you mean learning_rate' in wrong.stderr
+    assert cli(folder, '--may_differ=learning_rates', '--plots=False').stderr == refused.stderr
     runs[-1]['config']['learning_rate'] = 5e-3                             # not within one arm
     assert cli(save(tmp_path, *runs), '--may_differ=learning_rate', '--plots=False').returncode == 2
 
