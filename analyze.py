@@ -16,20 +16,19 @@ import json
 import math
 import os
 import re
-import signal
 import sys
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from configurator import as_text, configure, did_you_mean, fail
+from configurator import configure, did_you_mean, fail, say
 from figures import curve, draw
-from result import DEFAULTS, SCHEMAS, VARIANT, complete, differing, disagreements, load, spans, who
-from stats import ALPHA, EXACT_FLIPS, MOST_SEEDS, POWER, SAMPLED_FLIPS, correlation, holm, needed_n, paired, summary
+from result import SCHEMAS, VARIANT, complete, differing, disagreements, load, spans, who
+from stats import ALPHA, MOST_FLIPPED, MOST_SEEDS, POWER, correlation, holm, needed_n, paired, summary
 
-METRICS = {'val_loss': ('validation loss', 'nats', 'lower'),        # final.<metric>: name, unit, better is
-           'val_bits_per_byte': ('validation bits per byte', 'bits/byte', 'lower'),
-           'val_accuracy': ('validation accuracy', 'as a fraction', 'higher')}
+METRICS = {'val_loss': {'label': 'validation loss', 'unit': 'nats'},        # final.<metric>; lower is better
+           'val_bits_per_byte': {'label': 'validation bits per byte', 'unit': 'bits/byte'}}
 COSTS = {'params_total': 'parameters', 'params_active': 'active parameters',
          'kv_cache_bytes_per_token_16bit': 'cache'}                 # model.<cost>
 MEASURED = [*METRICS, 'val_perplexity', 'peak_memory_gb', 'max_violation', 'router_entropy', 'balance_loss', 'z_loss']
@@ -41,66 +40,74 @@ MEASURED = [*METRICS, 'val_perplexity', 'peak_memory_gb', 'max_violation', 'rout
 def compare(arms, baseline, metric, margin, contrasts=()):
     """{arm: {seed: run}} -> every number and verdict of the report, as one dict that JSON can hold.
 
-    contrasts: pairs of arms. If there are any, they are the family that is tested, and what else there is against the
-    baseline is only described; if there are none, every arm against the baseline is in the family.
+    contrasts: pairs of arms. If there are any, they are the family that is tested, those included that wait for their
+    runs, so that no verdict is taken back when these come; what else there is against the baseline is only described.
+    If there are none, every arm with two pairs against the baseline is in the family.
     """
     again, finals = f'{baseline}-again', {name: complete(arm) for name, arm in arms.items()}
     values = {name: {seed: run['final'][metric] for seed, run in runs.items()} for name, runs in finals.items()}
     against = [(name, baseline) for name in arms if name != baseline]
     planned = list(contrasts) or [pair for pair in against if pair[0] != again]         # A/A is no hypothesis
-    pairs = {(a, b): sorted(set(values[a]) & set(values[b])) for a, b in [*planned, *against]}
-    family = [f'{a} - {b}' for a, b in planned if len(pairs[a, b]) > 1]
-    every_seed = {seed for arm in arms.values() for seed in arm}
+    pairs = {(a, b): sorted(set(values.get(a, ())) & set(values.get(b, ()))) for a, b in [*planned, *against]}
+    family = [f'{a} - {b}' for a, b in planned if contrasts or len(pairs[a, b]) > 1]
     r = {'schema': 2, 'baseline': baseline, 'again': again, 'metric': metric, 'margin': margin, 'family': family,
-         'contrasts': bool(contrasts), **dict(zip(('label', 'unit', 'better'), METRICS[metric]))}
-    r['arms'] = {name: {
-        'seeds': list(runs), 'values': list(values[name].values()), 'missing': sorted(every_seed - set(arms[name])),
-        'not_complete': [{'seed': seed, 'status': run['status'], 'error': run.get('error')}
-                         for seed, run in arms[name].items() if seed not in runs],
-        **{key: next(iter(arms[name].values()))['model'][key] for key in ('attention_class', *COSTS)},
-        **{key: summary([run['final'][key] for run in runs.values() if run['final'][key] is not None])
-           for key in MEASURED},
-        'early': early(runs.values()), 'load_by_rank': load_by_rank(runs.values())} for name, runs in finals.items()}
-    cs = r['comparisons'] = {f'{a} - {b}': {
-        'arms': [a, b], 'planned': (a, b) in planned, 'seeds': seeds,
-        **paired([values[a][s] for s in seeds], [values[b][s] for s in seeds], margin, max(1, len(family)))}
-        for (a, b), seeds in pairs.items()}
+         'tests': max(1, len(family)), 'contrasts': bool(contrasts), **METRICS[metric], 'arms': {}, 'comparisons': {}}
+    every_seed = set().union(*arms.values())
+    for name, arm in arms.items():
+        runs, model = finals[name], first(arm)['model']
+        r['arms'][name] = {
+            'seeds': list(runs), 'values': list(values[name].values()), 'missing': sorted(every_seed - set(arm)),
+            'not_complete': [{'seed': seed, 'status': run['status'], 'error': run.get('error')}
+                             for seed, run in arm.items() if seed not in runs],
+            **{key: model[key] for key in ('attention_class', *COSTS)},
+            **{key: summary([run['final'][key] for run in runs.values() if run['final'][key] is not None])
+               for key in MEASURED},
+            'early': early(runs.values()), 'extremes': extremes(runs.values())}
+    for (a, b), seeds in pairs.items():
+        c = paired([values[a][seed] for seed in seeds], [values[b][seed] for seed in seeds], margin, r['tests'])
+        if (a, b) not in planned:
+            c.update(dict.fromkeys(('low_all', 'high_all', 'p', 'sign_flip', 'floor', 'tost')))
+        r['comparisons'][f'{a} - {b}'] = {'arms': [a, b], 'planned': (a, b) in planned, 'seeds': seeds, **c}
     for key in ('p', 'sign_flip', 'tost'):
-        adjusted = dict(zip(family, holm([cs[name][key] for name in family])))
-        for name, c in cs.items():
+        adjusted = dict(zip(family, holm([r['comparisons'][name][key] for name in family])))
+        for name, c in r['comparisons'].items():
             c[f'{key}_holm'] = adjusted.get(name)
-    for c in cs.values():
+    for c in r['comparisons'].values():
         c['verdict'], c['sentence'] = verdict(c, r)
     r['unbeaten'] = {cost: unbeaten(r, cost) for cost in COSTS}
     return r
 
 
+def first(arm):
+    return next(iter(arm.values()))
+
+
 def early(runs):
     """Loss at the first evaluation after an update, which all the runs share, and at the last; None without two."""
     steps, losses = curve(runs)
-    if len(steps) < 2 + (0 in steps):
+    start = int(0 in steps)
+    if len(steps) < 2 + start:
         return None
-    first, last = losses[:, int(0 in steps)].tolist(), losses[:, -1].tolist()
-    return {'steps': [steps[int(0 in steps)], steps[-1]], 'first': summary(first), 'last': summary(last),
-            'r': correlation(first, last)}
+    sooner, later = losses[:, start].tolist(), losses[:, -1].tolist()
+    return {'steps': [steps[start], steps[-1]], 'first': summary(sooner), 'last': summary(later),
+            'r': correlation(sooner, later)}
 
 
-def load_by_rank(runs):
-    """Mean over runs of load relative to even, experts of a layer from busiest on: (layers x experts), or [].
+def extremes(runs):
+    """Load of the busiest and of the idlest expert of any layer, relative to an even share, mean over runs, or Nones.
 
     Sorted before averaging: expert 3 of one seed has nothing to do with expert 3 of another.
     """
-    loads = [np.array(run['final']['expert_load'], dtype=float) for run in runs]
-    loads = [load for load in loads if load.size and load.shape == loads[0].shape]
-    ranked = [-np.sort(-load / load.sum(1, keepdims=True), axis=1) * load.shape[1] for load in loads]
-    return np.mean(ranked, axis=0).tolist() if ranked else []
+    loads = [np.array(run['final']['expert_load'], dtype=float) for run in runs]           # (layers, experts) each
+    shares = [load / load.mean(1, keepdims=True) for load in loads if load.size and load.shape == loads[0].shape]
+    ranked = np.mean([np.sort(share, axis=1) for share in shares], axis=0) if shares else None
+    return [None, None] if ranked is None else [float(ranked.max()), float(ranked.min())]
 
 
 def unbeaten(r, cost):
     """Arms that no other beats on the metric AND the cost (as good in both, better in one), by means."""
-    sign = 1 if r['better'] == 'lower' else -1
-    points = {name: (sign * arm[r['metric']]['mean'], arm[cost])
-              for name, arm in r['arms'].items() if arm['values'] and name != r['again']}
+    points = {name: (arm[r['metric']]['mean'], arm[cost]) for name, arm in r['arms'].items()
+              if arm['values'] and name != r['again']}
     return [name for name, (loss, price) in points.items()
             if not any(x <= loss and y <= price and (x, y) != (loss, price) for x, y in points.values())]
 
@@ -118,47 +125,46 @@ def verdict(c, r):
 
     The interval of a tested comparison is corrected over the family (Bonferroni), as its p value is (Holm).
     """
-    (name, base), n, m, unit, margin = c['arms'], c['n'], max(1, len(r['family'])), r['unit'], r['margin']
+    (name, base), n, m, unit, margin = c['arms'], c['n'], r['tests'], r['unit'], r['margin']
+    alone, low, high = interval_text(c['low'], c['high']), c['low_all'], c['high_all']
     if not c['planned'] and name == r['again'] and n:
         same = 'from the machine alone' if any(c['d']) else 'the same to the last bit'
         return 'descriptive', (f'{name} repeats {n} seed(s) of {base}: largest difference '
                                f'{num(max(map(abs, c["d"])))} {unit}, {same}.')
     if not c['planned']:
-        return 'descriptive', f'{name} - {base}: ' + (
-            f'{num(c["mean"], 4, True)} {unit} (95% interval {interval_text(c["low"], c["high"])}, n = {n} pairs).'
-            if n else 'no complete pair.')
+        found = f'{num(c["mean"], 4, True)} {unit} (95% interval {alone}, n = {n} pairs)' if n else 'no complete pair'
+        return 'descriptive', f'{name} - {base}: {found}.'
+    if waiting := [arm for arm in c['arms'] if arm not in r['arms']]:
+        return 'not tested', f'{name} - {base}: not tested: no runs of {" and ".join(waiting)}.'
     if n < 2:
-        return 'not tested', (f'{name}: not tested (n = {n}): ' + (
-            'one pair has no standard deviation, so no interval, no test and no effect size.' if n
-            else f'no complete pair with {base}.'))
-    if c['constant'] and c['mean'] == 0:
-        return 'equivalent', (f'{name}: equivalent to {base}: all {n} paired differences are exactly 0; was it the '
-                              'same network?')
+        why = 'one pair has no standard deviation, so no interval, no test and no effect size'
+        return 'not tested', f'{name}: not tested (n = {n}): {why if n else f"no complete pair with {base}"}.'
     if c['constant']:
-        return 'undecided', (f'{name}: undecided: all {n} paired differences are {num(c["mean"], 4, True)} {unit}, '
-                             'so there is no spread to test them against.')
+        word, why = (('undecided', ', so there is no spread to test them against.') if c['mean']
+                     else ('equivalent', '; was it the same network?'))
+        all_same = f'all {n} paired differences from {base} are {num(c["mean"], 4, True)} {unit}'
+        return word, f'{name}: {word}: {all_same}{why}'
     how, size, holm_p = 'lower' if c['mean'] < 0 else 'higher', num(abs(c['mean'])), f'Holm p {p_text(c["p_holm"])}'
-    measurable, low, high = c['p_holm'] < ALPHA, c['low_all'], c['high_all']
+    measurable = c['p_holm'] < ALPHA
     interval = f'{"simultaneous " * (m > 1)}95% interval {interval_text(low, high)}, n = {n} pairs'
     if c['tost_holm'] < ALPHA:
         return 'equivalent', (f'{name}: equivalent to {base}: within {margin:g} {unit} (TOST with Holm, p '
                               f'{p_text(c["tost_holm"])}; {interval})'
                               + f', though measurably {how} ({holm_p})' * measurable + '.')
     if measurable:
-        word = 'better' if how == r['better'] else 'worse'
+        word = 'better' if how == 'lower' else 'worse'
         worth = ('lies wholly beyond the margin' if low * high > 0 and min(abs(low), abs(high)) >= margin
                  else 'reaches inside the margin: perhaps too little to matter')
         return word, (f'{name}: {word} than {base}: {r["label"]} {size} {unit} {how} ({interval}; {holm_p}); the '
                       f'interval {worth}.')
-    target, what = c['needed_n'], f'{margin:g} {unit}'
-    if target is not None and target <= n:
-        target, what = needed_n(c['d_z'], ALPHA / m), f'one as small as observed, {size} {unit},'
-    about = f'about n = {target}' if target else f'more than n = {MOST_SEEDS}'
+    wanted, what = c['needed_n'], f'{margin:g} {unit}'
+    if wanted is not None and wanted <= n:
+        wanted, what = needed_n(c['d_z'], ALPHA / m), f'one as small as observed, {size} {unit},'
+    about = f'about n = {wanted}' if wanted else f'more than n = {MOST_SEEDS}'
     ruled_out = f'neither zero nor a difference of {margin:g} {unit} is ruled out ({interval})'
     if c['p'] < ALPHA:
-        alone = f'{interval_text(c["low"], c["high"])}; p {p_text(c["p"])}'
-        ruled_out = (f'its interval by itself excludes zero ({alone}), but not after correction over {m} comparisons '
-                     f'({interval}; {holm_p})')
+        ruled_out = (f'its interval by itself excludes zero ({alone}; p {p_text(c["p"])}), but not after correction '
+                     f'over {m} comparisons ({interval}; {holm_p})')
     return 'undecided', (f'{name}: undecided against {base}: {ruled_out}; {about} would be needed to find {what} with '
                          f'{POWER:.0%} power.')
 
@@ -170,7 +176,7 @@ def num(x, digits=4, sign=False):
     """Fixed decimals, '-' for None. To four digits and more, what is not zero does not read as zero."""
     if x is None:
         return '-'
-    if abs(x) >= 1e9 or x and digits >= 4 and round(abs(x), digits) == 0:
+    if x and digits >= 4 and round(abs(x), digits) == 0:
         return f'{x:+.1e}' if sign else f'{x:.1e}'
     return f'{x or 0.0:{"+" if sign and x else ""}.{digits}f}'
 
@@ -198,65 +204,60 @@ def table(head, rows):
     return '\n'.join('| ' + ' | '.join(str(cell).replace('|', '\\|') for cell in line) + ' |' for line in lines)
 
 
-def tokens_seen(run):
-    return run['config']['max_steps'] * run['config']['batch_size'] * run['config']['block_size']
-
-
 def what_differs(arms, may_differ):
-    """A line per arm: its complete runs, and its value of each knob (or fact) that not all arms share."""
-    firsts = {name: next(iter(arm.values())) for name, arm in arms.items()}
-    keys = [('config', key) for key in next(iter(firsts.values()))['config'] if key in {*VARIANT, *may_differ}]
-    keys += [('data', 'tokenizer'), ('data', 'vocab_size')] + [('environment', key) for key in may_differ]
-    keys = [(part, key) for part, key in keys if differing(firsts.values(), part, key)]
-    for name, run in firsts.items():
-        seeds, values = complete(arms[name]), [f'{key} {run[part][key]}' for part, key in keys
-                                               if run[part].get(key) is not None]
+    """A line per arm: its complete runs, and its value of each knob that not all arms share."""
+    ones = {name: first(arm) for name, arm in arms.items()}
+    keys = [('config', key) for key in first(ones)['config'] if key in {*VARIANT, *may_differ}]
+    keys = [(part, key) for part, key in [*keys, ('data', 'tokenizer'), ('data', 'vocab_size')]
+            if differing(ones.values(), part, key)]
+    for name, run in ones.items():
+        seeds = complete(arms[name])
+        values = [f'{key} {run[part][key]}' for part, key in keys if run[part].get(key) is not None]
         yield f'{name}: {len(seeds)} complete (seeds {spans(seeds)})' + ('; ' + ', '.join(values)) * bool(values)
 
 
-def caveats(arms, r, may_differ):
+def epochs(run):
+    tokens = run['config']['max_steps'] * run['config']['batch_size'] * run['config']['block_size']
+    return tokens, tokens / max(1, run['data']['train_tokens'])
+
+
+def caveats(arms, r):
     """What is missing, and what the numbers themselves say against reading too much into them."""
-    base, arm, networks, sizes, m = r['baseline'], r['arms'], {}, [], max(1, len(r['family']))
+    base, m, sizes = r['baseline'], r['tests'], []
     runs = [run for arm in arms.values() for run in arm.values()]
-    for name, a in arm.items():
-        for run in a['not_complete']:
+    for name, arm in r['arms'].items():
+        for run in arm['not_complete']:
             error = f' ({str(run["error"])[:160]})' if run['error'] else ''
             yield f'{name} seed {run["seed"]}: {run["status"]}{error}; not in the tables, not in a pair.'
-        if a['missing']:
-            yield f'{name}: no run for seed(s) {spans(a["missing"])}, which others have: not in its pairs.'
-    for n, floor in sorted({(c['n'], c['floor']) for c in r['comparisons'].values() if c['planned'] and c['n'] > 1}):
+        if arm['missing']:
+            yield f'{name}: no run for seed(s) {spans(arm["missing"])}, which others have: not in its pairs.'
+        unigram = first(arms[name])['data']['unigram_loss']
+        if arm['values'] and arm['val_loss']['mean'] >= unigram:
+            yield (f'{name}: mean loss {num(arm["val_loss"]["mean"])} is not below the {unigram:.4f} of token '
+                   'frequencies alone: nothing else was learned.')
+        total, active = (100 * (arm[key] / max(1, r['arms'][base][key]) - 1)
+                         for key in ('params_total', 'params_active'))
+        if max(abs(total), abs(active)) >= 1:
+            sizes.append(f'{name} {total:+.1f}% ({active:+.1f}% active)')
+    for n, floor in sorted({(c['n'], c['floor']) for c in r['comparisons'].values() if c['floor']}):
         if floor * m >= ALPHA:
             yield (f'The sign-flip test cannot fall below {num(floor)} with n = {n}'
                    + f', {num(min(1, floor * m))} after Holm over {m} comparisons' * (m > 1)
                    + f', so it cannot reach {ALPHA:g}.')
-    for name, a in arm.items():
-        total, active = (100 * (a[key] / max(1, arm[base][key]) - 1) for key in ('params_total', 'params_active'))
-        if max(abs(total), abs(active)) >= 1:
-            sizes.append(f'{name} {total:+.1f}% ({active:+.1f}% active)')
-        if name != r['again']:
-            networks.setdefault(str([a[key] for key in ('attention_class', *COSTS)]), []).append(name)
-        unigram = next(iter(arms[name].values()))['data']['unigram_loss']
-        if a['values'] and a['val_loss']['mean'] >= unigram:
-            yield (f'{name}: mean loss {num(a["val_loss"]["mean"])} is not below the {unigram:.4f} of token '
-                   'frequencies alone: nothing else was learned.')
     if sizes:
         yield (f'Parameters against {base}: {", ".join(sizes)}: a difference in loss is not due to the mechanism '
                'alone.')
-    for names in networks.values():
-        if len(names) > 1:
-            yield (f'{", ".join(names)}: the same attention class, parameters and cache. Settings of one network, '
-                   'or one network.')
-    if (epochs := tokens_seen(runs[0]) / max(1, runs[0]['data']['train_tokens'])) > 1:
-        yield f'The model saw its training data {epochs:.2f} times: part of the loss is repetition.'
+    if epochs(runs[0])[1] > 1:
+        yield f'The model saw its training data {epochs(runs[0])[1]:.2f} times: part of the loss is repetition.'
     steps, losses = curve(complete(arms[base]).values())
     if len(steps) > 1 and (fall := float(np.mean(losses[:, -2] - losses[:, -1]))) > 0:
         yield (f'{base} was still improving at the end: {num(fall)} nats between its evaluations at steps '
                f'{steps[-2]} and {steps[-1]}. A longer budget can change the order.')
-    for part, keys in (('environment', ('git_commit', 'threads', 'python', 'platform', 'world_size')),
-                       ('config', ('micro_batch_size', 'compile', 'shard'))):
-        for key in keys:
-            if text := differing(runs, part, key):
-                yield f'{part}.{key} differs: {text}.'
+    for field in ('environment.git_commit environment.device_name environment.torch environment.threads '
+                  'environment.python environment.platform environment.world_size config.micro_batch_size config.compile '
+                  'config.shard').split():
+        if text := differing(runs, *field.split('.')):
+            yield f'{field} differs: {text}.'
     sources = [run['environment']['source_sha256'] for run in runs]
     if changed := [ascii(file)[1:-1] for file in sorted(set().union(*sources))
                    if any(s.get(file) != sources[0].get(file) for s in sources)]:
@@ -268,34 +269,32 @@ def caveats(arms, r, may_differ):
     yield 'n counts seeds. One corpus, model size and budget stand behind them all.'
 
 
-def header(title, what, options, problems):
-    """options: the flags that made the report. problems: what disagreements() found and --force=True went past."""
-    yield f'# {title}: {what}'
-    yield f'`{" ".join(["python analyze.py", title, *options])}`'
-    if problems:
-        yield '**These runs are not comparable; the report was forced. They disagree in**'
-        yield bullets(problems)
+# of one run, {**config, **data, **environment, 'tokens': ..., 'epochs': ...}
+COMPARED = """\
+- model: {n_layer} layers, width {n_embd}, {n_head} heads, {n_expert} experts of which {top_k} are active, \
+feed-forward {d_ff}, context {block_size}
+- data: {dataset}, tokenizer {tokenizer}, vocabulary {vocab_size}, {train_tokens} training and {val_tokens} validation \
+tokens (sha256 {train_sha256:.12}, {val_sha256:.12})
+- reference losses: {uniform_loss:.4f} nats for a guess, {unigram_loss:.4f} from token frequencies
+- budget: {max_steps} updates of {batch_size} x {block_size} = {tokens} tokens, {epochs:.2f} epochs; {optimizer}, \
+learning rate {learning_rate:g}
+- device: {device_name}, {dtype}, torch {torch}, threads {threads}, processes {world_size}"""
 
 
-def report(arms, r, title, options=(), problems=(), may_differ=(), pictures=()):
-    """The report as the blocks of its Markdown. pictures: (file, caption) of the figures beside it."""
-    cs, a, unit, margin = r['comparisons'], r['arms'], r['unit'], r['margin']
-    base, m = r['baseline'], max(1, len(r['family']))
+def report(arms, r, may_differ=(), images=()):
+    """The report below its title, as the blocks of its Markdown. images: those that show the figures."""
+    cs, a, base, m, unit, margin = r['comparisons'], r['arms'], r['baseline'], r['tests'], r['unit'], r['margin']
     have, several = ({name: c for name, c in cs.items() if c['n'] > least} for least in (0, 1))
-    planned = lambda c, cells: cells if c['planned'] else '-' * len(cells)      # noqa: E731
-    images = [f'![{caption}]({file})' for file, caption in pictures]
-    first = next(iter(arms[base].values()))
-    config, data, machine, tokens = first['config'], first['data'], first['environment'], tokens_seen(first)
-    yield from header(title, r['label'], options, problems)
+    run = first(arms[base])
+    tokens, share = epochs(run)
 
     yield '## Verdicts'
     yield bullets([c['sentence'] for c in cs.values() if c['planned']] or ['nothing to compare'])
     what = 'planned contrasts' if r['contrasts'] else f'comparisons with {base}'
     family = 'One comparison at most is tested: nothing is corrected.' if m == 1 else (
-        f'The {m} {what} are one family: p values are corrected over it by Holm, simultaneous intervals by Bonferroni '
-        f'(each at 1 - {ALPHA:g} / {m}, so that all hold at once with 95%). Holm\'s test is the sharper of the two: it '
-        'may reject zero where such an interval still includes it.')
-    yield (f'The margin, the smallest difference worth having, is {margin:g} ({unit}); {r["better"]} is better. A '
+        f'The {m} {what} are one family: p values are corrected over it by Holm, simultaneous intervals by Bonferroni, '
+        'so that all hold at once with 95%. Holm may reject zero where such an interval still includes it.')
+    yield (f'The margin, the smallest difference worth having, is {margin:g} ({unit}); lower is better. A '
            f'difference is the first arm minus the second within pairs of one seed. p values are judged at {ALPHA:g}. '
            + family)
     if described := [c['sentence'] for c in cs.values() if not c['planned']]:
@@ -304,20 +303,7 @@ def report(arms, r, title, options=(), problems=(), may_differ=(), pictures=()):
     yield from images[:1]
 
     yield '## What was compared'
-    yield bullets([
-        f'model: {config["n_layer"]} layers, width {config["n_embd"]}, {config["n_head"]} heads, '
-        f'{config["n_expert"]} experts of which {config["top_k"]} are active, feed-forward {config["d_ff"]}, '
-        f'context {config["block_size"]}',
-        f'data: {data["dataset"]}, tokenizer {data["tokenizer"]}, vocabulary {data["vocab_size"]}, '
-        f'{data["train_tokens"]} training and {data["val_tokens"]} validation tokens (sha256 '
-        f'{data["train_sha256"]:.12}, {data["val_sha256"]:.12})',
-        f'reference losses: {data["uniform_loss"]:.4f} nats for a guess, {data["unigram_loss"]:.4f} from token '
-        'frequencies',
-        f'budget: {config["max_steps"]} updates of {config["batch_size"]} x {config["block_size"]} = {tokens} tokens, '
-        f'{tokens / max(1, data["train_tokens"]):.2f} epochs; {config["optimizer"]}, learning rate '
-        f'{config["learning_rate"]:g}',
-        f'device: {machine["device_name"]}, {config["dtype"]}, torch {machine["torch"]}, threads {machine["threads"]}, '
-        f'processes {machine["world_size"]}'])
+    yield COMPARED.format(**{**run['config'], **run['data'], **run['environment'], 'tokens': tokens, 'epochs': share})
     yield f'That is {base}\'s. The arms, with what they do not all share:'
     yield bullets(what_differs(arms, may_differ))
 
@@ -337,11 +323,10 @@ def report(arms, r, title, options=(), problems=(), may_differ=(), pictures=()):
     yield table(f'Comparison | n | mean d ({unit}) | % | 95% interval | simultaneous | p | p (Holm) | sign-flip p | '
                 'its floor | sign-flip p (Holm) | verdict', {
         name: [c['n'], num(c['mean'], 4, True), num(c['percent'], 2, True), interval_text(c['low'], c['high']),
-               *planned(c, [interval_text(c['low_all'], c['high_all']), p_text(c['p']), p_text(c['p_holm']),
-                            p_text(c['sign_flip']), p_text(c['floor']), p_text(c['sign_flip_holm'])]),
-               c['verdict']] for name, c in have.items()})
-    yield (f'p: paired t test, two-sided. Holm: over {m} comparison(s). Sign-flip: permutation test, floor 2/2^n; past '
-           f'{EXACT_FLIPS} pairs from {SAMPLED_FLIPS} drawn patterns. Every single difference ({unit}):')
+               interval_text(c['low_all'], c['high_all']), *(p_text(c[key]) for key in (
+                   'p', 'p_holm', 'sign_flip', 'floor', 'sign_flip_holm')), c['verdict']] for name, c in have.items()})
+    yield (f'p: paired t test, two-sided. Holm: over {m} comparison(s). Sign-flip: permutation test, floor 2/2^n, up to '
+           f'{MOST_FLIPPED} pairs. Every single difference ({unit}):')
     by_seed = {name: dict(zip(c['seeds'], c['d'])) for name, c in have.items()}
     yield table(' | '.join(['Seed', *have]), {seed: [num(d.get(seed), 4, True) for d in by_seed.values()]
                                               for seed in sorted(set().union(*by_seed.values()))})
@@ -351,42 +336,38 @@ def report(arms, r, title, options=(), problems=(), may_differ=(), pictures=()):
         name: [c['n'], num(c['d_pooled'], 2, True), num(c['g_pooled'], 2, True),
                interval_text(c['d_pooled_low'], c['d_pooled_high'], 2), num(c['d_z'], 2, True), num(c['g_z'], 2, True),
                interval_text(c['d_z_low'], c['d_z_high'], 2)] for name, c in several.items()})
-    yield ('d divides the mean difference by the pooled sd of the two groups, d_z by the sd of the differences; g '
-           'is d without its small-sample bias (Hedges 1981; for pooled d with 2(n-1)/(1+r^2) degrees of freedom, '
-           'Cousineau 2020). The intervals are for the population\'s value: noncentral t inverted (Steiger & '
-           'Fouladi 1997), for pooled d rescaled (Algina & Keselman 2003).')
+    yield ('d divides the mean difference by the pooled sd of the two groups, d_z by the sd of the differences; g is d '
+           'without its small-sample bias. The intervals are for the population\'s value.')
 
     yield '## Equivalence, and what this n can see'
     yield table(f'Comparison | n | sd of d | r | TOST p | TOST p (Holm) | detectable ({unit}) | n for {margin:g}', {
-        name: [c['n'], num(c['sd']), num(c['correlation'], 2, True),
-               *planned(c, [p_text(c['tost']), p_text(c['tost_holm'])]), num(c['detectable']),
-               '-' if c['constant'] else c['needed_n'] or f'> {MOST_SEEDS}'] for name, c in several.items()})
-    yield ('r: correlation of the pairs. TOST: two one-sided t tests against the margin. Detectable: the true '
-           f'difference that a two-sided paired t test finds with {POWER:.0%} power if the sd is the one observed; '
-           f'beside it the pairs that a difference of the margin needs. Both at alpha = {ALPHA:g} / {m}, the first '
-           'step of Holm; power from the noncentral t.')
+        name: [c['n'], num(c['sd']), num(c['correlation'], 2, True), p_text(c['tost']), p_text(c['tost_holm']),
+               num(c['detectable']), '-' if c['constant'] else c['needed_n'] or f'> {MOST_SEEDS}']
+        for name, c in several.items()})
+    yield ('r: correlation of the pairs. TOST: two one-sided t tests against the margin. Detectable: the true difference '
+           f'that a paired t test at {ALPHA:g} / {m}, the first step of Holm, finds with {POWER:.0%} power if the sd is '
+           'the one observed; beside it the pairs that a difference of the margin needs.')
 
     yield '## Early and late'
     yield table('Configuration | n | first, at step | last, at step | r', {
         name: [e['first']['n'], *(f'{mean_sd(e[key], 4)}, {step}' for key, step in zip(('first', 'last'), e['steps'])),
                num(e['r'], 2, True)] for name, x in a.items() if (e := x['early'])})
-    yield ('Validation loss at the first evaluation and at the last, and their correlation over seeds. An r near 1 '
-           'beside a large sd: the seeds were sorted by then, as where leaving a plateau is a matter of luck, and '
-           'the end shows who left it first.')
+    yield ('Validation loss, and its correlation over seeds. An r near 1 beside a large sd: the seeds were sorted early, as '
+           'where leaving a plateau is a matter of luck, and the end shows who left it first.')
 
     yield '## Expert balance'
     yield table('Configuration | n | busiest / even | idlest / even | largest excess | router entropy (nats) | '
                 'balance loss | z loss', {
-        name: [len(x['seeds']), num(max(map(max, x['load_by_rank']), default=None), 2),
-               num(min(map(min, x['load_by_rank']), default=None), 2), mean_sd(x['max_violation'], 3),
+        name: [len(x['seeds']), *(num(share, 2) for share in x['extremes']), mean_sd(x['max_violation'], 3),
                mean_sd(x['router_entropy'], 3), mean_sd(x['balance_loss'], 4), mean_sd(x['z_loss'], 4)]
         for name, x in a.items()})
-    yield (f'Load relative to an even share in the worst layer, mean over runs. Even use of {config["n_expert"]} '
-           f'experts has an entropy of {math.log(max(1, config["n_expert"])):.3f} nats.')
+    experts = run['config']['n_expert']
+    yield (f'Load relative to an even share in the worst layer, mean over runs. Even use of {experts} experts has an '
+           f'entropy of {math.log(max(1, experts)):.3f} nats.')
 
     yield '## Caveats'
-    yield bullets(caveats(arms, r, may_differ))
-    yield from ['## Figures'] * (len(images) > 1) + images[1:]
+    yield bullets(caveats(arms, r))
+    yield from ['## Figures'] * (len(images) > 1) + [*images[1:]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,42 +375,44 @@ def report(arms, r, title, options=(), problems=(), may_differ=(), pictures=()):
 
 def compare_rates(arms, metric):
     """Runs named ARM@RATE -> `rates`: {arm: {rate: mean of its complete runs, or their status}}."""
-    grid, means = {}, {}
-    for run in [run for runs in arms.values() for run in runs.values()]:
-        grid.setdefault(run['name'].partition('@')[0], {}).setdefault(run['config']['learning_rate'], []).append(run)
-    for arm, rates in grid.items():
-        for rate in sorted(rates):
-            values = [run['final'][metric] for run in rates[rate] if run['status'] == 'complete']
-            means.setdefault(arm, {})[rate] = summary(values)['mean'] if values else rates[rate][0]['status']
-    return {'schema': 2, 'metric': metric, **dict(zip(('label', 'unit', 'better'), METRICS[metric])), 'rates': means}
+    rates = {}
+    for name, arm in arms.items():
+        losses = [run['final'][metric] for run in complete(arm).values()]
+        rate, found = first(arm)['config']['learning_rate'], summary(losses)['mean'] if losses else first(arm)['status']
+        rates.setdefault(name.partition('@')[0], {})[rate] = found
+    rates = {arm: dict(sorted(grid.items())) for arm, grid in rates.items()}
+    return {'schema': 2, 'metric': metric, **METRICS[metric], 'rates': rates}
 
 
-def report_rates(arms, r, title, options=(), problems=(), pictures=()):
+def report_rates(arms, r, images=()):
     """Blocks of Markdown: arm x rate, each arm's best in bold, and a line where it lies at the edge of its grid."""
-    label, unit, grid, rows, lines = r['label'], r['unit'], r['rates'], {}, []
-    every = sorted({rate for rates in grid.values() for rate in rates})
-    runs = [run for runs in arms.values() for run in runs.values()]
-    for arm, rates in grid.items():
-        done = {rate: x for rate, x in rates.items() if not isinstance(x, str)}
-        best = (min if r['better'] == 'lower' else max)(done, key=done.get, default=None)
-        rows[arm] = [x if isinstance(x := rates.get(rate, '-'), str) else f'**{num(x)}**' if rate == best else num(x)
-                     for rate in every]
-        edge = ('the only rate tried' if len(rates) == 1 else 'the lowest rate tried' if best == min(rates)
-                else 'the highest rate tried' if best == max(rates) else '')
-        lines.append(f'{arm}: ' + ('no complete run.' if best is None else f'best at {best:g}' + (
-            f', {edge}: a better one may lie beyond.' if edge else '.')))
-    yield from header(title, f'{label} by learning rate', options, problems)
+    every, rows, lines = sorted({rate for rates in r['rates'].values() for rate in rates}), {}, []
+    for arm, rates in r['rates'].items():
+        done = {rate: loss for rate, loss in rates.items() if not isinstance(loss, str)}
+        cells = {**rates, **{rate: num(loss) for rate, loss in done.items()}}
+        line = 'no complete run.'
+        if done:
+            best = min(done, key=done.get)
+            cells[best] = f'**{cells[best]}**'
+            edge = 'lowest' if best == min(rates) else 'highest' if best == max(rates) else ''
+            line = f'best at {best:g}' + f', the {edge} rate tried: a better one may lie beyond' * bool(edge) + '.'
+        rows[arm] = [cells.get(rate, '-') for rate in every]
+        lines.append(f'{arm}: {line}')
     yield table(f'Configuration | {" | ".join(f"{rate:g}" for rate in every)}', rows)
-    yield (f'{label.capitalize()} ({unit}) after {runs[0]["config"]["max_steps"]} updates, seed(s) '
-           f'{spans({run["seed"] for run in runs})}; the best of each in bold.')
+    yield (f'{r["label"].capitalize()} ({r["unit"]}) after {first(first(arms))["config"]["max_steps"]} updates, seed(s) '
+           f'{spans({seed for arm in arms.values() for seed in arm})}; the best of each in bold.')
     yield bullets(lines)
-    yield from (f'![{caption}]({file})' for file, caption in pictures)
+    yield from images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The program
+# The page
 
-STYLE = """\
+HEAD = """\
+<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<style>
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem } ul { padding-left: 1.2rem } li { margin: .4rem 0 }
@@ -437,47 +420,43 @@ p, li, code { overflow-wrap: anywhere } .wide { overflow-x: auto; margin: 1.5rem
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #8886 }
 th:first-child, td:first-child { text-align: left }
-img { width: 100%; min-width: 32rem; box-sizing: border-box; padding: .4rem; background: #fff; border-radius: 6px }"""
+img { width: 100%; min-width: 32rem; box-sizing: border-box; padding: .4rem; background: #fff; border-radius: 6px }
+</style>
+"""
 
 
-def page(blocks, folder):
-    """Blocks of the report's Markdown (heading, list, table, picture, paragraph) -> one HTML file, pictures inside."""
-    def inline(text):
-        text = re.sub(r'`(.+?)`', r'<code>\1</code>', html.escape(text, quote=False))
-        return re.sub(r'\*\*(.+?)\*\*', r'<b>\1</b>', text)
-
-    def row(line, tag):
-        cells = (inline(cell).replace('\\|', '|') for cell in re.split(r'(?<!\\) \| ', line[2:-2]))
-        return '<tr>' + ''.join(f'<{tag}>{cell}</{tag}>' for cell in cells) + '</tr>'
+def page(blocks, images):
+    """The blocks of the report, in Markdown -> one HTML file, pictures inside. images: {block: PNG}."""
     body = []
     for block in blocks:
-        lines = block.split('\n')
-        if heading := re.match(r'(#+) (.*)', block):
-            body.append(f'<h{len(heading[1])}>{inline(heading[2])}</h{len(heading[1])}>')
-        elif picture := re.match(r'!\[(.*)\]\((.*)\)', block):
-            with open(os.path.join(folder, picture[2]), 'rb') as file:
-                image = base64.b64encode(file.read()).decode()
-            source = f'src="data:image/png;base64,{image}" alt="{html.escape(picture[1])}"'
-            body.append(f'<div class="wide"><img {source}></div>')
+        text = html.escape(block, quote=False).replace('\\|', '&#124;')         # a | within a cell
+        text = re.sub(r'`(.+?)`', r'<code>\1</code>', re.sub(r'\*\*(.+?)\*\*', r'<b>\1</b>', text))
+        lines = text.split('\n')
+        if block in images:
+            source = f'data:image/png;base64,{base64.b64encode(images[block]).decode()}'
+            body.append(f'<div class="wide"><img alt="{block[2:].partition("]")[0]}" src="{source}"></div>')
         elif block.startswith('| '):
-            rows = row(lines[0], 'th') + ''.join(row(line, 'td') for line in lines[2:])
+            head, _, *rows = ('<tr><td>' + line[2:-2].replace(' | ', '</td><td>') + '</td></tr>' for line in lines)
+            rows = '\n'.join([head.replace('td>', 'th>'), *rows])
             body.append(f'<div class="wide"><table>{rows}</table></div>')
         elif block.startswith('- '):
-            body.append('<ul>' + ''.join(f'<li>{inline(line[2:])}</li>' for line in lines) + '</ul>')
+            body.append('<ul>' + '\n'.join(f'<li>{line[2:]}</li>' for line in lines) + '</ul>')
+        elif block.startswith('## '):
+            body.append(f'<h2>{text[3:]}</h2>')
+        elif block.startswith('# '):
+            body.append(f'<title>{text[2:]}</title>\n<h1>{text[2:]}</h1>')
         else:
-            body.append(f'<p>{inline(block)}</p>')
-    return '\n'.join(['<!DOCTYPE html>', '<html lang="en"><meta charset="utf-8">',
-                      '<meta name="viewport" content="width=device-width">',
-                      f'<title>{inline(blocks[0][2:])}</title>', f'<style>\n{STYLE}\n</style>', *body, ''])
+            body.append(f'<p>{text}</p>')
+    return HEAD + '\n'.join(body) + '\n'
 
 
-def rounded(x):
-    """For report.json: 12 significant digits, so that another machine's last bit does not show."""
-    if isinstance(x, dict):
-        return {str(key): rounded(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [rounded(value) for value in x]
-    return float(f'{x:.12g}') if isinstance(x, float) else x
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+def as_json(r):
+    """To 12 significant digits, so that another machine's last bit does not show."""
+    exact = json.dumps(r, allow_nan=False)
+    return json.dumps(json.loads(exact, parse_float=lambda text: float(f'{float(text):.12g}')), indent=1) + '\n'
 
 
 def folder_of(runs):
@@ -486,68 +465,66 @@ def folder_of(runs):
 
 def options_of(runs, arguments):
     """The flags in options.json beside the runs, but for those that the command line gives."""
+    file = Path(folder_of(runs), 'options.json')
     try:
-        with open(os.path.join(folder_of(runs), 'options.json'), encoding='utf-8') as file:
-            options = [str(flag) for flag in json.load(file)]
+        options = [str(flag) for flag in json.loads(file.read_text(encoding='utf-8'))]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError) as error:
-        fail(f'{folder_of(runs)}/options.json: must be a list of flags ({error})')
+        fail(f'{file}: must be a list of flags ({error})')
     given = {argument.partition('=')[0] for argument in arguments}
     return [flag for flag in options if flag.partition('=')[0] not in given]
 
 
-def arms_of(contrasts, arms):
-    """['mla48:mqa'] -> [('mla48', 'mqa')]; fails unless both are arms."""
+def arms_of(contrasts, arms, planned=False):
+    """['mla48:mqa'] -> [('mla48', 'mqa')]; fails unless both are arms, or planned and may still have no runs."""
     pairs = list(dict.fromkeys(tuple(text.split(':')) for text in contrasts))
     for pair in pairs:
         if len(pair) != 2 or pair[0] == pair[1]:
             fail(f'--contrasts: {":".join(pair)} is not FIRST:SECOND, two arms')
-        for name in {*pair} - {*arms}:
+        for name in {*pair} - {*arms} if not planned else ():           # typed by hand: a typo
             fail(f'--contrasts: no runs named {name}; there are {", ".join(arms)}' + did_you_mean(name, list(arms)))
     return pairs
 
 
-def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, plots, out, options=()):
+def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, plots, out, options=(), planned=False):
+    """options: the flags that made the report, which shows them. planned: the contrasts come from options.json."""
     if margin <= 0:
         fail(f'--margin={margin:g}: must be above 0, it is the smallest difference worth having')
-    arms = load(runs, None if rates else baseline)
-    every = [run for arm in arms.values() for run in arm.values()]
-    known = {*DEFAULTS, *(key for run in every for part in ('config', 'data', 'environment') for key in run[part])}
-    for key in may_differ:
-        if key not in known:
-            fail(f'--may_differ: nothing is called {key}' + did_you_mean(key, sorted(known)))
-    for run in every:
+    may_wait = planned and not any(flag.startswith('--baseline=') for flag in options)
+    arms = load(runs, None if rates or may_wait else baseline)
+    if may_wait:                                            # another arm stands in for a baseline whose runs are to come
+        baseline = baseline if baseline in arms else next(iter(arms))
+        arms = {baseline: arms[baseline], **arms}
+    for run in [run for arm in arms.values() for run in arm.values()]:
         if run['status'] == 'complete' and run['final'][metric] is None:
             fail(f'{run["file"]}: final.{metric} is null; --metric=val_loss does without it')
     problems = disagreements(arms, baseline, may_differ + ['learning_rate'] * rates, metric)
     if problems and not force:
         fail(f'{runs}: not comparable (--force=True reports all the same): ' + ' | '.join(problems))
-    r = compare_rates(arms, metric) if rates else compare(arms, baseline, metric, margin, arms_of(contrasts, arms))
-    folder, pictures, problem = out or folder_of(runs), [], None
-    title = os.path.basename(os.path.abspath(folder_of(runs)))
+    r = (compare_rates(arms, metric) if rates
+         else compare(arms, baseline, metric, margin, arms_of(contrasts, arms, planned)))
+
+    folder, title = out or folder_of(runs), os.path.basename(os.path.abspath(folder_of(runs)))
+    pictures = draw({name: complete(arm) for name, arm in arms.items()}, r, folder) if plots else []
+    images = {f'![{caption}]({file})': png for file, caption, png in pictures}
+    blocks = [f'# {title}: {r["label"]}' + ' by learning rate' * rates,
+              f'`{" ".join(["python analyze.py", title, *options])}`']
+    if problems:
+        blocks += ['**These runs are not comparable; the report was forced. They disagree in**', bullets(problems)]
+    blocks += report_rates(arms, r, [*images]) if rates else report(arms, r, may_differ, [*images])
+    sys.stdout.reconfigure(encoding='utf-8', errors='backslashreplace')
+    say('\n\n'.join(blocks))
+    texts = {'report.md': '\n\n'.join(blocks) + '\n', 'report.json': as_json({**r, 'disagreements': problems}),
+             'report.html': page(blocks, images)}
+    files = {name: content.encode('utf-8', 'backslashreplace') for name, content in texts.items()}
+    files |= {name: png for name, _, png in pictures}
     try:
         os.makedirs(folder, exist_ok=True)
-        if plots:
-            pictures = draw({name: complete(arm) for name, arm in arms.items()}, r, folder)
+        for name, content in files.items():
+            Path(folder, name).write_bytes(content)
     except OSError as error:
-        problem = error
-    blocks = list(report_rates(arms, r, title, options, problems, pictures) if rates
-                  else report(arms, r, title, options, problems, may_differ, pictures))
-    text = '\n\n'.join(blocks) + '\n'
-    data = json.dumps(rounded({**r, 'disagreements': problems}), indent=1, allow_nan=False)
-    try:
-        for name, content in [('report.md', text), ('report.json', data + '\n'), ('report.html', page(blocks, folder))]:
-            with open(os.path.join(folder, name), 'w', encoding='utf-8', errors='backslashreplace', newline='\n') as f:
-                f.write(content)
-    except OSError as error:
-        problem = error
-    sys.stdout.reconfigure(encoding='utf-8', errors='backslashreplace')
-    if hasattr(signal, 'SIGPIPE'):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends the program, all is written by now
-    print(text, end='', flush=True)
-    if problem:
-        fail(f'{problem.filename or folder}: no report written ({problem.strerror}); --out=FOLDER goes elsewhere')
+        fail(f'{error.filename or folder}: no report written ({error.strerror}); --out=FOLDER goes elsewhere')
 
 
 if __name__ == '__main__':
@@ -557,7 +534,7 @@ if __name__ == '__main__':
     # what to claim
     baseline = 'baseline'       # the name that the others are compared against
     contrasts = []              # planned comparisons FIRST:SECOND,...; none: each arm against the baseline
-    metric: Literal['val_loss', 'val_bits_per_byte', 'val_accuracy'] = 'val_loss'   # the number compared
+    metric: Literal['val_loss', 'val_bits_per_byte'] = 'val_loss'   # the number compared
     margin = 0.01               # smallest difference worth having, in the metric's unit; choose it first
     may_differ = []             # knobs in which arms may differ besides the variant's, as in learning_rate,d_ff
     force = False               # report on runs that are not comparable; it then says what they disagree in
@@ -566,8 +543,9 @@ if __name__ == '__main__':
     plots = True                # draw the figures too; needs matplotlib
     out = ''                    # folder of the report; empty: where the runs are
     # -----------------------------------------------------------------------------
-    usual = dict(globals())
     configure(globals(), positional='runs')
-    values = configure(globals(), positional='runs', argv=[*options_of(runs, sys.argv[1:]), *sys.argv[1:]])
-    main(**values, options=[f'--{name}={as_text(value)}' for name, value in values.items()
-                            if value != usual[name] and name not in ('runs', 'plots', 'out')])
+    beside = options_of(runs, sys.argv[1:])
+    flags = [*beside, *sys.argv[1:]]
+    main(**configure(globals(), positional='runs', argv=flags),
+         planned=any(flag.startswith('--contrasts=') for flag in beside),
+         options=[flag for flag in flags if flag.startswith('--') and not flag.startswith(('--runs', '--plots', '--out'))])

@@ -1,7 +1,6 @@
 """Knobs of a program: the defaults in its own source, then config files, then --name=value flags.
 
-A program keeps its knobs as plain variables between two ruler lines (comments of twenty dashes or more) and then calls
-configure(globals()):
+A program keeps its knobs as plain variables between two ruler lines (comments of twenty dashes or more):
 
     # --------------------
     # data
@@ -12,33 +11,31 @@ configure(globals()):
     # --------------------
     configure(globals())
 
-The block is parsed, not executed, and is its own documentation: a comment line at the knobs' own indentation titles a
-section, one indented deeper goes on with the comment above it. The type is that of the default; an annotation adds None
-or choices. The fields of ModelConfig in model.py are knobs of train.py in the same way and stand nowhere else.
+The block is read, not executed, a knob a line, and is its own documentation: a comment line at the knobs' own
+indentation titles a section, one indented deeper goes on with the comment above it. The type is that of the default; an
+annotation adds None or choices. The fields of ModelConfig in model.py are knobs of train.py in the same way.
 
-Config files are `name = literal` lines (numbers may be calculated: 4 * 1024, 10**6), parsed as well. The text of a flag
-is taken as it is, without quotes. Setting a knob twice, in one file or by two flags, is an error: one would be lost.
-Nothing slow is imported, so that --help and typos are answered at once.
+Config files are `name = literal` lines (numbers may be calculated: 4 * 1024, 10**6), not executed either. The text of a
+flag is taken as it is, without quotes. Setting a knob twice, in one file or by two flags, is an error: one would be
+lost. Nothing slow is imported, so that --help and typos are answered at once.
 """
 import ast
 import difflib
+import math
 import operator
 import os
 import re
 import sys
 import textwrap
 import time
-import warnings
 from collections import namedtuple
+from pathlib import Path
 
 Knob = namedtuple('Knob', 'name default types choices section comment')
 
-# what a type accepts, in words; the pickiest type is tried first
-NEEDS = {'None': 'none', 'bool': 'True or False', 'int': 'a whole number of at most 64 bits',
-         'float': 'a finite number', 'str': 'text', 'list': 'texts'}
-# what nanoGPT and Hugging Face call it: the knob, and what else is to be said
+# what nanoGPT, Hugging Face and the hurried call it: the knob, and what else is to be said
 ELSEWHERE = {
-    'max_iters': 'max_steps', 'lr_decay_iters': 'max_steps', 'warmup_iters': 'warmup_steps',
+    'lr': 'learning_rate', 'max_iters': 'max_steps', 'lr_decay_iters': 'max_steps', 'warmup_iters': 'warmup_steps',
     'min_lr': 'min_lr_ratio, a fraction of learning_rate', 'decay_lr': 'min_lr_ratio, 1 for no decay',
     'gradient_accumulation_steps': 'batch_size, the sequences of a whole update; micro_batch_size of them run at once',
     'eval_iters': 'max_val_tokens, all of which are scored', 'wandb_log': 'tracker', 'wandb_project': 'experiment',
@@ -77,17 +74,12 @@ def rewrite(line):
 
 
 def did_you_mean(name, names, form='{}'):
-    """'; did you mean ...?' with up to three names, or ''. By another's word for it, initials, beginning, likeness."""
+    """'; did you mean ...?' with up to three names like this one or with it in them, or ''; or what we call it."""
     plain = name.strip('-').replace('-', '_').lower()
-    knob = ELSEWHERE.get(plain, '').partition(',')[0]
-    if knob in names:
+    if plain in ELSEWHERE and ELSEWHERE[plain].partition(',')[0] in names:
         return f'; that is {ELSEWHERE[plain]} here'
-    found = [n for n in names if n.lower() == plain]
-    if len(plain) > 1:
-        found = found or [n for n in names if ''.join(word[:1] for word in n.split('_')) == plain]
-        found = found or [n for n in names if n.startswith(plain)]
-        found = found or difflib.get_close_matches(plain, names) or [n for n in names if plain in n]
-    return '; did you mean ' + ' or '.join(form.replace('{}', n) for n in found[:3]) + '?' if found else ''
+    found = difflib.get_close_matches(plain, names) or [n for n in names if len(plain) > 1 and plain in n][:3]
+    return '; did you mean ' + ' or '.join(form.replace('{}', n) for n in found) + '?' if found else ''
 
 
 def unknown(name, knobs, form='{}'):
@@ -112,99 +104,87 @@ def literal(node):
     return ast.literal_eval(node)
 
 
+def whole(text):
+    value = int(text) if text.lstrip('+-').replace('_', '').isdigit() else float(text)      # 12, 1_000, 1e3
+    if value != int(value) or not -2**63 <= value < 2**63:
+        raise ValueError
+    return int(value)
+
+
+def finite(text):
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
+
+
+# what a type accepts, in words, and its value; the pickiest type is tried first
+TYPES = {'None': ('none', lambda text: {'none': None}[text.lower()]),
+         'bool': ('True or False', lambda text: {'true': True, '1': True, 'false': False, '0': False}[text.lower()]),
+         'int': ('a whole number of at most 64 bits', whole), 'float': ('a finite number', finite), 'str': ('text', str),
+         'list': ('texts', lambda text: [item for item in text.split(',') if item])}
+
+
 def as_text(value):
-    """A value as it is typed after `--name=`: from_text(knob, as_text(value)) == value."""
+    """A value as it is typed after `--name=`: from_text(knob, as_text(value), '') == value."""
     if isinstance(value, (list, tuple)):
-        return ','.join(value)
+        return ','.join(map(str, value))
     return 'none' if value is None else str(value)
 
 
-def from_text(knob, text):
-    """`--name=text` -> the value in the knob's own type; ValueError, saying what is needed, if it is none."""
-    for choice in knob.choices:
-        if text == as_text(choice):
-            return choice
-    low = text.strip().lower()
+def from_text(knob, text, typed):
+    """The text after `--name=` -> the value in the knob's own type. typed: what to name if it is none."""
+    words = {as_text(choice): choice for choice in knob.choices}
+    if text in words:
+        return words[text]
     for kind in knob.types:
         try:
-            if kind == 'None' and low == 'none':
-                return None
-            if kind == 'bool' and low in ('true', 'false', '1', '0'):
-                return low in ('true', '1')
-            if kind == 'int':                                   # 12, 1_000, 1e3
-                value = int(low) if low.lstrip('+-').replace('_', '').isdigit() else float(low)
-                if value == int(value) and -2**63 <= value < 2**63:
-                    return int(value)
-            if kind == 'float' and abs(float(low)) <= sys.float_info.max:       # neither nan nor infinity
-                return float(low)
-        except (ValueError, OverflowError):
+            return TYPES[kind][1](text)
+        except (ValueError, KeyError, OverflowError):
             continue
-        if kind == 'str':
-            return text
-        if kind == 'list':
-            return [item for item in text.split(',') if item]
-    words = [as_text(choice) for choice in knob.choices]
-    needed = ['one of ' + ', '.join(words)] * bool(words) + [NEEDS[kind] for kind in knob.types]
-    raise ValueError('must be ' + ' or '.join(needed) + did_you_mean(text, words))
+    needed = ['one of ' + ', '.join(words)] * bool(words) + [TYPES[kind][0] for kind in knob.types]
+    fail(f'{typed}: must be {" or ".join(needed)}{did_you_mean(text, words)}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Knobs, read from the text of a program
 
-def read(path):
-    with open(path, encoding='utf-8') as file:
-        source = file.read()
-    return ast.parse(source), source.splitlines()
+KNOB = re.compile(r' *(\w+)(?:: ([^=]+))? = (.+?)(?:  +# (.*))?')        # name: annotation = literal    # comment
 
 
 def read_block(path):
-    """-> {name: Knob} of the block above the call of configure(), in its order, and the program's docstring."""
-    tree, lines = read(path)
-    nodes = list(ast.walk(tree))
-    call = next(n.lineno for n in nodes if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'configure')
-    start, end = [i for i, line in enumerate(lines[:call], 1) if re.fullmatch(r'\s*# ?-{20,}', line)][-2:]
-    inside = [n for n in nodes if isinstance(n, (ast.Assign, ast.AnnAssign)) and start < n.lineno < end]
-    return read_knobs(inside, lines, start + 1, end), ast.get_docstring(tree) or ''
+    """-> {name: Knob} of the block above the call of configure(), in its order."""
+    above = Path(path).read_text(encoding='utf-8').partition('configure(globals()')[0]
+    return read_knobs(re.split(r'^ *# ?-{20,}\n', above, flags=re.M)[-2])
 
 
 def read_class(path, name):
-    """-> {name: Knob} of the fields of a dataclass that have defaults."""
-    tree, lines = read(path)
-    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
-    fields = [n for n in body if isinstance(n, ast.AnnAssign) and n.value]
-    end = next((n.lineno for n in body if n.lineno > fields[-1].lineno), fields[-1].end_lineno + 1)
-    return read_knobs(fields, lines, body[0].end_lineno, end)
+    """-> {name: Knob} of the fields of a dataclass that have defaults; they stand above its methods."""
+    return read_knobs(Path(path).read_text(encoding='utf-8').partition(f'class {name}:\n')[2].partition('  def ')[0])
 
 
 def run_knobs():
     """The knobs of a training run -> (its network's, all others), two {name: Knob}: ModelConfig's, train.py's."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    return read_class(os.path.join(here, 'model.py'), 'ModelConfig'), read_block(os.path.join(here, 'train.py'))[0]
+    here = Path(__file__).resolve().parent
+    return read_class(here / 'model.py', 'ModelConfig'), read_block(here / 'train.py')
 
 
-def read_knobs(nodes, lines, start, end):
-    """Assignments and the lines start to end - 1 around them -> {name: Knob}; raises if one is not `name = literal`."""
-    knobs, section, name, titled = {}, '', None, False
-    statements, indent = {n.lineno: n for n in nodes}, min(n.col_offset for n in nodes)
-    for number in range(start, end):
-        line = lines[number - 1]
-        text, alone = line.strip().lstrip('# '), line.lstrip().startswith('#')
-        title = alone and len(line) - len(line.lstrip()) <= indent
-        if node := statements.get(number):
-            name = (node.targets[0] if isinstance(node, ast.Assign) else node.target).id
-            types, choices, default = [], [], literal(node.value)
-            annotation = node.annotation if isinstance(node, ast.AnnAssign) else ast.Name(type(default).__name__)
-            for part in ast.unparse(annotation).split(' | '):
-                if part.startswith('Literal['):
-                    choices += ast.literal_eval(part[7:])
-                else:
-                    types.append(part.partition('[')[0])        # list[str] is a list
-            comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().strip().lstrip('# ')
-            knobs[name] = Knob(name, default, sorted(types, key=list(NEEDS).index), choices, section, comment)
+def read_knobs(text):
+    """Lines of knobs, titles and comments, as at the top of this file -> {name: Knob}."""
+    knobs, section, indent, titled = {}, '', 100, False
+    for line in text.splitlines():
+        margin, comment = len(line) - len(line.lstrip()), line.lstrip().startswith('#')
+        title = comment and margin <= indent
+        if found := KNOB.fullmatch(line):
+            name, annotation, default, said = found.groups()
+            default, indent = literal(ast.parse(default, mode='eval').body), margin
+            kinds = (annotation or type(default).__name__).split(' | ')
+            choices = [choice for kind in kinds if kind.startswith('Literal') for choice in ast.literal_eval(kind[7:])]
+            types = [kind for kind in TYPES if kind in kinds]
+            knobs[name] = Knob(name, default, types, choices, section, said or '')
         elif title:
-            section = f'{section} {text}' if titled else text
-        elif alone and name:
-            knobs[name] = knobs[name]._replace(comment=f'{knobs[name].comment} {text}'.strip())
+            section = f'{section} {line.strip("# ")}' if titled else line.strip('# ')
+        elif comment:
+            knobs[name] = knobs[name]._replace(comment=f'{knobs[name].comment} {line.strip("# ")}'.strip())
         titled = title
     return knobs
 
@@ -214,52 +194,41 @@ def read_knobs(nodes, lines, start, end):
 
 def read_config(path, knobs):
     """A config file -> {name: value}. Fails with file:line at anything but literals that fit the knobs."""
+    values, line = {}, 1
     try:
-        with open(path, encoding='utf-8-sig') as file, warnings.catch_warnings():
-            warnings.simplefilter('ignore')              # a stray backslash would print lines of its own
-            body = ast.parse(file.read()).body
+        for node in ast.parse(Path(path).read_text(encoding='utf-8-sig')).body:
+            where = f'{path}:{(line := node.lineno)}'
+            if isinstance(node, ast.Expr) and type(ast.literal_eval(node.value)) is str:
+                continue                                     # a docstring
+            (name,), value = [target.id for target in node.targets], literal(node.value)
+            if name not in knobs:
+                fail(f'{where}: {unknown(name, knobs)}')
+            if name in values:
+                fail(f'{where}: {name} is set a second time in this file')
+            typed = f'{where}: {name} = {ast.unparse(node.value)[:60]}'
+            values[name] = from_text(knobs[name], as_text(value), typed)
+            kinds = {type(value), type(values[name])}
+            if len(kinds) > 1 and kinds & {str, list}:       # n_layer = '6', dataset = 6
+                fail(f'{typed}: text stands in quotes, texts in brackets, all else in neither')
     except OSError as error:
         fail(f'{path}: {error.strerror} (a config file is looked for from {os.getcwd()})')
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:     # no Python, not UTF-8, absurd nesting
-        fail(f'{path}:{getattr(error, "lineno", 0) or 1}: {getattr(error, "msg", error) or type(error).__name__}; '
-             'a config file holds lines of name = literal')
-    values = {}
-    for node in body:
-        where = f'{path}:{node.lineno}'
-        if isinstance(node, ast.Expr) and type(getattr(node.value, 'value', None)) is str:
-            continue                                     # a docstring
-        try:
-            (name,), value = [target.id for target in node.targets], literal(node.value)
-        except (AttributeError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
-            fail(f'{where}: only lines of name = literal (number, text, True, False, None) are read here, '
-                 'nothing is executed')
-        if name not in knobs:
-            fail(f'{where}: {unknown(name, knobs)}')
-        if name in values:
-            fail(f'{where}: {name} is set a second time in this file')
-        try:
-            values[name] = from_text(knobs[name], as_text(value))
-            if (type(value) is str) != (type(values[name]) is str):             # n_layer = '6', dataset = 6
-                raise ValueError('must not be in quotes' if type(value) is str else 'must be text in quotes')
-        except (ValueError, TypeError) as error:
-            fail(f'{where}: {name} = {ast.unparse(node.value)[:60]}: {error}')
+    except Exception as error:                               # no Python, no assignment, no literal, absurd nesting
+        fail(f'{path}:{getattr(error, "lineno", None) or line}: only lines of name = literal (number, text, True, False, '
+             'None) are read here, nothing is executed')
     return values
 
 
 def print_help(knobs, values, docstring, argument):
     """Prints every knob with its section, value and comment in 100 columns; ends the program, status 0."""
     usage = f'usage: python {os.path.basename(sys.argv[0])} [{argument}] [--name=value ...]'
-    lines, section, indent = [*textwrap.wrap(docstring.split('\n\n')[0], 100), '', usage], None, ' ' * 32
+    lines, section = [*textwrap.wrap(docstring.split('\n\n')[0], 100), '', usage], None
     for knob in knobs.values():
         if knob.section != section:
             section = knob.section
             lines += ['', *textwrap.wrap(section, 100)]
         flag = f'  --{knob.name}={as_text(values[knob.name])}'
         choices = f' [{", ".join(map(as_text, knob.choices))}]' if knob.choices else ''
-        comment = textwrap.wrap(knob.comment + choices, 100, initial_indent=indent, subsequent_indent=indent)
-        if comment and len(flag) < 31:
-            flag = flag.ljust(32) + comment.pop(0).lstrip()
-        lines += [flag, *comment]
+        lines += textwrap.wrap(f'{flag:31} {knob.comment}{choices}', 100, subsequent_indent=' ' * 32)
     say('\n'.join(lines))
     raise SystemExit(0)
 
@@ -277,26 +246,25 @@ def configure(namespace, more=None, positional=None, argv=None, given=None):
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='replace')                # a terminal that lacks a character shows ?
     argv = sys.argv[1:] if argv is None else list(argv)
-    own, docstring = read_block(namespace['__file__'])
+    own = read_block(namespace['__file__'])
     knobs = {**(more or {}), **own}
     values = {name: knob.default for name, knob in knobs.items()}
-    flags, extra = {}, []
+    flags, extra, help_wanted = {}, [], False
     for arg in argv:
         name, equals, text = arg.removeprefix('--').partition('=')
         if not arg.startswith('-'):
             extra.append(arg)
-        elif arg not in ('-h', '--help'):
-            if not arg.startswith('--') or name not in knobs:
-                fail(unknown(arg.partition('=')[0], knobs, '--{}=' + (text or '...')))
-            if not equals:
-                example = as_text(True if type(values[name]) is bool else values[name])
-                fail(f'{arg} needs a value after =; type {arg}=VALUE, as in {arg}={example}')
-            if name in flags:
-                fail(f'--{name} is given twice ({as_text(flags[name])} and {text}); keep one of them')
-            try:
-                flags[name] = from_text(knobs[name], text)
-            except ValueError as error:
-                fail(f'--{name}={text}: {error}')
+        elif arg in ('-h', '--help'):
+            help_wanted = True
+        elif not arg.startswith('--') or name not in knobs:
+            fail(unknown(arg.partition('=')[0], knobs, '--{}=' + (text or '...')))
+        elif not equals:
+            example = as_text(True if type(values[name]) is bool else values[name])
+            fail(f'{arg} needs a value after =; type {arg}=VALUE, as in {arg}={example}')
+        elif name in flags:
+            fail(f'--{name} is given twice ({as_text(flags[name])} and {text}); keep one of them')
+        else:
+            flags[name] = from_text(knobs[name], text, arg)
 
     if positional is None:
         for path in extra:
@@ -308,8 +276,8 @@ def configure(namespace, more=None, positional=None, argv=None, given=None):
         if positional in flags or len(extra) > 1:
             fail(f'{positional} is given more than once ({" ".join(extra)}); keep one of them')
         flags[positional] = extra[0]
-    if '-h' in argv or '--help' in argv:
-        print_help(knobs, values, docstring, positional or 'config/file.py ...')
+    if help_wanted:
+        print_help(knobs, values, namespace['__doc__'], positional or 'config/file.py ...')
     values.update(flags)
     namespace.update({name: values[name] for name in own})
     given.update(flags)

@@ -1,10 +1,13 @@
-"""Figures, drawn by matplotlib if it is there: all of analyze.py's, by draw(); bench.py draws its own on a canvas().
+"""The figures of analyze.py, drawn by matplotlib if it is there.
 
 Opaque white ground for light and dark pages; Okabe & Ito's colours, which the colour-blind can tell apart. Each
-figure_...() takes arms, {name: {seed: complete run}}, and r, what analyze.compare() made of them.
+figure_...() takes arms, {name: {seed: complete run}}, and r, what analyze.compare() made of them; it returns None if
+these runs have nothing for it.
 """
-import os
+import io
+import itertools
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -58,22 +61,29 @@ def legend(figure, ax):
     figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
 
 
+def log_axis(ax, values):
+    ax.set_xscale('log')
+    ax.set_xticks(values, [f'{x:g}' for x in values])
+    ax.minorticks_off()
+
+
 def figure_curves(arms, r):
     figure, (left, right) = canvas(8, 4, 1, 2)
-    base = arms[r['baseline']]
+    base, something = arms[r['baseline']], False
     for name, style in styles(r).items():
-        runs = arms[name]
-        both = [seed for seed in runs if seed in base and name != r['baseline']]
-        if (steps_losses := curve(runs.values()))[0]:
-            band(left, *steps_losses, style, name)
-        steps, losses = curve([runs[seed] for seed in both] + [base[seed] for seed in both])
+        steps, losses = curve(arms[name].values())
+        something |= len(steps) > 1
+        if steps:
+            band(left, steps, losses, style, name)
+        both = [seed for seed in arms[name] if seed in base and name != r['baseline']]
+        steps, losses = curve([arms[name][seed] for seed in both] + [base[seed] for seed in both])
         if steps:
             band(right, steps, losses[:len(both)] - losses[len(both):], style, name)
     right.axhline(0, color='#444444', lw=1)
     left.set(xlabel='optimizer updates', ylabel='validation loss (nats)', title='Mean and 95% interval')
     right.set(xlabel='optimizer updates', ylabel=f'loss minus {r["baseline"]} (nats)', title='Difference within pairs')
     legend(figure, left)
-    return figure
+    return figure if something else None
 
 
 def figure_training(arms, r):
@@ -88,24 +98,24 @@ def figure_training(arms, r):
     ax.set(xlabel='optimizer updates, after the first fifth', ylabel='training loss (nats)',
            title='Mean over runs, smoothed over 5% of the updates')
     legend(figure, ax)
-    return figure
+    return figure if ax.lines else None
 
 
 def figure_forest(arms, r):
     drawn = dict([(name, c) for name, c in r['comparisons'].items() if c['n']][:2 * MOST_DRAWN])
+    if not drawn:
+        return None
     figure, (ax,) = canvas(8, 1.5 + 0.4 * len(drawn))
     ax.axvspan(-r['margin'], r['margin'], color='#999999', alpha=0.22, lw=0)
     ax.axvline(0, color='#444444', lw=1)
     for i, c in enumerate(drawn.values()):
         colour = '#0072B2' if c['planned'] else '#888888'
-        if c['low'] is not None:
-            ax.plot([c['low'], c['high']], [i, i], color=colour, lw=3, solid_capstyle='butt')
-        if c['planned'] and c['low_all'] is not None:
-            ax.plot([c['low_all'], c['high_all']], [i, i], color=colour, lw=1)
+        ax.plot([c['low'], c['high']], [i, i], color=colour, lw=3, solid_capstyle='butt')      # None: draws nothing
+        ax.plot([c['low_all'], c['high_all']], [i, i], color=colour, lw=1)
         ax.plot(c['d'], [i + 0.24] * c['n'], '.', color=colour, ms=4, alpha=0.7)
         ax.plot(c['mean'], i, 'o', color=colour, ms=8, mec='white')
     ax.set(yticks=range(len(drawn)), yticklabels=drawn, ylim=(len(drawn) - 0.5, -0.5),
-           xlabel=f'difference in {r["label"]} ({r["unit"]}), {r["better"]} is better')
+           xlabel=f'difference in {r["label"]} ({r["unit"]}), lower is better')
     right = ax.secondary_yaxis('right')
     right.set_yticks(range(len(drawn)), [f'{c["verdict"]}, n = {c["n"]}' for c in drawn.values()])
     right.tick_params(length=0)
@@ -117,34 +127,29 @@ def figure_forest(arms, r):
 
 def figure_cache(arms, r):
     """Loss against the cache; of each class of attention the best arms of their size are joined by a line."""
-    figure, (ax,) = canvas(8, 4.6)
     drawn = {name: r['arms'][name] for name in styles(r)}
+    if len(drawn) < 2:
+        return None
+    figure, (ax,) = canvas(8, 4.6)
     size = {name: arm['kv_cache_bytes_per_token_16bit'] for name, arm in drawn.items()}
-    sizes, sign, named = sorted(set(size.values())), 1 if r['better'] == 'lower' else -1, {}
-    for name, arm in drawn.items():
-        beside = [other for other in drawn if size[other] == size[name]]        # arms of one size stand side by side
-        side = beside.index(name) - (len(beside) - 1) / 2
-        named[name] = size[name] * 1.04 ** side, arm[r['metric']]['mean'], side
-    kinds = {name: arm['attention_class'] for name, arm in drawn.items()}
-    for kind, colour, marker in zip(dict.fromkeys(kinds.values()), COLOURS[1:], 'oDs^vP'):
-        members = sorted((name for name in drawn if kinds[name] == kind), key=lambda name: sign * named[name][1])
-        best = sorted(named[next(name for name in members if size[name] == x)] for x in sizes
-                      if x in {size[name] for name in members})
-        ax.plot(*list(zip(*best))[:2], color=colour, lw=2, alpha=0.4, zorder=1)
-        for name in members:
-            (x, y, side), s = named[name], drawn[name][r['metric']]
-            if s['n'] > 1:
-                ax.plot([x, x], [s['low'], s['high']], color=colour, lw=1.5)
-            ax.plot(x, y, marker, color=colour, ms=8, mec='white')
-            named[name] = x, y, side, colour
+    kinds, named = dict.fromkeys(arm['attention_class'] for arm in drawn.values()), {}
+    for kind, colour, marker in zip(kinds, COLOURS[1:], 'oDs^vP'):
+        best = {}
+        for name in (name for name in drawn if drawn[name]['attention_class'] == kind):
+            beside = [other for other in drawn if size[other] == size[name]]    # arms of one size stand side by side
+            side = beside.index(name) - (len(beside) - 1) / 2
+            x, s = size[name] * 1.04 ** side, drawn[name][r['metric']]
+            ax.plot([x, x], [s['low'], s['high']], color=colour, lw=1.5)
+            ax.plot(x, s['mean'], marker, color=colour, ms=8, mec='white')
+            named[name] = x, s['mean'], side, colour
+            best[size[name]] = min(best.get(size[name], (x, s['mean'])), (x, s['mean']), key=lambda point: point[1])
+        ax.plot(*zip(*sorted(best.values())), color=colour, lw=2, alpha=0.4, zorder=1)
         label = {'MultiHeadAttention': 'heads, shared or not', 'LatentAttention': 'latents'}.get(kind, kind)
         ax.plot([], [], marker + '-', color=colour, label=label)
-    ax.set_xscale('log')
-    ax.set_xticks(list(sizes), [f'{size:g}' for size in sizes])
-    ax.minorticks_off()
+    log_axis(ax, sorted(set(size.values())))
     ax.margins(0.2, 0.1)
-    n = [len(arm['values']) for arm in drawn.values()]
     ax.set(xlabel='cache, bytes per token (all layers, 2 bytes a number)', ylabel=f'{r["label"]} ({r["unit"]})')
+    n = [len(arm['values']) for arm in drawn.values()]
     n = ' to '.join(map(str, sorted({min(n), max(n)})))
     ax.set_title(f'Mean and 95% interval, n = {n} seeds; lines join the best of each size', fontsize=10)
     legend(figure, ax)
@@ -153,32 +158,27 @@ def figure_cache(arms, r):
 
 
 def name_points(figure, ax, named):
-    """{name: (x, y, side, colour)}: each name beside its point, where it covers little else."""
+    """{name: (x, y, side, colour)}: each name at the first place around its point where it covers no point and no name.
+
+    side: below or above 0 if neighbours are to the right or to the left, where nobody would know whose name it is.
+    """
+    from matplotlib.transforms import Bbox
     figure.draw_without_rendering()
     figure.set_layout_engine('none')                        # names move nothing any more
-    taken, frame = [], ax.get_window_extent()
-    for line in ax.lines:
-        path = ax.transData.transform(line.get_xydata())
-        for a, b in zip(path, [*path[1:], *path[-1:]]):     # a line as a row of small squares
-            weight = 1 if len(path) > 1 else 30
-            taken += [[*(p - 5), *(p + 5), weight] for p in np.linspace(a, b, 2 + int(np.hypot(*(b - a)) / 7))]
+    points = ax.transData.transform([(x, y) for x, y, _, _ in named.values()])
+    frame, taken = ax.get_window_extent(), [Bbox([point - 6, point + 6]) for point in points]
+    around = [(0.7, 0.7), (0.7, -0.7), (1, 0), (-0.7, 0.7), (-0.7, -0.7), (-1, 0), (0, 1), (0, -1)]
     for name, (x, y, side, colour) in named.items():
         text = ax.annotate(name, (x, y), (0, 0), textcoords='offset points', fontsize=9.5, color=colour)
-
-        def cost(place):
-            text.set(position=place, ha=('right', 'center', 'left')[int(np.sign(place[0])) + 1],
-                     va=('top', 'center', 'bottom')[int(np.sign(place[1])) + 1])
-            box, (left, low, right, high, weight) = text.get_window_extent(), np.array(taken).T
-            outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
-            covered = weight @ ((left < box.x1) & (box.x0 < right) & (low < box.y1) & (box.y0 < high))
-            beyond = place[0] * side < 0                    # a neighbour: whose name would it be?
-            return 1000 * outside + covered + 4 * beyond + np.dot(place, place) / 160
-        place = min([(far * dx, far * dy) for far in (9, 16, 26, 40) for dx, dy in (
-            (1, 0), (-1, 0), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7), (0, 1), (0, -1))], key=cost)
-        cost(place)
-        taken.append([*text.get_window_extent().extents, 100])
-        if max(np.abs(place)) > 9:                          # far off: with a line to its point
-            ax.annotate('', (x, y), place, textcoords='offset points', arrowprops={
+        for far, (dx, dy) in itertools.product((9, 16, 26, 40), [place for place in around if place[0] * side >= 0]):
+            text.set(position=(far * dx, far * dy), ha=('right', 'center', 'left')[int(np.sign(dx)) + 1],
+                     va=('top', 'center', 'bottom')[int(np.sign(dy)) + 1])
+            box = text.get_window_extent()
+            if not box.count_overlaps(taken) and frame.count_contains(box.corners()) == 4:
+                break
+        taken.append(box)
+        if far > 9:                                         # with a line to its point
+            ax.annotate('', (x, y), (far * dx, far * dy), textcoords='offset points', arrowprops={
                 'arrowstyle': '-', 'color': colour, 'lw': 0.7, 'shrinkA': 1, 'shrinkB': 5})
 
 
@@ -187,62 +187,29 @@ def figure_rates(arms, r):
     for i, (arm, rates) in enumerate(r['rates'].items()):
         done = {rate: x for rate, x in rates.items() if not isinstance(x, str)}
         ax.plot(done.keys(), done.values(), **style(i), marker='o', ms=5, label=arm)
-    rates = sorted({rate for rates in r['rates'].values() for rate in rates})
-    ax.set_xscale('log')
-    ax.set_xticks(rates, [f'{rate:g}' for rate in rates])
-    ax.minorticks_off()
+    log_axis(ax, sorted({rate for rates in r['rates'].values() for rate in rates}))
     ax.set(xlabel='learning rate', ylabel=f'{r["label"]} ({r["unit"]})', title='Each arm at each learning rate')
     legend(figure, ax)
     return figure
 
 
-def figure_experts(arms, r):
-    from matplotlib.colors import TwoSlopeNorm
-    loads = {name: np.array(r['arms'][name]['load_by_rank']) for name in styles(r)
-             if r['arms'][name]['load_by_rank']}
-    columns = min(4, len(loads))
-    rows = -(-len(loads) // columns)
-    layers = max(len(load) for load in loads.values())
-    figure, axes = canvas(8, 1.2 + rows * (0.9 + 0.14 * layers), rows, columns)
-    norm = TwoSlopeNorm(1, 0, max(2, max(load.max() for load in loads.values())))
-    for ax in axes[len(loads):]:
-        ax.remove()
-    for ax, (name, load) in zip(axes, loads.items()):
-        image = ax.imshow(load, cmap='PuOr_r', norm=norm, aspect='auto', interpolation='nearest')
-        ax.grid(False)
-        ax.set_title(name, fontsize=10)
-        for axis, size in [(ax.xaxis, load.shape[1]), (ax.yaxis, load.shape[0])]:
-            axis.set_ticks(range(0, size, -(-size // 8)), [str(k + 1) for k in range(0, size, -(-size // 8))])
-    figure.supxlabel('experts of a layer, busiest first (rank)', fontsize=10)
-    figure.supylabel('layer', fontsize=10)
-    figure.colorbar(image, ax=axes[:len(loads)], label='load / even share', shrink=0.9)
-    return figure
-
-
-def figures(arms, r):
-    """(file, caption, function) of each figure these runs have something for, with or without matplotlib."""
-    if 'rates' in r:
-        return [('rates.png', 'each arm at each learning rate', figure_rates)]
-    possible = [
-        ('cache.png', 'loss against bytes of cache per token, at 2 bytes a number', figure_cache, len(styles(r)) > 1),
-        ('forest.png', 'paired differences with 95% intervals and the margin', figure_forest,
-         any(c['n'] for c in r['comparisons'].values())),
-        ('curves.png', 'validation loss during training, and its paired difference', figure_curves,
-         any(len(curve(arms[name].values())[0]) > 1 for name in styles(r))),
-        ('training.png', 'training loss', figure_training,
-         any(len(curve(arms[name].values(), 'train_loss')[0]) > 1 for name in styles(r))),
-        ('experts.png', 'load of the experts by layer', figure_experts,
-         any(r['arms'][name]['load_by_rank'] for name in styles(r)))]
-    return [figure[:3] for figure in possible if figure[3]]
+FIGURES = [('cache.png', 'loss against bytes of cache per token, at 2 bytes a number', figure_cache),
+           ('forest.png', 'paired differences with 95% intervals and the margin', figure_forest),
+           ('curves.png', 'validation loss during training, and its paired difference', figure_curves),
+           ('training.png', 'training loss', figure_training)]
+FIGURES_OF_RATES = [('rates.png', 'each arm at each learning rate', figure_rates)]
 
 
 def draw(arms, r, folder):
-    """Writes the figures, or says in one line on stderr how to get them -> (file, caption) of those that are there."""
-    possible = figures(arms, r)
+    """-> [(file, caption, PNG)]. Without matplotlib: of those that are in the folder, and a line on stderr."""
+    possible, pictures = FIGURES_OF_RATES if 'rates' in r else FIGURES, []
     try:
         import matplotlib.figure      # noqa: F401
-        for file, _, make in possible:
-            make(arms, r).savefig(os.path.join(folder, file), metadata={'Software': None})
     except ImportError:
         print('analyze.py: no figures drawn without matplotlib; pip install matplotlib', file=sys.stderr)
-    return [figure[:2] for figure in possible if os.path.exists(os.path.join(folder, figure[0]))]
+        return [(file, caption, path.read_bytes()) for file, caption, _ in possible if (path := Path(folder, file)).exists()]
+    for file, caption, make in possible:
+        if figure := make(arms, r):
+            figure.savefig(png := io.BytesIO(), format='png', metadata={'Software': None})
+            pictures.append((file, caption, png.getvalue()))
+    return pictures

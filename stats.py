@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 ALPHA, POWER = 0.05, 0.80
-EXACT_FLIPS, SAMPLED_FLIPS = 20, 100_000    # sign flips: to 20 pairs all 2^n patterns, beyond so many drawn
+MOST_FLIPPED = 20                           # pairs, for the sign-flip test: it looks at all 2^n patterns
 MOST_SEEDS = 10_000                         # a needed n above this is reported as "more than"
 
 
@@ -93,34 +93,27 @@ def needed_n(effect, alpha=ALPHA):
 
 
 def holm(ps):
-    """Holm's (1979) step-down adjusted p values, in the order given; None stays None and does not count."""
+    """Holm's (1979) step-down adjusted p values, in the order given; None stays None and counts as a p of 1."""
     ranked = sorted((p, i) for i, p in enumerate(ps) if p is not None)
     adjusted, worst = list(ps), 0.0
     for rank, (p, i) in enumerate(ranked):
-        worst = max(worst, min(1.0, p * (len(ranked) - rank)))
+        worst = max(worst, min(1.0, p * (len(ps) - rank)))
         adjusted[i] = worst
     return adjusted
 
 
 def sign_flip(d):
-    """Two-sided p of the sign-flip permutation test on the mean (Fisher 1935), and whether it is exact.
+    """Two-sided p of the sign-flip permutation test on the mean (Fisher 1935); None past MOST_FLIPPED pairs.
 
-    The share of the 2^n sign patterns whose |sum| is at least the observed one, so never below 2 / 2^n. Past
-    EXACT_FLIPS pairs: patterns drawn from a fixed seed, (1 + hits) / (1 + drawn) as in Phipson & Smyth 2010.
+    The share of the 2^n sign patterns whose |sum| is at least the observed one, so never below 2 / 2^n.
     """
+    if len(d) > MOST_FLIPPED:
+        return None
     d = np.asarray(d, dtype=float)
-    enough = abs(d.sum()) - 1e-9 * np.abs(d).sum()          # ties count: the slack is for rounding
-    if len(d) <= EXACT_FLIPS:
-        sums = d[:1]                                        # the other half of the patterns mirrors this one
-        for value in d[1:]:
-            sums = np.concatenate([sums + value, sums - value])
-        return float(np.mean(np.abs(sums) >= enough)), True
-    generator, hits, words = np.random.PCG64(0), 0, -(-len(d) // 64)
-    for _ in range(SAMPLED_FLIPS // 1000):                  # random_raw: the same bits with every numpy
-        bits = generator.random_raw(1000 * words).astype('<u8').reshape(1000, words).view(np.uint8)
-        flipped = np.unpackbits(bits, axis=1)[:, :len(d)] @ d
-        hits += int(np.sum(np.abs(d.sum() - 2 * flipped) >= enough))
-    return (1 + hits) / (1 + SAMPLED_FLIPS), False
+    sums = d[:1]                                            # the other half of the patterns mirrors this one
+    for value in d[1:]:
+        sums = np.concatenate([sums + value, sums - value])
+    return float(np.mean(np.abs(sums) >= abs(d.sum()) - 1e-9 * np.abs(d).sum()))    # ties count, rounded or not
 
 
 def tost(mean, se, df, margin):
@@ -165,14 +158,13 @@ def paired(variant, base, margin, tests=1):
     scale = max(map(abs, [*variant, *base]), default=0.0)
     d = [0.0 if abs(v - b) <= 1e-12 * scale else v - b for v, b in zip(variant, base)]
     n, base_mean = len(d), summary(base)['mean']
-    c = {'d': d, **summary(d), 'constant': False, 'sign_flip_exact': None,
-         'floor': 2 / 2 ** n if n > 1 else None,
+    c = {'d': d, **summary(d), 'constant': False, 'floor': 2 / 2 ** n if n > 1 else None,
          'percent': 100 * math.fsum(d) / n / base_mean if base_mean else None, **dict.fromkeys(
              ['low_all', 'high_all', 't', 'p', 'sign_flip', 'tost', 'd_z', 'g_z', 'd_z_low', 'd_z_high', 'd_pooled',
               'g_pooled', 'd_pooled_low', 'd_pooled_high', 'correlation', 'detectable', 'needed_n'])}
     if n < 2:
         return c
-    c['sign_flip'], c['sign_flip_exact'] = sign_flip(d)
+    c['sign_flip'] = sign_flip(d)
     if c['sd'] <= 1e-11 * scale:
         return {**c, 'constant': True, 'sd': 0.0, 'low': None, 'high': None}
     se, df, alpha = c['sd'] / math.sqrt(n), n - 1, ALPHA / tests

@@ -150,7 +150,7 @@ def test_the_files_stand_in_the_order_to_read_them_with_their_lines_within_a_ten
 
 
 def test_knobs_that_the_pages_name_exist():
-    knobs = {name: set(read_block(REPOSITORY / f'{name}.py')[0]) | {'help'} for name in PROGRAMS}
+    knobs = {name: set(read_block(REPOSITORY / f'{name}.py')) | {'help'} for name in PROGRAMS}
     knobs['train'] |= set().union(*run_knobs())
     outside = {'nproc_per_node', 'window'}                  # torchrun's, and the one that a reader adds
     checked = set()
