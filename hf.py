@@ -76,23 +76,18 @@ class Stored(NamedTuple):
 
 
 def read_header(path):
-    """A safetensors file -> {name: Stored}. The tensors must fill the file to its end, without holes."""
-    with reading(path):
-        with open(path, 'rb') as file:
-            size, length = os.path.getsize(path), int.from_bytes(file.read(8), 'little')
-            entries = json.loads(file.read(min(length, size)))
+    """A safetensors file -> {name: Stored}."""
+    with reading(path), open(path, 'rb') as file:
+        size, length, stored = os.path.getsize(path), int.from_bytes(file.read(8), 'little'), {}
+        entries = json.loads(file.read(min(length, size)))
         entries.pop('__metadata__', None)
-        stored, end = {}, 0
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]['data_offsets']):
+        for name, entry in entries.items():
             if entry['dtype'] not in DTYPES:
                 raise ValueError(f'{name} has dtype {entry["dtype"]}, only {", ".join(DTYPES)} can be read')
-            start, dtype, shape = end, DTYPES[entry['dtype']], tuple(entry['shape'])
-            end += math.prod(shape) * dtype.itemsize
-            if entry['data_offsets'] != [start, end]:
-                raise ValueError(f'{name} of shape {shape} cannot lie at {entry["data_offsets"]}')
+            dtype, shape, (start, end) = DTYPES[entry['dtype']], tuple(entry['shape']), entry['data_offsets']
+            if end - start != math.prod(shape) * dtype.itemsize or not 0 <= start <= end <= size - 8 - length:
+                raise ValueError(f'{name} of shape {shape} cannot lie at {start:,} to {end:,} of {size:,} bytes')
             stored[name] = Stored(path, 8 + length + start, dtype, shape)
-        if size != 8 + length + end:
-            raise ValueError(f'it has {size:,} bytes where its header says {8 + length + end:,}')
         return stored
 
 
@@ -177,8 +172,8 @@ SILENT = set('''architectures auto_map model_type torch_dtype dtype transformers
 # what it means to leave out a field, and to give it as null
 ABSENT = {'tie_word_embeddings': False, 'attention_bias': False, 'head_dim': None}
 NULL = {'q_lora_rank': 0, 'n_shared_experts': 0, 'n_group': 1, 'topk_group': 1}
-ROPE = {'default': (), 'linear': ('factor',), 'dynamic': ('factor',),                  # fields of each kind
-        'yarn': ('factor', 'beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim', 'attention_factor')}
+YARN = {'original_max_position_embeddings': 'rope_original_context', 'attention_factor': 'rope_attention_factor'} | {
+    field: 'rope_' + field for field in ('beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim')}
 
 
 def expect(fields, field, values):
@@ -228,36 +223,31 @@ def read_config(fields):
         knobs |= {'rope_original_context': knobs['block_size'], 'block_size': number(left, 'model_max_length', int)}
     for field in left.keys() - SILENT:
         raise ValueError(f'{field}={left[field]!r}: no such field is known here')
-    try:
-        return name, ModelConfig(**knobs), latent and said['rope_interleave']
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'the sizes make no network ({error})') from None
+    return name, ModelConfig(**knobs), latent and said['rope_interleave']
 
 
 def read_rope(rope, latent):
     """rope_parameters, or the older rope_scaling and rope_theta -> our rope_ knobs."""
     kind = rope.pop('rope_type', rope.pop('type', 'default'))
-    expect({'rope_type': kind}, 'rope_type', list(ROPE))
+    expect({'rope_type': kind}, 'rope_type', ['default', 'linear', 'dynamic', 'yarn'])
     expect(rope, 'truncate', [True])
     expect(rope, 'llama_4_scaling_beta', [0])
-    original = rope.pop('original_max_position_embeddings', None)           # means something to yarn alone
-    if latent:
-        rope.pop('partial_rotary_factor', None)                             # qk_rope_head_dim says it
     knobs = {'rope_theta': number(rope, 'rope_theta'), 'rope_scaling': kind}
-    for field in rope.keys() - set(ROPE[kind]):
-        raise ValueError(f'{field}={rope[field]!r} beside rope_type={kind!r} cannot be expressed here')
-    if kind == 'default' or kind == 'linear' and rope.get('factor') == 1:
-        return knobs | {'rope_scaling': 'default'}
-    knobs['rope_factor'] = factor = number(rope, 'factor')
+    if kind != 'default':
+        knobs['rope_factor'] = factor = number(rope, 'factor')
+    if kind == 'linear' and factor == 1:                        # how a Mistral4 says it, see write_config
+        knobs['rope_scaling'] = 'default'
     if kind == 'yarn':
-        m, all_dim, amplitude = (rope.get(field) for field in ('mscale', 'mscale_all_dim', 'attention_factor'))
-        if not amplitude and bool(m) != bool(all_dim):
+        knobs |= {knob: value for field, knob in YARN.items() if (value := rope.pop(field, None)) is not None}
+        m, all_dim, amplitude = (knobs.get('rope_' + knob) for knob in ('mscale', 'mscale_all_dim', 'attention_factor'))
+        if not (amplitude or m and all_dim or m is all_dim is None):
             raise ValueError(f'mscale={m} beside mscale_all_dim={all_dim}: transformers and DeepSeek differ')
-        amplitude = amplitude or yarn_mscale(factor, m or 1.0) / yarn_mscale(factor, all_dim or 0.0)
-        # mscale_all_dim acts on the scores as well, but not in Mixtral and Qwen3
-        knobs |= {'rope_attention_factor': amplitude, 'rope_mscale_all_dim': latent and all_dim or 0.0,
-                  'rope_original_context': original,
-                  'rope_beta_fast': rope.get('beta_fast') or 32.0, 'rope_beta_slow': rope.get('beta_slow') or 1.0}
+        if not latent:                                          # whose scores do not look at mscale_all_dim as well
+            amplitude = amplitude or yarn_mscale(factor, m or 1.0) / yarn_mscale(factor, all_dim or 0.0)
+            knobs |= {'rope_attention_factor': amplitude, 'rope_mscale_all_dim': 0.0}
+    # the one means something to yarn alone, the other is what qk_rope_head_dim says
+    for field in rope.keys() - {'original_max_position_embeddings', latent and 'partial_rotary_factor'}:
+        raise ValueError(f'{field}={rope[field]!r} beside rope_type={kind!r} cannot be expressed here')
     return knobs
 
 
@@ -268,7 +258,7 @@ def write_config(c, eot=None):
         name = 'DeepseekV3' if c.router == 'sigmoid' else 'Mistral4' if renormalised else 'DeepseekV2'
     else:
         name = 'Qwen3Moe' if c.qk_norm else 'Mixtral'
-    name, original = name + 'ForCausalLM', c.rope_original_context or c.block_size
+    name, kind, original = name + 'ForCausalLM', c.rope_scaling, c.rope_original_context or c.block_size
     family = FAMILIES[name]
     fields = {field: getattr(c, knob) for field, knob in family.fields.items()}
     fields |= {field: values[0] for field, values in family.allowed.items()} | {
@@ -282,21 +272,20 @@ def write_config(c, eot=None):
         fields['topk_method'] = 'group_limited_greedy'
     if name == 'Qwen3MoeForCausalLM':
         fields['mlp_only_layers'] = list(range(c.n_dense_layer))
-    fields['rope_parameters'] = rope = {'rope_theta': c.rope_theta, 'rope_type': c.rope_scaling}
-    if c.rope_scaling != 'default':
+    fields['rope_parameters'] = rope = {'rope_theta': c.rope_theta, 'rope_type': kind}
+    if kind != 'default':
         rope['factor'] = c.rope_factor
-    if c.rope_scaling == 'dynamic':
+    if kind == 'dynamic':
         fields |= {'max_position_embeddings': original, 'model_max_length': c.block_size}      # see read_config
-    if c.rope_scaling == 'yarn':
+    if kind == 'yarn':
         temperature = yarn_mscale(c.rope_factor, c.rope_mscale_all_dim)
         amplitude = c.rope_attention_factor or yarn_mscale(c.rope_factor, c.rope_mscale) / temperature
         # multi-head: scores have no temperature of their own, but all dims are turned, so the amplitude does it
-        rope |= {'original_max_position_embeddings': original, 'beta_fast': c.rope_beta_fast,
-                 'beta_slow': c.rope_beta_slow, 'attention_factor': float(amplitude * (1.0 if latent else temperature))}
-        if latent:
-            rope |= {'mscale': c.rope_mscale, 'mscale_all_dim': c.rope_mscale_all_dim}
+        amplitude = float(amplitude if latent else amplitude * temperature)
+        rope |= {field: getattr(c, knob) for field, knob in YARN.items()} | {
+            'original_max_position_embeddings': original, 'attention_factor': amplitude}
     if name == 'Mistral4ForCausalLM':
-        if c.rope_scaling == 'default':                         # with which it crashes
+        if kind == 'default':                                   # with which it crashes
             rope |= {'rope_type': 'linear', 'factor': 1.0}
         share = (c.qk_rope_head_dim + 0.5) / (c.qk_nope_head_dim + c.qk_rope_head_dim)      # it rounds down
         rope |= {'partial_rotary_factor': share, 'original_max_position_embeddings': original,
@@ -449,8 +438,8 @@ def to_folder(model, tokenizer, path):
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def peer(model, **options):
-    """The same network with the same weights in transformers; options: of from_pretrained. ImportError without it."""
+def peer(model):
+    """The same network with the same weights in transformers. ImportError without it."""
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -459,7 +448,7 @@ def peer(model, **options):
     state = {name: theirs.gather() for name, theirs in layout(model.config, family, model.state_dict()).items()}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                         # "Initializing zero-element tensors is a no-op": yes
-        return kind.from_pretrained(None, config=kind.config_class(**fields), state_dict=state, **options)
+        return kind.from_pretrained(None, config=kind.config_class(**fields), state_dict=state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

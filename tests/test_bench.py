@@ -230,7 +230,7 @@ def test_train_reports_the_models_own_counts_and_quotients_of_its_timings(update
 def test_the_peak_memory_is_that_of_a_process_with_one_side_alone(tmp_path):
     [row] = measure(tmp_path, variants='lora', dtype='bfloat16', rounds=1, warmup=0, memory_updates=1)['rows']
     # what torch alone takes: a process that holds all sides and the 256 MiB of the yardstick is far above it
-    code = 'import torch; from machine import resident_gb; print(resident_gb())'
+    code = 'import torch; from machine import peak_memory_gb; print(peak_memory_gb(torch.device("cpu")))'
     alone = subprocess.run([sys.executable, '-c', code],
                            cwd=REPOSITORY, capture_output=True, text=True, check=True, env=ENVIRONMENT)
     assert 0.05 < row['peak_memory']['before_gb'] < row['peak_memory']['peak_gb'] < float(alone.stdout) + 0.2
@@ -404,7 +404,7 @@ def test_the_peer_decodes_with_a_cache_of_the_same_size(beside):
     ('contexts', '3,7', ['--contexts=3,7', 'divide', '--batch_size=3']), ('n_embd', 62, ['n_embd', 'n_head']),
     ('experts', '1,8', ['top_k', 'n_expert']), ('kv_lora_rank', 8, ['kv_lora_rank', 'baseline']),
     ('plain', 'rope', ['--plain=rope', 'rotate']),
-    ('device', 'tpu', ['tpu', 'cpu']), ('device', 'mps', ['mps', 'cpu and cuda only']),
+    ('device', 'tpu', ['tpu', 'cpu']), ('device', 'mps', ['mps', '--device=auto']),
     ('device', 'cuda:99', ['no cuda:99']), ('generate', True, ['unknown knob']),
     ('task', 'trian', ['trian', 'did you mean train']), ('round', 3, ['did you mean', 'rounds'])])
 def test_what_cannot_be_done_is_said_in_one_line(knob, value, words, refused):

@@ -364,12 +364,11 @@ def header(folder, change):
 
 
 @pytest.mark.parametrize('damage, words', [
-    (shorten, ('model-00001', 'bytes where its header says')),
+    (shorten, ('model-00001', 'cannot lie at')),
     (lambda f: first_shard(f).write_bytes(b''), ('cannot be read',)),
     (lambda f: first_shard(f).write_bytes(b'\xff' * 100), ('cannot be read',)),
-    (lambda f: first_shard(f).write_bytes(first_shard(f).read_bytes() + b'x'), ('bytes where its header says',)),
     (lambda f: header(f, lambda text: text.replace('"F32"', '"Q4"', 1)), ('model-00001', 'dtype Q4')),
-    (lambda f: header(f, lambda text: text.replace('[0,', '[4,', 1)), ('model-00001', 'cannot lie at')),
+    (lambda f: header(f, lambda text: text.replace('[0,', '[4,', 1)), ('model-00001', 'cannot lie at 4 to')),
     (lambda f: header(f, lambda text: '[]'), ('cannot be read',)),
     (lambda f: first_shard(f).unlink(), ('model-00001', 'No such file')),
     (lambda f: index(f, lambda m: m.pop('lm_head.weight') and None), ('index.json', 'lm_head.weight')),
@@ -428,7 +427,7 @@ def test_a_config_that_cannot_be_expressed_is_refused_by_field_and_value(family,
     with pytest.raises(ValueError) as error:
         hf.read_config(SMALL[family] | {field: value})
     message = str(error.value)
-    assert '\n' not in message and ('sizes' in message or field in message), message
+    assert '\n' not in message and (field in message or 'must be' in message), message
     assert str(value) in message or value is None
 
 
