@@ -91,18 +91,18 @@ def read_header(path):
         return stored
 
 
-def write_safetensors(path, plan):
-    """plan: {name: Theirs}, written one tensor after the other."""
+def write_safetensors(path, tensors):
+    """tensors: {name: tensor}, on the CPU."""
     header, end, names = {'__metadata__': {'format': 'pt'}}, 0, {dtype: name for name, dtype in DTYPES.items()}
-    for name, theirs in plan.items():
-        start, end = end, end + math.prod(theirs.shape) * theirs.dtype.itemsize
-        header[name] = {'dtype': names[theirs.dtype], 'shape': theirs.shape, 'data_offsets': [start, end]}
+    for name, t in tensors.items():
+        start, end = end, end + t.nbytes
+        header[name] = {'dtype': names[t.dtype], 'shape': list(t.shape), 'data_offsets': [start, end]}
     header = json.dumps(header).encode()
     header += b' ' * (-len(header) % 8)                         # so that the tensors are aligned
     with open(path, 'wb') as file:
         file.write(len(header).to_bytes(8, 'little') + header)
-        for theirs in plan.values():
-            file.write(theirs.gather().flatten().view(torch.uint8).numpy())
+        for t in tensors.values():
+            file.write(t.flatten().view(torch.uint8).numpy())
 
 
 def find_tensors(folder):
@@ -306,18 +306,9 @@ class Theirs(NamedTuple):
     parts: list                     # our tensors that it holds, side by side along dim 1
     rows: object = slice(None)      # which row of ours each of its rows is
 
-    @property
-    def dtype(self):
-        return self.parts[0].dtype
-
-    @property
-    def shape(self):
-        first, *rest = self.parts[0].shape
-        return (first, *rest) if len(self.parts) == 1 else (first, len(self.parts) * rest[0], *rest[1:])
-
     def gather(self):
-        """Ours -> theirs, on the CPU."""
-        return (torch.cat(self.parts, 1) if len(self.parts) > 1 else self.parts[0][self.rows]).cpu()
+        """Ours -> theirs; a view where it can be one."""
+        return torch.cat(self.parts, 1) if len(self.parts) > 1 else self.parts[0][self.rows]
 
     def scatter(self, tensor):
         """Theirs -> ours, in place."""
@@ -391,17 +382,16 @@ def from_folder(path, dtype=None, device=None):
                                                        if not name.endswith('correction_bias'))))
         state = {name: torch.empty_like(tensor, device=device or 'cpu') for name, tensor in model.state_dict().items()}
         plan = layout(config, family, state, interleaved)
-        plan = {name: theirs for name, theirs in plan.items() if 0 not in theirs.shape}
         for name, theirs in plan.items():
-            if name not in stored:
+            shape = theirs.gather().shape
+            if name not in stored and 0 not in shape:
                 raise ValueError(f'there is no {name} among the {len(stored):,} tensors')
-            if stored[name].shape != theirs.shape:
-                raise ValueError(f'{name} has shape {list(stored[name].shape)}, but config.json makes it '
-                                 f'{list(theirs.shape)}')
+            if name in stored and stored[name].shape != shape:
+                raise ValueError(f'{name} has shape {list(stored[name].shape)}, but config.json makes it {list(shape)}')
         if surplus := stored.keys() - plan.keys():
             raise ValueError(f'{min(surplus)} is not of this network, as {len(surplus):,} tensors are not')
-        for name, theirs in plan.items():
-            theirs.scatter(stored[name].read())
+        for name, tensor in stored.items():
+            plan[name].scatter(tensor.read())
         model.load_state_dict(state, assign=True)
         return model
 
@@ -413,6 +403,7 @@ def to_folder(model, tokenizer, path):
     """
     path = Path(path).expanduser()
     family, fields = write_config(model.config, tokenizer and tokenizer.eot)
+    plan = layout(model.config, family, model.state_dict())
     files = {'config.json': fields | {'dtype': str(model.embed.weight.dtype).removeprefix('torch.')}}
     if tokenizer is not None:
         if tokenizer.vocab_size != model.config.vocab_size:
@@ -429,7 +420,7 @@ def to_folder(model, tokenizer, path):
         aside.mkdir(parents=True)
         for name, value in files.items():
             (aside / name).write_text(json.dumps(value, indent=2) + '\n', 'utf-8')
-        write_safetensors(aside / 'model.safetensors', layout(model.config, family, model.state_dict()))
+        write_safetensors(aside / 'model.safetensors', {name: theirs.gather().cpu() for name, theirs in plan.items()})
         os.replace(aside, path)
         return family
     except OSError as error:
