@@ -431,21 +431,18 @@ def table(rows, cells):
 
 
 def main():
-    started, version = now(), None
+    started, version, hint = now(), None, ''
     try:                                                        # what cannot be built is told before anything runs
         configs = [config_of({'variant': attn, 'experts': n}, contexts[0]) for attn in variants for n in experts]
-    except ValueError as error:
-        fail(error)
-    try:
         if peer != 'none':
+            hint = f'; --peer=none goes without {peer}'
             import hf
             import transformers
             version = transformers.__version__
             for c in configs:
                 hf.write_config(c)
     except (ImportError, ValueError) as error:
-        install = f'pip install {peer}, or ' * isinstance(error, ImportError)
-        fail(f'--peer={peer}: {error}; {install}--peer=none goes without it')
+        fail(f'{error}{hint}')
     machine, rows = take_turns(training_sides() if task == 'train' else decoding_sides())
     for measure in rows[0]['seconds']:                          # the last is the one that the table compares
         compare(rows, measure)
