@@ -363,7 +363,8 @@ def layout(config, family, state, interleaved=True):
 def from_folder(path, dtype=None, device=None):
     """A folder of Hugging Face's -> LanguageModel, in eval mode, its weights read one by one and never held twice.
 
-    dtype: of all parameters; None: the widest in the files. The biases that choose experts stay float32.
+    dtype: of all parameters; None: the widest in the files. The biases that choose experts stay float32. Quantised weights,
+    as those of V3 and Kimi-K2 are published, are refused.
     """
     path = Path(path).expanduser()
     with reading(path):

@@ -167,13 +167,19 @@ def build(config):
     return randomise(kind(kind.config_class(**json.loads(json.dumps(said)))))
 
 
+def saved(folder, config, theirs=None, **options):
+    """The folder that transformers writes of a network, with the published fields in config.json."""
+    (theirs or build(config)).save_pretrained(folder, **options)
+    (folder / 'config.json').write_text(json.dumps(config))
+    return folder
+
+
 @pytest.fixture(scope='module', params=SMALL)
 def small(request, tmp_path_factory):
-    """A family's network in transformers, and the folder that it wrote, with the published fields in config.json."""
-    config, folder = SMALL[request.param], tmp_path_factory.mktemp('theirs')
-    theirs = build(config)
-    theirs.save_pretrained(folder, max_shard_size='40KB' if request.param == 'v3' else '1GB')
-    (folder / 'config.json').write_text(json.dumps(config))
+    """A family's network in transformers, and the folder that it wrote."""
+    config, theirs = SMALL[request.param], build(SMALL[request.param])
+    folder = saved(tmp_path_factory.mktemp('theirs'), config, theirs,
+                   max_shard_size='40KB' if request.param == 'v3' else '1GB')
     return SimpleNamespace(name=request.param, config=config, theirs=theirs, folder=folder, ours=hf.from_folder(folder))
 
 
@@ -264,7 +270,9 @@ def same_logits_as_its_peer(config, folder):
     assert_same_logits(ours(tokens), theirs(tokens).logits)
     hf.to_folder(ours, None, folder / 'ours')                   # the files that transformers would have written
     theirs.save_pretrained(folder / 'theirs')
-    assert hf.from_folder(folder / 'ours').config.block_size == config.block_size
+    again = hf.from_folder(folder / 'ours')
+    assert_same_logits(again(tokens), ours(tokens))
+    assert again.config.block_size == config.block_size         # also where theirs calls the original context the maximum
     mine, written = tensors(folder / 'ours'), tensors(folder / 'theirs')
     assert mine.keys() == written.keys() and all(torch.equal(mine[name], written[name]) for name in mine)
 
@@ -283,15 +291,12 @@ def test_what_no_family_has_is_refused_by_the_name_of_the_knob(knob, knobs, tmp_
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files: dtypes, shards, float8, damage
+# Files: dtypes, shards, damage
 
 @pytest.fixture
 def folder(tmp_path):
     """A small DeepSeek-V3 as transformers writes it, in shards."""
-    config = SMALL['v3']
-    build(config).save_pretrained(tmp_path / 'v3', max_shard_size='40KB')
-    (tmp_path / 'v3' / 'config.json').write_text(json.dumps(config))
-    return tmp_path / 'v3'
+    return saved(tmp_path / 'v3', SMALL['v3'], max_shard_size='40KB')
 
 
 def edit(path, change):
@@ -303,8 +308,7 @@ def test_weights_keep_the_dtype_of_the_file_or_take_the_one_asked_for(tmp_path):
     theirs = build(SMALL['moonlight']).bfloat16()
     for layer in theirs.model.layers[1:]:                       # the biases for choosing stay float32, as published
         layer.mlp.gate.e_score_correction_bias = layer.mlp.gate.e_score_correction_bias.float() + 1e-4
-    theirs.save_pretrained(tmp_path / 'theirs')
-    (tmp_path / 'theirs' / 'config.json').write_text(json.dumps(SMALL['moonlight']))
+    saved(tmp_path / 'theirs', SMALL['moonlight'], theirs)
     ours, wide = hf.from_folder(tmp_path / 'theirs'), hf.from_folder(tmp_path / 'theirs', dtype=torch.float64)
     kinds = {name: tensor.dtype for name, tensor in ours.state_dict().items()}
     assert {kind for name, kind in kinds.items() if name.endswith('correction_bias')} == {torch.float32}
@@ -329,12 +333,6 @@ def test_multi_token_prediction_and_frequencies_are_left_out(folder):
 def test_quantised_weights_are_refused_with_what_to_do(folder):
     edit(folder / 'config.json', lambda config: config | FLOAT8)
     refused(folder, 'quantization_config=', "'fp8'", 'converted to bfloat16')
-
-
-def saved(folder, config):
-    build(config).save_pretrained(folder)
-    (folder / 'config.json').write_text(json.dumps(config))
-    return folder
 
 
 def first_shard(folder):
