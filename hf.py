@@ -245,8 +245,9 @@ def read_rope(rope, latent):
         if not latent:                                          # whose scores do not look at mscale_all_dim as well
             amplitude = amplitude or yarn_mscale(factor, m or 1.0) / yarn_mscale(factor, all_dim or 0.0)
             knobs |= {'rope_attention_factor': amplitude, 'rope_mscale_all_dim': 0.0}
-    # the one means something to yarn alone, the other is what qk_rope_head_dim says
-    for field in rope.keys() - {'original_max_position_embeddings', latent and 'partial_rotary_factor'}:
+    if latent:
+        rope.pop('partial_rotary_factor', None)                 # qk_rope_head_dim says it
+    for field in rope.keys() - {'original_max_position_embeddings'}:        # which without yarn means nothing
         raise ValueError(f'{field}={rope[field]!r} beside rope_type={kind!r} cannot be expressed here')
     return knobs
 
