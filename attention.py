@@ -1,15 +1,10 @@
-"""Attention: rotary positions and their scalings, multi-head attention, DeepSeek's latent attention, and their caches.
+"""Attention: rotary positions and their scalings, multi-head attention, DeepSeek's latent attention, the variants.
 
 Read it with the papers beside you: RoPE (Su et al. 2021, arXiv 2104.09864), YaRN (Peng et al. 2023, arXiv 2309.00071),
 grouped queries (Ainslie et al. 2023, arXiv 2305.13245), and multi-head latent attention, MLA (DeepSeek-V2, arXiv
 2405.04434, section 2.1, eq. 9-19). Parameters carry DeepSeek's names, so that its published weights fit by name.
 
-What is in here, in reading order:
-    rope_...()             frequencies (default, linear, dynamic NTK, YaRN) and the table of angles
-    RMSNorm, Cache         the norm of blocks, latents and heads; what decoding keeps, and where it stands
-    MultiHeadAttention     q, k, v per head; fewer key/value heads make it grouped-query (gqa) or multi-query (mqa)
-    LatentAttention        k and v of all heads through one small latent, which is all that decoding has to keep
-    variants()             the rows of knobs behind --attn: a new variant is one row, or one class and one row
+A new variant is a row in variants(), at the end, or a class and a row.
 
 Shapes: B sequences, T new tokens, S tokens that can be attended (cached + new), C = n_embd, H = n_head,
 dn = qk_nope_head_dim, dr = qk_rope_head_dim, dv = v_head_dim, r = kv_lora_rank, rq = q_lora_rank.
@@ -17,8 +12,7 @@ dn = qk_nope_head_dim, dr = qk_rope_head_dim, dv = v_head_dim, r = kv_lora_rank,
 Both classes are called in the same way, attention(x, rope, cache=None) for x (B, T, C) -> (B, T, C):
     rope     rope_tables() at the positions of x's tokens
     cache    None in training: every token attends to itself and to those before it, nothing is kept. When decoding, the
-             layer's own LayerCache: it takes what is kept of the new tokens and gives back that of all tokens.
-
+             layer's own decoding.LayerCache: it takes what is kept of the new tokens and gives back that of all tokens.
 python attention.py runs a worked example: the shapes, what is cached, and the two ways to use the cache.
 """
 import math
@@ -27,6 +21,17 @@ import torch
 import torch.nn as nn
 
 import kernels
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gain over the last dim (Zhang & Sennrich 2019, arXiv 1910.07467), computed in the gain's float32."""
+
+    def __init__(self, width, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return kernels.rms_norm(x, self.weight, self.eps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,81 +94,6 @@ def attention_scale(config, width):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Norm and cache
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * gain over the last dim (Zhang & Sennrich 2019, arXiv 1910.07467), computed in the gain's float32."""
-
-    def __init__(self, width, eps=1e-6):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        return kernels.rms_norm(x, self.weight, self.eps)
-
-
-class Cache:
-    """What decoding keeps of up to `capacity` tokens: tensors for every layer, and how many slots are filled.
-
-    model.decode() takes slots for T new tokens with advance(T), which says at which positions they stand; then every
-    layer appends to its own LayerCache, cache.layers[i].
-
-    starts: per row, how many slots at the front stay empty, for prompts of different lengths (padded on the left).
-    static: tokens after the prompt attend over all slots and leave the rest to the mask, so that no shape changes from
-    token to token and a compiled model is not compiled again; otherwise only the filled slots are touched.
-    """
-
-    def __init__(self, layers, capacity, starts=None, static=False):
-        self.layers = [LayerCache(self, *tensors) for tensors in layers]
-        self.capacity, self.filled, self.static = capacity, 0, static
-        device = layers[0][0].device
-        self.starts = torch.tensor(starts, device=device).view(-1, 1, 1) if starts and any(starts) else None
-        self.slot_numbers = torch.arange(capacity, device=device)
-
-    def advance(self, T):
-        """Take the next T slots -> their positions, (T,) or (B, 1, T). Raises ValueError when there is no room."""
-        if self.filled + T > self.capacity:
-            raise ValueError(f'the cache has {self.capacity} slots, {self.filled} of them filled: '
-                             f'no room for {T} more tokens')
-        first, self.filled = self.filled, self.filled + T
-        self.slots = self.slot_numbers[first:self.filled]               # (T,) of the new tokens
-        self.alone = first == 0                                         # a prompt attends to itself, not to the cache
-        self.attended = self.capacity if self.static and not self.alone else self.filled
-        if self.starts is None and (self.alone or (T == 1 and not self.static)):
-            self.mask = 'causal' if self.alone else None                # the newest token sees everything
-        else:
-            key, query = self.slot_numbers[:self.attended], self.slots.unsqueeze(1)
-            self.mask = key <= query                                    # (T, S)
-            if self.starts is not None:         # an empty slot sees itself, lest its softmax be over nothing: NaN
-                self.mask = self.mask & ((key >= self.starts) | (key == query))
-                self.mask = self.mask.unsqueeze(1)                      # (B, 1, T, S)
-        return self.slots if self.starts is None else (self.slots - self.starts).clamp_min(0)
-
-    def bytes(self):
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors)
-
-
-class LayerCache:
-    """One layer's part of a Cache: tensors (B, heads, capacity, width)."""
-
-    def __init__(self, cache, *tensors):
-        self.cache, self.tensors = cache, tensors
-
-    @property
-    def mask(self):
-        """Which tokens the new ones may attend to: see kernels.attention."""
-        return self.cache.mask
-
-    def append(self, *new):
-        """Keep the new tokens' tensors (B, heads, T, width) -> those of all tokens to be attended (B, heads, S, width)."""
-        for kept, tensor in zip(self.tensors, new):
-            kept.index_copy_(2, self.cache.slots, tensor.to(kept.dtype))
-        if self.cache.alone:
-            return new
-        return [kept[:, :, :self.cache.attended].to(new[0].dtype) for kept in self.tensors]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Multi-head attention, and with fewer key/value heads grouped-query and multi-query attention
 
 class MultiHeadAttention(nn.Module):
@@ -191,10 +121,6 @@ class MultiHeadAttention(nn.Module):
         """Sizes for the result file, read off the live layer."""
         return {'n_kv_head': self.n_kv_head, 'qk_head_dim': self.head_dim, 'v_head_dim': self.head_dim,
                 'qk_rope_head_dim': self.head_dim}
-
-    def score_and_value_width(self):
-        """Multiply-adds for one query-key pair, over all heads: those of the score, those of the value."""
-        return self.n_head * self.head_dim, self.n_head * self.head_dim
 
     def new_cache(self, batch, capacity, **kind):
         """Room for the keys and the values of `capacity` tokens: two tensors (B, n_kv_head, capacity, d)."""
@@ -247,10 +173,9 @@ class LatentAttention(nn.Module):
     side of the products,
         q_nope . (W_UK c) = (W_UK^T q_nope) . c         and         sum_s p_s (W_UV c_s) = W_UV (sum_s p_s c_s),
     and attends over the cached latents themselves: multi-query attention, H query heads over one key head [c | k_pe] of
-    width r + dr, whose first r numbers are its value too (V2, section 2.1.2). The numbers are the same; which way is
-    cheaper depends on how many new tokens share the expansion (self.absorbs).
-    This is also why position has a part of its own: a rotation between q and W_UK would differ from token to token, and
-    W_UK could not change sides (V2, section 2.1.3).
+    width r + dr, whose first r numbers are its value too (V2, section 2.1.2). The numbers are the same, the costs are not
+    (see absorbs). This is also why position has a part of its own: a rotation between q and W_UK would differ from token
+    to token, and W_UK could not change sides (V2, section 2.1.3).
     """
 
     def __init__(self, config):
@@ -269,17 +194,13 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(r)        # the latents' norms keep an epsilon of 1e-6 whatever norm_eps is (DeepSeek)
         self.kv_b_proj = nn.Linear(r, H * (dn + dv), bias=False)
         self.o_proj = nn.Linear(H * dv, C, bias=bias)
-        # of the width that the scores are made of, nope + rope: also when absorbed queries are r + dr wide
-        self.scale = attention_scale(config, dn + dr)
+        self.scale = attention_scale(config, dn + dr)                   # also when absorbed queries are r + dr wide
         self.decode_mode = 'auto'                                       # auto | expand | absorb, for tests and bench.py
 
     def head_dims(self):
         return {'q_lora_rank': self.q_lora_rank, 'kv_lora_rank': self.kv_lora_rank,
                 'qk_nope_head_dim': self.qk_nope_head_dim, 'qk_rope_head_dim': self.qk_rope_head_dim,
                 'qk_head_dim': self.qk_nope_head_dim + self.qk_rope_head_dim, 'v_head_dim': self.v_head_dim}
-
-    def score_and_value_width(self):
-        return self.n_head * (self.qk_nope_head_dim + self.qk_rope_head_dim), self.n_head * self.v_head_dim
 
     def new_cache(self, batch, capacity, **kind):
         """Room for [latent | rotary key] of `capacity` tokens: one tensor (B, 1, capacity, r + dr), one for all heads."""
@@ -317,7 +238,7 @@ class LatentAttention(nn.Module):
         return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))                             # eq. 19
 
     def expanded(self, q_nope, q_pe, c, k_pe, mask):
-        """Attention as it is trained: keys and values of every head from c (B, 1, S, r), k_pe (B, 1, S, dr) -> (B, H, T, dv)"""
+        """As it is trained: keys and values of every head, made from c (B, 1, S, r) and k_pe (B, 1, S, dr) -> (B, H, T, dv)"""
         B, _, S, _ = c.shape
         H, dn, dv = self.n_head, self.qk_nope_head_dim, self.v_head_dim
         k_nope, v = self.kv_b_proj(c).view(B, S, H, dn + dv).transpose(1, 2).split([dn, dv], dim=-1)        # eq. 10-11
@@ -341,8 +262,8 @@ class LatentAttention(nn.Module):
 def variants(n_embd, n_head):
     """The rows behind --attn: name -> {'class': ..., knob: value}, as proportions of the width, so that they hold at any.
 
-    With C = n_embd and d = C / n_head. At C = 384 and 8 heads the lora row has the numbers of the report that this project
-    repeats: ranks 32 and 64, nope 16 + rope 32, v 48. A knob that a row does not name means nothing to its class.
+    At C = 384 and 8 heads the lora row has the numbers of the report that this project repeats: ranks 32 and 64, nope 16 +
+    rope 32, v 48. A knob that a row does not name means nothing to its class.
     """
     C, d = n_embd, n_embd // n_head
     two_thirds = 2 * round(d / 3)                                       # 2d/3, rounded to an even number of dims
@@ -369,48 +290,49 @@ def variants(n_embd, n_head):
 def lay_over_row(config):
     """Fill in the knobs of `config` that are None from the row of its variant, and check them. Changes config.
 
-    Raises ValueError, in one line, for an unknown variant, a knob that the variant's class does not have, and sizes
-    that make no attention (odd rotary width, no width at all, key/value heads that do not divide the heads, ...).
+    Raises ValueError for an unknown variant, a knob that its class does not have, and sizes that make no attention.
     """
     C, H = config.n_embd, config.n_head
-    if C < 1 or H < 1 or C % H:
-        raise ValueError(f'n_embd ({C}) must be a multiple of n_head ({H}): a head gets n_embd / n_head dims')
+    require(H >= 1 and C >= 1 and C % H == 0,
+            f'n_embd ({C}) must be a multiple of n_head ({H}): a head gets n_embd / n_head dims')
     rows = variants(C, H)
-    if config.attn not in rows:
-        import difflib                                                  # only on the way out
-        close = difflib.get_close_matches(str(config.attn), rows, n=1)
-        raise ValueError(f'unknown attention variant {config.attn!r}{f"; did you mean {close[0]}?" if close else ""}'
-                         f' (one of {", ".join(rows)})')
+    require(config.attn in rows, f'unknown attention variant {config.attn!r} (one of {", ".join(rows)})')
     row = rows[config.attn]
-    every_knob = {knob for r in rows.values() for knob in r} - {'class'}
-    for knob in sorted(every_knob):
+    for knob in sorted({knob for r in rows.values() for knob in r} - {'class'}):
         if getattr(config, knob) is None:
             setattr(config, knob, row.get(knob))
-        elif knob not in row:
-            raise ValueError(f'--{knob} means nothing to --attn={config.attn}, which is {row["class"].__name__}')
+        require(knob in row or getattr(config, knob) is None,
+                f'--{knob} means nothing to --attn={config.attn}, which is {row["class"].__name__}')
 
-    if config.n_kv_head is not None and (config.n_kv_head < 1 or H % config.n_kv_head):
-        raise ValueError(f'n_kv_head ({config.n_kv_head}) must divide n_head ({H})')
-    if (config.q_lora_rank or 0) < 0:
-        raise ValueError(f'q_lora_rank ({config.q_lora_rank}) must be 0 (no bottleneck for the queries) or positive')
-    for knob in ('head_dim', 'kv_lora_rank', 'v_head_dim', 'qk_nope_head_dim'):
-        if knob in row and getattr(config, knob) < 1:
-            raise ValueError(f'{knob} is {getattr(config, knob)} with n_embd={C}, n_head={H}; it must be at least 1')
+    require((config.q_lora_rank or 0) >= 0,
+            f'q_lora_rank ({config.q_lora_rank}) must be 0 (no bottleneck for the queries) or positive')
+    for knob in ('n_kv_head', 'head_dim', 'kv_lora_rank', 'v_head_dim', 'qk_nope_head_dim'):
+        require(knob not in row or getattr(config, knob) >= 1,
+                f'{knob} is {getattr(config, knob)} with n_embd={C}, n_head={H}; it must be at least 1')
+    require(H % (config.n_kv_head or H) == 0, f'n_kv_head ({config.n_kv_head}) must divide n_head ({H})')
     knob = 'head_dim' if config.qk_rope_head_dim is None else 'qk_rope_head_dim'
     rotary = getattr(config, knob)
-    if rotary < 2 or rotary % 2:
-        raise ValueError(f'{knob} is {rotary} with n_embd={C}, n_head={H}; it must be even, 2 or more: rotary positions '
-                         f'turn pairs of dims')
-    if config.rope_scaling not in ('default', 'linear', 'dynamic', 'yarn'):
-        raise ValueError(f'unknown rope_scaling {config.rope_scaling!r} (one of default, linear, dynamic, yarn)')
-    if config.rope_scaling == 'dynamic' and rotary == 2:
-        raise ValueError('rope_scaling=dynamic needs a rotary width above 2: its exponent is width / (width - 2)')
-    if not 1 <= config.rope_factor < math.inf:
-        raise ValueError(f'rope_factor ({config.rope_factor}) must be at least 1: positions are divided by it')
+    require(rotary >= 2 and rotary % 2 == 0, f'{knob} is {rotary} with n_embd={C}, n_head={H}; it must be even, 2 or '
+                                             f'more: rotary positions turn pairs of dims')
+    require(config.rope_scaling in ('default', 'linear', 'dynamic', 'yarn'),
+            f'unknown rope_scaling {config.rope_scaling!r} (one of default, linear, dynamic, yarn)')
+    require(config.rope_scaling != 'dynamic' or rotary > 2,
+            'rope_scaling=dynamic needs a rotary width above 2: its exponent is width / (width - 2)')
+    require(1 <= config.rope_factor < math.inf,
+            f'rope_factor ({config.rope_factor}) must be at least 1: positions are divided by it')
+    require(config.rope_scaling != 'default' or config.rope_factor == row['rope_factor'],
+            f'rope_factor ({config.rope_factor}) means nothing to rope_scaling=default: linear, dynamic and yarn have one')
+    require(config.rope_scaling == 'yarn' or config.rope_attention_factor is None,
+            f'rope_attention_factor means nothing to rope_scaling={config.rope_scaling}: only yarn has one')
+
+
+def require(holds, otherwise):
+    if not holds:
+        raise ValueError(otherwise)
 
 
 def build_attention(config):
-    """A new attention layer for `config` (model.ModelConfig): the class that the variant's row names."""
+    """A new layer of the class that the variant's row names, for a model.ModelConfig."""
     return variants(config.n_embd, config.n_head)[config.attn]['class'](config)
 
 
@@ -418,6 +340,7 @@ def build_attention(config):
 # A worked example
 
 if __name__ == '__main__':
+    from decoding import Cache
     from model import LanguageModel, ModelConfig
     for attn, modes in ('baseline', ['']), ('mla', ['expand', 'absorb']):
         config = ModelConfig(attn=attn, n_embd=384, n_head=8, n_layer=1, d_ff=64, block_size=16)
@@ -426,7 +349,7 @@ if __name__ == '__main__':
         print(f'\n{attn}: {type(attention).__name__}, {dict(attention.head_dims())}')
         for name, p in attention.named_parameters():
             print(f'    {name:26} {tuple(p.shape)}')
-        x = torch.randn(1, 6, 384, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(1, 6, 384, dtype=torch.float64)
         whole = attention(x, rope_tables(config, torch.arange(6), dtype=x.dtype))
         print(f'  six tokens {tuple(x.shape)} -> {tuple(whole.shape)}, all at once')
         for attention.decode_mode in modes:

@@ -10,202 +10,180 @@ import hashlib
 import io
 import json
 import os
-import pathlib
 import re
+import time
 import zlib
 from array import array
 from collections import Counter
+from pathlib import Path
 
-from tokenizer import EOT, DataError, paced
+import numpy as np
+
+from tokenizer import EOT, DataError
 
 TEXT_ENDINGS = ('.txt', '.md', '.rst', '.tex', '.html', '.py', '.c', '.h', '.cpp', '.js', '.ts', '.java', '.go', '.rs')
 ROW_ENDINGS = ('.jsonl', '.ndjson', '.parquet')
-MARKS = {codecs.BOM_UTF8: 'utf-8-sig',                          # UTF-32's first: its mark begins with that of UTF-16
-         codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
+MARKS = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',      # first: the mark begins with that of UTF-16
          codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 SEPARATOR = re.compile(rf'(?m)^{re.escape(EOT)}[ \t\r]*(?:\n|\Z)')
+BLOCK = 2**21                                                   # characters of a text file in memory at a time
+ODD = {'inline': EOT + ' stands {:,} times beside other text, where it is text: only lines of it alone end documents.',
+       'like json': '{:,} files look like JSON lines and were read as plain text: name them .jsonl.'}
+
+
+def paced(log, seconds=2):
+    """`log` for lines of progress: says one at most every so many seconds and drops the others."""
+    last = time.perf_counter()
+
+    def say(line):
+        nonlocal last
+        if time.perf_counter() > last + seconds:
+            last = time.perf_counter()
+            log(line)
+    return say
 
 
 def ending(path):
     """The ending that says how a file is read, in small letters; .gz is looked through."""
-    return pathlib.Path(path.name.lower().removesuffix('.gz')).suffix
+    return Path(path.name.lower().removesuffix('.gz')).suffix
 
 
-def list_files(folder, endings=TEXT_ENDINGS + ROW_ENDINGS, skip=(), hidden=('.',), followlinks=True):
-    """-> (files, sorted; a sentence each on what is odd; a sentence each on folders that cannot be read).
+def list_files(folder, endings=TEXT_ENDINGS + ROW_ENDINGS, skip=r'\.'):
+    """-> (files, sorted; remarks; problems), the latter two a sentence each.
 
-    skip: names of folders, hidden: beginnings of names that are passed over. A linked folder is visited, each once.
+    skip: what the names of files and folders begin with that are passed over. Linked folders are visited, each once.
     """
-    files, others, closed, seen = [], Counter(), [], set()
-    for parent, folders, names in os.walk(folder, onerror=closed.append, followlinks=followlinks):
+    found, closed, seen, remarks = [], [], set(), []
+    for parent, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if name not in skip and not name.startswith(hidden))
-        for path in (pathlib.Path(parent, name) for name in names if not name.startswith(hidden)):
-            if ending(path) in endings:
-                files.append(path)
-            else:
-                others[path.suffix or 'none'] += 1
-    closed = [f'{error.filename}: cannot be read ({error.strerror})' for error in closed]
+        folders[:] = sorted(name for name in folders if not re.match(skip, name))
+        found += [Path(parent, name) for name in names if not re.match(skip, name)]
+    files = sorted(path for path in found if ending(path) in endings)
+    problems = [f'{error.filename}: cannot be read ({error.strerror})' for error in closed]
     if not files:
-        raise DataError(closed[0] if closed else
+        raise DataError(problems[0] if problems else
                         f'{folder}: no text files in it; endings read are {" ".join(endings)}, and .gz behind them')
-    read, odd = Counter(map(ending, files)), []
-    if others:
-        odd.append(f'{others.total():,} files were left out for their endings: {counted(others)}.')
-    if len(read.keys() & set(ROW_ENDINGS)) not in (0, len(read)):
-        odd.append(f'Rows and whole files are mixed: {counted(read)}.')
-    return sorted(files), odd, closed
+
+    def counted(kinds):
+        return ', '.join(f'{n:,} {kind or "without"}' for kind, n in Counter(kinds).most_common(5)) + '.'
+    if len(found) > len(files):
+        others = [path.suffix for path in found if ending(path) not in endings]
+        remarks.append(f'{len(others):,} files were left out for their endings: {counted(others)}')
+    if len({ending(path) in ROW_ENDINGS for path in files}) == 2:
+        remarks.append(f'Rows and whole files are mixed: {counted(map(ending, files))}')
+    return files, remarks, problems
 
 
-def counted(counter):
-    return ', '.join(f'{n:,} {name}' for name, n in counter.most_common(5))
+def read_documents(files, remarks, problems, text_field, skip_bad_files, spool, log):
+    """Appends the documents of all files to the binary file `spool`; in memory are 48 bytes of each.
 
-
-class Documents:
-    """The documents of a corpus, one behind the other in a file; in memory are 48 bytes of each. Counts what is odd.
-
-    starts, ends: of each in the file. digests: SHA-256 of each, end to end. odd: a Counter. problems: what could not
-    be used, a sentence per file.
+    files, remarks, problems: list_files(). -> spans (n, 2), where each document starts and ends; its SHA-256, (n,) of
+    32 bytes; the remarks. DataError if there are problems, unless skip_bad_files leaves out all of a broken file.
     """
-
-    def __init__(self, file, log):
-        self.file, self.progress = file, paced(log)
-        self.starts, self.ends, self.digests = array('q'), array('q'), bytearray()
-        self.odd, self.problems = Counter(), []
-        self._begin(0)
-
-    def _begin(self, size):
-        self.start = self.size = size
-        self.digest, self.blank = hashlib.sha256(), True
-
-    def write(self, text, end=False):
-        """Goes on with the document. UnicodeEncodeError if the text holds half a surrogate pair."""
-        content = text.encode()
+    log(f'  reading {len(files):,} files')
+    spans, digests, odd, size, progress = array('q'), bytearray(), Counter(), 0, paced(log)
+    for number, path in enumerate(files, 1):
+        start, digest, blank = size, hashlib.sha256(), True
+        before = len(spans), len(digests), odd.copy()
         try:
-            self.file.write(content)
-        except OSError as error:                                # not to be taken for a fault of the file that is read
-            raise DataError(f'the temporary copy of the text cannot be written ({error.strerror}); make room or give '
-                            'another place with --data_root=FOLDER') from None
-        self.digest.update(content)
-        self.size += len(content)
-        self.blank = self.blank and not text.strip()
-        self.odd['inline'] += text.count(EOT)
-        if end and not self.blank:
-            self.starts.append(self.start)
-            self.ends.append(self.size)
-            self.digests += self.digest.digest()
-        if end:
-            self.odd['blank'] += self.blank and self.size > self.start
-            self._begin(self.size)
-
-    def read(self, files, text_field):
-        """Appends the documents of all these files; of a broken one nothing, of one with broken rows the others."""
-        for number, path in enumerate(files, 1):
-            size, count, odd = self.size, len(self.starts), self.odd.copy()
-            try:
-                for text, end in (rows if ending(path) in ROW_ENDINGS else texts)(path, text_field, self):
-                    self.write(text, end)
-                    self.progress(f'  reading: file {number:,} of {len(files):,}, {self.size:,} bytes of text')
-            except DataError:
-                raise
-            except (OSError, EOFError, zlib.error, ValueError) as error:
-                reason = f'cannot be read ({error.strerror or error})' if isinstance(error, OSError) else error
-                self.problems.append(f'{path}: {reason}')
-                self.file.seek(size)
-                self.file.truncate()
-                del self.starts[count:], self.ends[count:], self.digests[32 * count:]
-                self.odd = odd
-                self._begin(size)
-
-    def remarks(self):
-        """What is odd, a sentence each."""
-        said, n, bad = [], self.odd, self.problems
-        if bad:
-            said.append(f'{len(bad):,} files or folders could not be used, whole or in part, as {bad[0]}.')
-        if n['lacking']:
-            said.append(f'{n["lacking"]:,} rows without a text in the text field were left out.')
-        if n['inline']:
-            said.append(f'{EOT} stands {n["inline"]:,} times beside other text and was read as text: only lines of it '
-                        'alone end documents.')
-        if n['like json']:
-            said.append(f'{n["like json"]:,} files look like JSON lines and were read as plain text: name them .jsonl.')
-        return said
+            for text, end in read_file(path, text_field, odd, problems):
+                content = text.encode()
+                spool.write(content)
+                digest.update(content)
+                size += len(content)
+                blank = blank and not text.strip()
+                odd['inline'] += text.count(EOT)
+                if end:
+                    if not blank:
+                        spans.extend((start, size))
+                        digests += digest.digest()
+                    start, digest, blank = size, hashlib.sha256(), True
+                progress(f'  reading: file {number:,} of {len(files):,}, {size:,} bytes of text')
+        except DataError:                                       # of no single file
+            raise
+        except ValueError as error:
+            problems.append(f'{path}: {error}')
+            del spans[before[0]:], digests[before[1]:]
+            odd = before[2]
+    remarks = [sentence.format(odd[what]) for what, sentence in ODD.items() if odd[what]] + remarks
+    if problems:
+        more = f', and {len(problems) - 1:,} more' * (len(problems) > 1)
+        remarks.insert(0, f'Could not be used, whole or in part: {problems[0]}{more}')
+        if not skip_bad_files:
+            for problem in problems:
+                log(f'  {problem}')
+            raise DataError(f'{remarks[0]}; data.py --skip_bad_files=True, with the same --dataset and --tokenizer, leaves '
+                            'it out')
+    return np.array(spans).reshape(-1, 2), np.frombuffer(digests, 'S32'), remarks
 
 
-def opened(path):
-    """-> (binary file, its encoding: what a byte-order mark names, or UTF-8)."""
+def read_file(path, text_field, odd, problems):
+    """A file -> (stretch of text, whether it ends a document). ValueError says why it cannot be read to its end."""
+    try:
+        yield from (rows if ending(path) in ROW_ENDINGS else texts)(path, text_field, odd, problems)
+    except UnicodeDecodeError as error:
+        raise ValueError(f'not {error.encoding.upper()} text; convert it (iconv -f ITS_ENCODING -t utf-8)') from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f'cannot be read ({getattr(error, "strerror", None) or error})') from None
+
+
+def opened(path, errors='strict'):
+    """A file for reading text, in the encoding that its byte-order mark names, or UTF-8."""
     file = gzip.open(path) if path.name.lower().endswith('.gz') else open(path, 'rb')
-    start = file.read(4)
-    file.seek(0)
-    return file, next((name for mark, name in MARKS.items() if start.startswith(mark)), 'utf-8')
+    start = file.peek(4)
+    encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), 'utf-8-sig')
+    return io.TextIOWrapper(file, encoding, errors, newline='\n')
 
 
-def texts(path, text_field, documents):
-    """A text file -> (stretch of text, whether it ends a document), 2 MB at a time. ValueError: it is no text."""
-    file, encoding = opened(path)
-    decoder, rest, position, block = codecs.getincrementaldecoder(encoding)(), '', 0, True
-    with file:
+def texts(path, text_field, odd, problems):
+    with opened(path) as file:
+        block = ''.join(file.readlines(BLOCK))                  # whole lines, lest a separator be cut in two
+        if block.count('\0') > len(block) / 4:
+            raise ValueError('full of zero bytes: UTF-16 without its mark (iconv -f utf-16le -t utf-8), or no text')
+        odd['like json'] += parse(block.partition('\n')[0]) is not None
         while block:
-            block = file.read(2**21)
-            try:
-                text = rest + decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise ValueError(f'not {encoding.upper()} text (near byte {position + error.start:,}); convert it '
-                                 '(iconv -f ITS_ENCODING -t utf-8)') from None
-            if position == 0 and text.count('\0') > len(text) / 4:
-                raise ValueError('full of zero bytes: UTF-16 without its mark (iconv -f utf-16le -t utf-8), or no text')
-            if position == 0 and text.startswith('{') and isinstance(parse(text.partition('\n')[0]), dict):
-                documents.odd['like json'] += 1
-            whole = text.rfind('\n') + 1 if block else len(text)        # whole lines, lest a separator be cut in two
-            *ended, last = SEPARATOR.split(text[:whole])
+            *ended, last = SEPARATOR.split(block)
             yield from ((document, True) for document in ended)
-            yield last, not block
-            rest, position = text[whole:], position + len(block)
+            yield last, False
+            block = ''.join(file.readlines(BLOCK))
+    yield '', True
 
 
-def rows(path, text_field, documents):
-    """A file of rows -> (text, True) each. Those without the field are counted, broken ones told of as a problem."""
-    lacking, broken, first, fields, number = 0, 0, None, {}, 0
+def rows(path, text_field, odd, problems):
+    """Broken rows are left out and told of as one problem."""
+    number, broken, first = 0, 0, None
     reader = parquet_rows if ending(path) == '.parquet' else json_rows
     for number, (where, row) in enumerate(reader(path, text_field), 1):
         try:
-            if not isinstance(row, dict):
-                raise ValueError('not JSON' if isinstance(row, Exception) else f'{type(row).__name__}, not an object')
+            if row is None:
+                raise ValueError('not a JSON object')
             text = row.get(text_field)
-            if text is None:
-                lacking, fields = lacking + 1, fields | row
-                continue
             if not isinstance(text, str):
-                raise ValueError(f'{text_field} is {type(text).__name__}, not text')
-            if re.search('[\ud800-\udfff]', text):
-                raise ValueError(f'{text_field} holds bytes that are no text')
+                raise ValueError(f'no text in the field {text_field}; there are {", ".join(row)}: choose by '
+                                 '--text_field=NAME')
+            text.encode()                                       # half a surrogate pair, bytes that are no text
             yield text, True
         except ValueError as error:
             broken, first = broken + 1, first or f'{where}: {error}'
-    if lacking and lacking + broken == number:
-        raise ValueError(f'no row has a text in the field {text_field}; there are {", ".join(fields)}: choose by '
-                         '--text_field=NAME')
-    documents.odd['lacking'] += lacking
     if broken:
-        documents.problems.append(f'{path}: {broken:,} of {number:,} rows are broken, the first at {first}')
+        problems.append(f'{path}: {broken:,} of {number:,} rows are broken, the first at {first}')
 
 
 def parse(line):
-    """A line of JSON -> its value, or the error that says why it has none."""
+    """The object in a line of JSON, or None."""
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return error
+        row = json.loads(line)
+        return row if isinstance(row, dict) else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def json_rows(path, text_field):
-    file, encoding = opened(path)
-    errors = 'surrogateescape' if encoding.startswith('utf-8') else 'strict'   # a bad byte breaks its row alone
-    with io.TextIOWrapper(file, encoding, errors, '\n') as lines:
+    with opened(path, 'surrogateescape') as lines:              # a bad byte breaks its row alone
         yield from ((f'line {number:,}', parse(line)) for number, line in enumerate(lines, 1) if line.strip())
 
 
@@ -217,9 +195,9 @@ def parquet_rows(path, text_field):
         raise DataError(f'{path}: .parquet takes pyarrow (pip install pyarrow); or convert it to .jsonl') from None
     try:
         with ParquetFile(path) as file:
-            number, names = 0, file.schema_arrow.names
-            for batch in file.iter_batches(256, columns=[text_field] if text_field in names else names):
-                for number, row in enumerate(batch.to_pylist(), number + 1):
-                    yield f'row {number:,}', row
+            names = file.schema_arrow.names
+            batches = file.iter_batches(256, columns=[text_field] if text_field in names else names)
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield f'row {number:,}', row
     except pyarrow.ArrowException as error:
         raise ValueError(f'cannot be read as Parquet ({str(error).splitlines()[0]})') from None

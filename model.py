@@ -6,14 +6,11 @@ RMSNorm before each half, rotary positions inside attention, no biases outside a
 embedding (tied) unless told otherwise. Everything that a run reports about its model is read off the live module by the
 methods below.
 
-    config = ModelConfig(vocab_size=4096, attn='lora')
-    model = LanguageModel(config, seed=0)
+    model = LanguageModel(ModelConfig(vocab_size=4096, attn='lora'), seed=0)
     out = model(tokens, targets)                # training and evaluation: Output, losses apart from each other
-    logits = model(tokens)                      # (B, T, V)
-    for new in model.generate([prompt], 100):   # decoding with a cache
+    logits = model(tokens)                      # (B, T, V); with a cache: decoding.py
 """
 import hashlib
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -21,7 +18,8 @@ import torch
 import torch.nn as nn
 
 import kernels
-from attention import Cache, RMSNorm, build_attention, lay_over_row, rope_tables
+from attention import RMSNorm, build_attention, lay_over_row, require, rope_tables
+from decoding import Cache
 from moe import MixtureOfExperts, SwiGLU
 
 
@@ -80,27 +78,22 @@ class ModelConfig:
 
     def __post_init__(self):
         for knob in ('vocab_size', 'block_size', 'n_layer', 'd_ff', 'n_expert', 'n_expert_group', 'top_k_group'):
-            if getattr(self, knob) < 1:
-                raise ValueError(f'{knob} must be at least 1, not {getattr(self, knob)}')
+            require(getattr(self, knob) >= 1, f'{knob} must be at least 1, not {getattr(self, knob)}')
         for knob in ('n_shared_expert', 'n_dense_layer', 'd_ff_dense'):
-            if getattr(self, knob) < 0:
-                raise ValueError(f'{knob} must be 0 (none) or more, not {getattr(self, knob)}')
-        if not 1 <= self.top_k <= self.n_expert:
-            raise ValueError(f'top_k ({self.top_k}) must be between 1 and n_expert ({self.n_expert})')
-        if self.router not in ('softmax', 'sigmoid'):
-            raise ValueError(f'unknown router {self.router!r} (one of softmax, sigmoid)')
+            require(getattr(self, knob) >= 0, f'{knob} must be 0 (none) or more, not {getattr(self, knob)}')
+        require(1 <= self.top_k <= self.n_expert, f'top_k ({self.top_k}) must be between 1 and n_expert ({self.n_expert})')
+        require(self.router in ('softmax', 'sigmoid'), f'unknown router {self.router!r} (one of softmax, sigmoid)')
         size, rest = divmod(self.n_expert, self.n_expert_group)
-        if (rest or self.top_k_group > self.n_expert_group or self.top_k > self.top_k_group * size
-                or (self.n_expert_group > 1 and self.router == 'sigmoid' and size < 2)):
-            raise ValueError(f'n_expert ({self.n_expert}) in n_expert_group ({self.n_expert_group}) equal groups, of which a '
-                             f'token may use top_k_group ({self.top_k_group}), must leave room for top_k ({self.top_k})')
-        if self.rope_theta <= 1:
-            raise ValueError(f'rope_theta must be above 1, not {self.rope_theta}')
-        if not 0 < self.rope_beta_slow <= self.rope_beta_fast:
-            raise ValueError(f'rope_beta_slow ({self.rope_beta_slow}) must be above 0 and at most rope_beta_fast '
-                             f'({self.rope_beta_fast})')
-        if self.rope_original_context is not None and self.rope_original_context < 1:
-            raise ValueError(f'rope_original_context must be at least 1, not {self.rope_original_context}')
+        least = 2 if self.router == 'sigmoid' and self.n_expert_group > 1 else 1        # V3 judges a group by its best two
+        require(rest == 0 and size >= least and self.top_k_group <= self.n_expert_group
+                and self.top_k <= self.top_k_group * size,
+                f'n_expert ({self.n_expert}) in n_expert_group ({self.n_expert_group}) equal groups, of which a '
+                f'token may use top_k_group ({self.top_k_group}), must leave room for top_k ({self.top_k})')
+        require(self.rope_theta > 1, f'rope_theta must be above 1, not {self.rope_theta}')
+        require(0 < self.rope_beta_slow <= self.rope_beta_fast, f'rope_beta_slow ({self.rope_beta_slow}) must be above 0 '
+                                                                f'and at most rope_beta_fast ({self.rope_beta_fast})')
+        require(self.rope_original_context is None or self.rope_original_context >= 1,
+                f'rope_original_context must be at least 1, not {self.rope_original_context}')
         lay_over_row(self)
         self.d_ff_dense = self.d_ff_dense or (self.top_k + self.n_shared_expert) * self.d_ff
 
@@ -125,9 +118,8 @@ class Block(nn.Module):
 
 
 class Output(NamedTuple):
-    """What a forward with targets returns. nll, correct and load are sums, so that micro-batches and processes simply add
-    up; the routers' losses and entropy are means over sequences or tokens, to be weighted by the share of the batch. The
-    losses are summed over layers, so that a layer's router feels the same pressure in a model of any depth."""
+    """What a forward with targets returns. nll, correct and load are sums over what was given, the routers' losses and
+    entropy means; the losses are summed over layers, so that a router feels the same pressure in a model of any depth."""
     nll: torch.Tensor               # scalar, nats: cross-entropy summed over the targets
     correct: torch.Tensor           # scalar: how many targets had the largest logit
     balance_loss: torch.Tensor      # scalar: the number of layers with experts when even, see moe.Routing
@@ -159,10 +151,10 @@ class LanguageModel(nn.Module):
             embedding, router, an untied head                N(0, 0.02)
             all other matrices                               N(0, 1 / fan_in)
 
-        fan_in, because a fixed 0.02, which suits GPT-2's width of 768, starts a narrow model on a plateau: at 96 wide its
-        seeds then differ by when they leave it (results/README.md, "Why the first answer was wrong"). Zeros, so that a
-        block is the identity at first and no layer's noise reaches the others. A router of zeros would send every token
-        to the same experts. Numbers are drawn on the CPU in float32, so that they do not depend on the device.
+        fan_in, because a fixed 0.02 suits GPT-2's width of 768 and starts a narrow model on a plateau, which each seed
+        leaves at its own time (results/README.md, "Why the first answer was wrong"); zeros, so that a block is the identity
+        at first; no zeros in the router, which would send all tokens to the same experts. Drawn on the CPU in float32,
+        whatever the device.
         """
         for name, p in self.named_parameters():
             kind = name.split('.')[-2] if name.endswith(('.weight', '.bias')) else name.split('.')[-1]
@@ -226,7 +218,7 @@ class LanguageModel(nn.Module):
         return self
 
     def new_cache(self, batch, capacity, starts=None, static=False):
-        """An empty cache for `batch` sequences of up to `capacity` tokens, in the weights' dtype (attention.Cache)."""
+        """An empty cache for `batch` sequences of up to `capacity` tokens, in the weights' dtype (decoding.Cache)."""
         weight = self.embed.weight
         layers = [layer.attn.new_cache(batch, capacity, dtype=weight.dtype, device=weight.device) for layer in self.layers]
         return Cache(layers, capacity, starts, static)
@@ -235,57 +227,18 @@ class LanguageModel(nn.Module):
     def decode(self, tokens, cache, trunk=None, last=True):
         """Append tokens (B, T) to what `cache` holds -> logits (B, V) of the last one, or (B, T, V) with last=False.
 
-        The numbers of forward() over the whole sequence. Under dynamic scaling the angles are those of a sequence of
-        `capacity` tokens from the first to the last: keys are cached turned, so frequencies must not change under way.
-        `trunk` may be a compiled self.trunk. Raises ValueError when the cache is full.
+        The numbers of forward() over the whole sequence. Under dynamic scaling the angles are those of `capacity` tokens
+        from the start: keys are cached turned, so frequencies must not change. `trunk` may be a compiled self.trunk.
         """
         positions = cache.advance(tokens.size(1))
         x, _ = (trunk or self.trunk)(self.embed(tokens), self.rope(positions, cache.capacity), cache)
         return self.head(x[:, -1] if last else x)
 
-    @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0, trunk=None, static=False):
-        """Yield max_new_tokens times the next token of every prompt, an int64 tensor (B,) on the CPU.
-
-        prompts: B lists of token ids, at least one each, of any lengths; each gets the logits it would get alone.
-        temperature 0 takes the largest logit; else a draw from softmax(logits / temperature) over the top_k largest (None:
-        all) and, of these, the fewest that together have probability top_p (nucleus sampling, Holtzman et al. 2020, arXiv
-        1904.09751), by one CPU generator seeded with `seed`. A full cache (block_size tokens) is rebuilt from its newest
-        half, so that text can be longer than the context. trunk: see decode(); static: see Cache. Raises ValueError.
-        """
-        if not prompts or not all(prompts):
-            raise ValueError('every prompt needs at least one token')
-        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-            raise ValueError(f'temperature ({temperature}) must be 0 or more, top_k ({top_k}) at least 1, '
-                             f'top_p ({top_p}) above 0 and at most 1')
-        size, device = self.config.block_size, self.embed.weight.device
-        generator = torch.Generator().manual_seed(seed)
-        texts = [list(p)[-size:] for p in prompts]
-        cache = new = None
-        for _ in range(max_new_tokens):
-            if cache is None or cache.filled == cache.capacity:
-                if cache is not None:
-                    texts = [t[-(size // 2 or 1):] for t in texts]
-                longest = max(map(len, texts))
-                starts = [longest - len(t) for t in texts]                          # empty slots to the left of short ones
-                tokens = torch.tensor([[0] * s + t for s, t in zip(starts, texts)], device=device)
-                cache = self.new_cache(len(texts), min(size, longest + max_new_tokens), starts, static)
-                logits = self.decode(tokens, cache, trunk)
-            else:
-                logits = self.decode(new.to(device).unsqueeze(1), cache, trunk)
-            new = choose(logits.float().cpu(), temperature, top_k, top_p, generator)
-            for text, token in zip(texts, new.tolist()):
-                text.append(token)
-            yield new
-
     # ------------------------------------------------------------------------------------------------------------------
     # What it costs
 
     def parameter_counts(self):
-        """-> dict: params_total, params_active (what one token uses), params_attention, params_experts, ...
-
-        Active leaves out the routed experts that a token does not visit. A tied embedding counts once, in both.
-        """
+        """-> dict: params_total, params_active (without routed experts that a token does not visit), params_attention, ..."""
         config, groups = self.config, dict.fromkeys(('embedding', 'attention', 'experts', 'shared', 'router', 'norm'), 0)
         for name, p in self.named_parameters():
             group = ('embedding' if name.startswith(('embed.', 'lm_head.')) else 'attention' if '.attn.' in name else
@@ -297,33 +250,17 @@ class LanguageModel(nn.Module):
         return {'params_total': total, 'params_active': total - idle, **{f'params_{k}': v for k, v in groups.items()}}
 
     def flops_per_token(self):
-        """Model FLOPs to train on one token at full context: 6 per active parameter, and attention's own products.
+        """Model FLOPs to train on one token at full context, by the convention of PaLM (arXiv 2204.02311, appendix B).
 
-        A weight costs 2 FLOPs forward (multiply, add) and 4 backward; the head is the embedding matrix as a product, its
-        look-up costs nothing. A query meets block_size keys in each layer, 2 FLOPs per dim of score and of value forward,
-        twice that backward: 6 T (score width + value width), the 12 L H Q T of PaLM (arXiv 2204.02311, appendix B) where
-        the widths are equal. By that convention the half that causality spares is counted, and softmax, norms and the
-        optimizer are not.
+        6 for each active parameter: 2 forward (multiply, add), 4 backward; the head is the embedding as a product, looking
+        a token up costs nothing. A query meets block_size keys in each layer, 6 per dim of score and of value; the half
+        that causality spares is counted; softmax, norms and the optimizer are not.
         """
-        pairs = sum(sum(layer.attn.score_and_value_width()) for layer in self.layers)
+        dims = self.layers[0].attn.head_dims()
+        pair = self.config.n_layer * self.config.n_head * (dims['qk_head_dim'] + dims['v_head_dim'])
         looked_up = 0 if self.config.tie_embeddings else self.embed.weight.numel()
-        return 6 * (self.parameter_counts()['params_active'] - looked_up) + 6 * self.config.block_size * pairs
+        return 6 * (self.parameter_counts()['params_active'] - looked_up) + 6 * self.config.block_size * pair
 
     def cache_bytes_per_token(self, dtype):
         """Bytes that decoding keeps for each token, all layers: the size of what new_cache() really allocates."""
-        layers = [layer.attn.new_cache(1, 1, dtype=dtype, device='meta') for layer in self.layers]
-        return sum(c.numel() * c.element_size() for tensors in layers for c in tensors)
-
-
-def choose(logits, temperature, top_k, top_p, generator):
-    """logits (B, V) -> the next token of every row, (B,): see LanguageModel.generate."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    p = (logits / temperature).softmax(-1)
-    if top_p is not None:
-        ranked, order = p.sort(descending=True, stable=True)
-        before = ranked.cumsum(-1) - ranked                                         # what the likelier tokens have together
-        p = torch.zeros_like(p).scatter(1, order, ranked.masked_fill(before >= top_p, 0.0))
-    return torch.multinomial(p, 1, generator=generator).squeeze(1)
+        return sum(t.nbytes for layer in self.layers for t in layer.attn.new_cache(1, 1, dtype=dtype, device='meta'))

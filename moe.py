@@ -8,8 +8,7 @@ and for balancing without a loss.
     x -> router -> which k experts, with which weights
     y = sum over the chosen e of  weight_e  down_e( silu(gate_e x) * up_e x )
 
-No token is dropped and there is no capacity: a token's result depends on that token alone.
-
+No token is dropped: a token's result depends on that token alone.
 Shapes: B sequences of T tokens, C = n_embd, F = d_ff, E = n_expert, k = top_k.
 python moe.py routes eight tokens, and shows what they chose and what the losses say of it.
 """
@@ -130,9 +129,8 @@ class MixtureOfExperts(nn.Module):
         mean of its probability (normalised over all E experts, not over the chosen k). Both are taken per sequence
         (DeepSeek-V3 eq. 17-20), so that neither the micro-batch nor the number of processes matters. The choices counted
         are those made, with the bias; V3's eq. 18 counts those without it. f counts, so it has no gradient; P has, and
-        pushes probability away from the experts that are full. The loss is 1 when f or P is even. With E = 4, k = 1,
-        every token on expert 0 and p = (.7, .1, .1, .1) it is 4 x 1 x .7 = 2.8; if k experts get everything with
-        certainty, E/k.
+        pushes probability away from the experts that are full. The loss is 1 when f or P is even, and E/k when k experts
+        get everything with certainty.
         """
         (_, T, k), E = chosen.shape, logits.size(-1)
         p = scores if self.kind == 'softmax' else scores / (scores.sum(-1, keepdim=True) + 1e-20)
@@ -158,14 +156,13 @@ if __name__ == '__main__':
     for router in ('softmax', 'sigmoid'):
         config = ModelConfig(n_embd=16, n_head=2, n_layer=1, d_ff=32, n_expert=4, top_k=2, router=router)
         moe = LanguageModel(config, seed=0).layers[0].moe
-        generator = torch.Generator().manual_seed(0)
-        nn.init.normal_(moe.router.weight, std=0.5, generator=generator)            # wide enough to have something to see
-        x = torch.randn(1, 8, 16, generator=generator)
+        torch.manual_seed(4)
+        nn.init.normal_(moe.router.weight, std=0.5)                     # wide enough to have something to see
+        x = torch.randn(1, 8, 16)
         chosen, weights, routing = moe.route(x)
         print(f'\n{router}: eight tokens, 2 of 4 experts each')
         for t in range(8):
-            print(f'  token {t}: ' + ' + '.join(f'{w:.2f} x expert {e}' for e, w in
-                                                zip(chosen[0, t].tolist(), weights[0, t].tolist())))
+            print(f'  token {t}: ' + ' + '.join(f'{w:.2f} x expert {e}' for w, e in zip(weights[0, t], chosen[0, t])))
         print(f'  load {routing.load.tolist()}, even would be 4; balance loss {routing.balance_loss:.3f}, z-loss '
               f'{routing.z_loss:.3f}, entropy {routing.entropy:.3f} of at most 1.386')
         if router == 'sigmoid':

@@ -7,6 +7,7 @@
 #   ./reproduce.sh rates                                first the plan's learning rates, on a seed that does not count
 #   PLAN=config/gpu.plan ./reproduce.sh --dataset=/data/code       another plan; flags go to every run
 #   KEEP=results/laptop ./reproduce.sh                  copy results there as ARM-sSEED.json; what is there is not run again
+#   ARMS="mqa mla48" ./reproduce.sh                     only these arms: one comparison is complete before the others begin
 #
 # A plan is a text file of lines `word value`, # for comments:
 #   config      the config file of every run             experiment  the folder of the runs below out/
@@ -20,6 +21,7 @@ PLAN=${PLAN:-config/laptop.plan}
 PYTHON=${PYTHON:-$(command -v python || command -v python3)}
 JOBS=${JOBS:-1}
 KEEP=${KEEP:-}
+ARMS=${ARMS:-}
 search=
 if [ "${1:-}" = rates ]; then search=1; shift; fi
 
@@ -76,6 +78,7 @@ trap 'hand_on 143' TERM HUP
 
 while read -r arm seed rate flags; do
     name=$arm-s$seed
+    case " ${ARMS:-${arm%@*}} " in *" ${arm%@*} "*) ;; *) continue ;; esac
     if [ -z "$arm" ] || { [ -n "$KEEP" ] && [ -e "$KEEP/$name.json" ]; }; then continue; fi
     reap "$JOBS"
     [ "$failed" = 0 ] || break
@@ -89,10 +92,10 @@ reap 1
 
 # analyze.py finds what the plan says beside the results, today and whenever the report is made again
 folder=${KEEP:-out/$experiment}
-options=
-for word in margin contrasts may_differ; do
-    [ -z "$(value $word)" ] || options="$options${options:+, }\"--$word=$(value $word)\""
+options= words='margin contrasts may_differ'
+[ -z "$search" ] || { options='"--rates=True"'; words=may_differ; }
+for word in $words; do
+    [ -z "$(value "$word")" ] || options="$options${options:+, }\"--$word=$(value "$word")\""
 done
-[ -z "$search" ] || options='"--rates=True"'
 echo "[$options]" > "$folder/options.json"
 "$PYTHON" analyze.py "$folder"

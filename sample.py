@@ -100,6 +100,7 @@ import torch
 
 import hf
 from attention import LatentAttention
+from decoding import generate
 from machine import choose_device, choose_dtype, load_whole
 from tokenizer import fetch_tokenizer
 
@@ -119,7 +120,7 @@ try:
     if surplus < 0 or surplus and not published:
         raise ValueError(f'{path} has {model.config.vocab_size:,} tokens, its tokenizer {tokenizer.vocab_size:,}')
 except ValueError as error:
-    fail(str(error).partition(', or take')[0])              # another tokenizer is no way out here
+    fail(error)
 ends = getattr(tokenizer, 'ends', {tokenizer.eot})
 
 if dtype == 'auto' and device.type == 'cpu':
@@ -153,7 +154,7 @@ if compile or compile is None and device.type == 'cuda':
     fast = {'static': True, 'trunk': lambda x, *rest: (compiled if x.size(1) == 1 else model.trunk)(x, *rest)}
     try:
         logging.disable()                                   # one line will do
-        list(itertools.islice(model.generate(encoded[:1] * num_samples, **options, **fast), 2))
+        list(itertools.islice(generate(model, encoded[:1] * num_samples, **options, **fast), 2))
         options |= fast
         print(f'compiled in {time.perf_counter() - clock:.0f} s', file=sys.stderr)
     except Exception as error:                              # it needs a C++ compiler, and triton on a GPU
@@ -184,7 +185,7 @@ try:
         print(dashes * (number > 0) + prompt, end='', flush=True)
         rows, texts, shown, clock = [[] for _ in range(num_samples)], [''] * num_samples, 0, time.perf_counter()
         live, before = set(range(num_samples)), len(tokenizer.decode(ids))  # live: the samples that have not ended
-        for step, new in enumerate(model.generate([ids] * num_samples, **options)):     # new (num_samples,)
+        for step, new in enumerate(generate(model, [ids] * num_samples, **options)):     # new (num_samples,)
             if step == 0:                                   # the prompt gave this token, from here on it is decoding
                 read, reading, clock = read + len(ids), reading + time.perf_counter() - clock, time.perf_counter()
             else:

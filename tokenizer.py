@@ -6,16 +6,14 @@
 tiktoken encodes; what is trained here is the vocabulary. Only gpt2 and tiktoken's other names may need the network.
 """
 
+import functools
 import hashlib
 import heapq
 import json
 import pickle
 import re
-import threading
-import time
 from collections import Counter, defaultdict
-
-import numpy as np
+from concurrent.futures import ThreadPoolExecutor
 
 EOT = '<|endoftext|>'            # ends every document; in a text file, lines of just this separate documents
 BPE_SAMPLE = 100_000_000         # characters the vocabulary is learned from at most
@@ -27,7 +25,12 @@ PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}{1,64}|\p{N}{1,3}"
 
 
 class DataError(ValueError):
-    """The data or tokenizer asked for cannot be had (data.py raises it too): one line, what is wrong, what to type."""
+    """The data or tokenizer asked for cannot be had: one line, what is wrong, what to type."""
+
+
+def checksum(value):
+    """SHA-256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class Tokenizer:
@@ -40,16 +43,17 @@ class Tokenizer:
     def __init__(self, name, tokens, pattern=None, eot=None):
         self.name, self.tokens, self.pattern, self.eot = name, tokens, pattern, eot
         self.vocab_size = len(tokens)
-        self.token_bytes = np.array([len(token or b'') for token in tokens], dtype=np.int64)
         self.ranks = {token: i for i, token in enumerate(tokens) if token is not None}
         self.shown = [EOT.encode() if i == eot else token or b'' for i, token in enumerate(tokens)]
-        self.encoding = None
+
+    @functools.cached_property
+    def encoding(self):
+        """From our own ranks: tiktoken's loaders cache local files by name and would serve an old vocabulary."""
+        import tiktoken
+        return tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={})
 
     def encode(self, text):
-        """str -> list of ids. '<|endoftext|>' in the text is ordinary text, never the eot token.
-
-        DataError: the text has a character that the tokenizer 'characters' has no id for.
-        """
+        """str -> list of ids; '<|endoftext|>' in it is ordinary text. DataError: a character that has no id."""
         if self.name == 'bytes':
             return list(text.encode('utf-8', 'replace'))
         if self.pattern is None:
@@ -58,14 +62,8 @@ class Tokenizer:
             except KeyError as error:
                 raise DataError(f'{error.args[0].decode()!a} is not among the {self.vocab_size} characters of this '
                                 'vocabulary') from None
-        if self.encoding is None:     # from our own ranks: tiktoken's loaders cache local files by name and
-            import tiktoken           # would serve the old vocabulary after a retraining
-            self.encoding = tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=self.ranks,
-                                              special_tokens={})
-        ids = []
-        for piece in re.split(r'(\s{4096})', text):     # longer runs overflow the stack with GPT-2's pattern
-            ids += self.encoding.encode_ordinary(piece)
-        return ids
+        pieces = re.split(r'(\s{4096})', text)          # longer runs overflow the stack with GPT-2's pattern
+        return [i for piece in pieces for i in self.encoding.encode_ordinary(piece)]
 
     def decode_bytes(self, ids):
         """list of ids -> bytes; eot shows as <|endoftext|>. A token may end within a character."""
@@ -81,7 +79,7 @@ class Tokenizer:
 
     def sha256(self):
         """Of all that decides which ids a text becomes: equal for equal vocabularies, wherever they are stored."""
-        return hashlib.sha256(json.dumps(self.state(), sort_keys=True).encode()).hexdigest()
+        return checksum(self.state())
 
     @classmethod
     def from_state(cls, state):
@@ -151,28 +149,14 @@ def make_tokenizer(name, vocab_size, texts, log):
     if name != 'bpe':
         return fetch_tokenizer(name, log)
     import regex
-    chunks, seen, pattern, progress = Counter(), 0, regex.compile(PATTERN), paced(log)
+    chunks, seen, pattern = Counter(), 0, regex.compile(PATTERN)
     for text in texts:
         chunks.update(pattern.findall(text[:BPE_SAMPLE - seen]))
         seen += len(text)
-        progress(f'  vocabulary: {seen:,} characters seen, of {BPE_SAMPLE:,} at most')
         if seen >= BPE_SAMPLE:
             break
-    log(f'  vocabulary: {sum(chunks.values()):,} chunks, {len(chunks):,} different')
     tokens = train_bpe({chunk.encode(): count for chunk, count in chunks.items()}, vocab_size - 1, log)
     return Tokenizer(name, tokens + [None], PATTERN, eot=len(tokens))
-
-
-def paced(log, seconds=2):
-    """`log` for lines of progress: says one at most every so many seconds and drops the others."""
-    last = time.perf_counter()
-
-    def say(line):
-        nonlocal last
-        if time.perf_counter() > last + seconds:
-            last = time.perf_counter()
-            log(line)
-    return say
 
 
 def check_tokenizer(name, vocab_size):
@@ -186,25 +170,15 @@ def check_tokenizer(name, vocab_size):
             raise DataError(f'--tokenizer={name} is unknown; there are bpe, bytes, {", ".join(known)}')
 
 
-def fetch_tokenizer(name, log, seconds=30):
+def fetch_tokenizer(name, log):
     """One of tiktoken's vocabularies, from its cache or else the network. DataError if it cannot be had."""
     import tiktoken
     log(f'  vocabulary: {name}, from the cache of tiktoken or else downloaded')
-    result = [f'no answer in {seconds} s']
-
-    def get():
-        try:
-            result[0] = tiktoken.get_encoding(name)
-        except Exception as error:
-            result[0] = type(error).__name__
-    thread = threading.Thread(target=get, daemon=True)  # tiktoken sets no timeout of its own
-    thread.start()
-    thread.join(seconds)
-    encoding = result[0]
-    if isinstance(encoding, str):
+    try:                                                # in a thread, for tiktoken sets no timeout of its own
+        encoding = ThreadPoolExecutor(1).submit(tiktoken.get_encoding, name).result(timeout=30)
+    except Exception as error:
         raise DataError(f'the vocabulary {name} is not in the cache of tiktoken and could not be downloaded '
-                        f'({encoding}); point TIKTOKEN_CACHE_DIR at a copy of that cache, or take '
-                        f'--tokenizer=bpe or --tokenizer=bytes')
+                        f'({type(error).__name__}); point TIKTOKEN_CACHE_DIR at a copy of that cache') from None
     tokens = [None] * encoding.n_vocab
     for token, i in encoding._mergeable_ranks.items():
         tokens[i] = token
@@ -220,21 +194,15 @@ class Unpickler(pickle.Unpickler):
 
 
 def read_characters(path):
-    """nanoGPT's meta.pkl, {'vocab_size': V, 'itos': {id: character}, 'stoi': {character: id}} -> Tokenizer.
-
-    DataError if it is anything else.
-    """
+    """nanoGPT's meta.pkl, {'vocab_size': V, 'itos': {id: character}, 'stoi': {character: id}} -> Tokenizer."""
     try:
         with open(path, 'rb') as file:
             meta = Unpickler(file).load()
         itos = [meta['itos'][i] for i in range(meta['vocab_size'])]
-        stoi = {text: i for i, text in enumerate(itos)}
-        if meta != {'vocab_size': len(itos), 'itos': dict(enumerate(itos)), 'stoi': stoi} or len(stoi) < len(itos):
+        stoi = {character: i for i, character in enumerate(itos)}
+        if meta != {'vocab_size': len(stoi), 'itos': dict(enumerate(itos)), 'stoi': stoi} or {*map(len, itos)} != {1}:
             raise ValueError('its tables do not agree')
-        if set(map(len, itos)) != {1}:
-            raise ValueError('it has longer texts than characters')
-        return Tokenizer('characters', [text.encode() for text in itos])
+        return Tokenizer('characters', [character.encode() for character in itos])
     except Exception as error:                                  # whatever a damaged pickle makes Python raise
-        reason = ' '.join(str(error).split())
-        raise DataError(f'{path}: not the table of characters that nanoGPT writes ({reason}); it would say what the '
+        raise DataError(f'{path}: not the table of characters that nanoGPT writes ({error!r}); it would say what the '
                         'ids mean: move it away to train without text') from None

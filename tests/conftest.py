@@ -223,3 +223,12 @@ def refusal(capsys, call, *arguments):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     return lines[0]
+
+
+@pytest.fixture
+def dynamo():
+    """A counter of the graphs that torch.compile captures, around a compiler that has forgotten earlier tests."""
+    import torch._dynamo.testing
+    torch._dynamo.reset()
+    yield torch._dynamo.testing.CompileCounterWithBackend
+    torch._dynamo.reset()

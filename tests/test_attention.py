@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 import attention
 import kernels
-from attention import (Cache, LatentAttention, attention_scale, build_attention, rope_frequencies, rope_tables,
+from attention import (LatentAttention, attention_scale, build_attention, rope_frequencies, rope_tables,
                        variants, yarn_mscale)
+from decoding import Cache
 from model import LanguageModel, ModelConfig
 from tensors import BF16, F32, F64, close, numbers, printed_by, randomise, token_ids
 

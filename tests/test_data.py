@@ -1,6 +1,5 @@
 """data.py: splits without leaks, verified token files, batches as functions of (seed, step)."""
 
-import gzip
 import hashlib
 import json
 import math
@@ -19,14 +18,8 @@ import pytest
 from conftest import REPOSITORY, message_of, silent, text
 
 import data
-import documents
-from data import Corpus, DataError, load_tokenizer, prepare
+from data import Corpus, DataError, prepare
 from tokenizer import Tokenizer, make_tokenizer, read_characters
-
-@pytest.fixture(scope='session')
-def stdlib(tmp_path_factory):
-    lines = []
-    return prepare('stdlib', 'bpe', 4096, tmp_path_factory.mktemp('root'), lines.append), lines
 
 
 @pytest.fixture
@@ -34,21 +27,30 @@ def copy(prepared, tmp_path):
     return pathlib.Path(shutil.copytree(prepared, tmp_path / 'copy'))
 
 
+def tokenizer_of(folder):
+    return Corpus(folder, block_size=1).tokenizer
+
+
 def documents_of(folder, part):
     """The texts of a split, got back from its token file."""
-    tokenizer, corpus = load_tokenizer(folder), Corpus(folder, block_size=1)
-    ids = getattr(corpus, part)
+    ids, tokenizer = getattr(Corpus(folder, block_size=1), part), tokenizer_of(folder)
     ends = np.flatnonzero(ids == tokenizer.eot)
     assert ends[-1] == len(ids) - 1
     return [tokenizer.decode(piece.tolist()[int(i > 0):]) for i, piece in enumerate(np.split(ids, ends)[:-1])]
 
 
+def refused(call, *arguments, **options):
+    """The message of the DataError that the call must raise: one line."""
+    with pytest.raises(DataError) as error:
+        call(*arguments, **options)
+    return message_of(error)
+
+
 def split(texts):
     """data.split() of a list of texts -> (train, val) as lists of texts."""
     content, ends = b''.join(text.encode() for text in texts), np.cumsum([len(text.encode()) for text in texts])
-    digests = b''.join(hashlib.sha256(text.encode()).digest() for text in texts)
-    digests = np.frombuffer(digests, np.uint8).reshape(-1, 32)
-    parts, _ = data.split(content, np.append(0, ends[:-1]), ends, digests)
+    digests = np.frombuffer(b''.join(hashlib.sha256(text.encode()).digest() for text in texts), 'S32')
+    parts = data.split(content, np.stack([np.append(0, ends[:-1]), ends], 1), digests)
     return [[content[start:end].decode() for start, end in parts[part]] for part in ('train', 'val')]
 
 
@@ -59,7 +61,7 @@ def test_every_document_is_on_exactly_one_side_and_copies_are_dropped(prepared):
     assert sorted(train + val) == sorted(text(i) for i in range(60)) and val
     assert not set(train) & set(val)
     meta = data.read_meta(prepared)
-    assert meta['documents_dropped'] == 2 and meta['train']['documents'] == len(train)
+    assert meta['train']['documents'] == len(train) and meta['val']['documents'] == len(val)
     val_bytes, all_bytes = (sum(len(t.encode()) for t in part) for part in (val, train + val))
     assert val_bytes == meta['val']['text_bytes'] <= 0.05 * all_bytes
 
@@ -82,7 +84,7 @@ def test_the_vocabulary_knows_nothing_of_the_validation_text(tmp_path):
             path.unlink()
     rest = [path.read_text(encoding='utf-8') for path in folder.iterdir()]
     same = make_tokenizer('bpe', 350, rest, silent)
-    assert load_tokenizer(first).tokens == same.tokens
+    assert tokenizer_of(first).tokens == same.tokens
 
 
 def test_the_split_does_not_depend_on_names_or_order_and_a_new_document_moves_few():
@@ -117,8 +119,9 @@ def test_a_file_is_split_at_its_end_of_text_lines(tmp_path):
 
 # ---- the embedded corpus -----------------------------------------------------------------------------------
 
-def test_the_standard_library_makes_a_corpus_of_millions_of_tokens_without_tests(stdlib):
-    folder, lines = stdlib
+def test_the_standard_library_makes_a_corpus_of_millions_of_tokens_without_tests(tmp_path):
+    lines = []
+    folder = prepare('stdlib', 'bpe', 4096, tmp_path, lines.append)
     corpus = Corpus(folder, max_train_tokens=500_000)
     assert folder.name.startswith(f'stdlib-{".".join(map(str, sys.version_info[:3]))}-bpe4096-')
     assert corpus.remarks == []
@@ -135,11 +138,7 @@ def test_the_standard_library_makes_a_corpus_of_millions_of_tokens_without_tests
     facts = corpus.describe()
     assert facts['uniform_loss'] == math.log(4096) and 5 < facts['unigram_loss'] < 8
     assert 3 < facts['val_bytes'] / (facts['val_tokens'] - 1) < 5
-
-
-def test_a_second_call_returns_at_once_without_a_word(stdlib):
-    folder, _ = stdlib
-    lines = []
+    lines.clear()                                            # a second call returns without a word
     assert prepare('stdlib', 'bpe', 4096, folder.parent, lines.append) == folder and lines == []
 
 
@@ -203,7 +202,7 @@ def test_validation_windows_make_every_token_but_the_first_a_target_once(prepare
 
 def test_the_description_agrees_with_a_count_by_hand(prepared):
     corpus = Corpus(prepared, max_train_tokens=1500, max_val_tokens=200, block_size=8)
-    facts, tokenizer = corpus.describe(), load_tokenizer(prepared)
+    facts, tokenizer = corpus.describe(), corpus.tokenizer
     seen, V = Counter(corpus.train.tolist()), corpus.vocab_size
     targets = corpus.val[1:].tolist()
     loss = -sum(math.log((seen[t] + 1) / (1500 + V)) for t in targets) / len(targets)
@@ -221,7 +220,7 @@ def test_the_validation_text_has_one_hash_whatever_the_tokenizer(prepared, texts
     bpe, raw = (Corpus(folder, block_size=8).describe() for folder in (prepared, as_bytes))
     said = ''.join(t + '<|endoftext|>' for t in documents_of(prepared, 'val'))
     assert bpe['val_text_sha256'] == raw['val_text_sha256'] == hashlib.sha256(said.encode()).hexdigest()
-    assert bpe['vocab_sha256'] != raw['vocab_sha256'] and bpe['vocab_sha256'] == load_tokenizer(prepared).sha256()
+    assert bpe['vocab_sha256'] != raw['vocab_sha256'] and bpe['vocab_sha256'] == tokenizer_of(prepared).sha256()
     cut = [Corpus(folder, max_val_tokens=300, block_size=8).describe()['val_text_sha256']
            for folder in (prepared, as_bytes)]
     assert len({*cut, bpe['val_text_sha256']}) == 3
@@ -249,14 +248,11 @@ def test_nanogpts_files_are_used_where_they_lie(tmp_path):
     source = nanogpt(tmp_path / 'shakespeare char', list(range(65)) * 9, list(range(65)))
     folder = prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent)
     corpus = Corpus(folder, block_size=8)
-    assert corpus.vocab_size == 65 and corpus.train.tolist() == list(range(65)) * 9 and corpus.eot is None
+    assert corpus.vocab_size == 65 and corpus.train.tolist() == list(range(65)) * 9 and corpus.tokenizer is None
     facts = corpus.describe()
     assert facts['val_bytes'] is facts['val_text_sha256'] is facts['vocab_sha256'] is None
     assert corpus.tokenizer_name == facts['tokenizer'] == 'unknown' and 'not known' in corpus.remarks[0]
     assert not (folder / 'train.bin').exists()
-    with pytest.raises(DataError) as error:
-        load_tokenizer(folder)
-    message_of(error)
     nanogpt(source, [1] * 50, [2] * 50)      # replaced: not served stale
     assert len(Corpus(prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent), block_size=8).train) == 50
 
@@ -272,16 +268,14 @@ def test_the_characters_of_meta_pkl_give_text_bytes_and_ids_back(tmp_path, alpha
     corpus = Corpus(folder, block_size=8)
     said = ''.join(meta['itos'][i] for i in ids[:500])
     assert corpus.tokenizer_name == corpus.describe()['tokenizer'] == 'characters' and corpus.remarks == []
-    assert corpus.vocab_size == len(alphabet) and corpus.eot is None
+    assert corpus.vocab_size == len(alphabet) and corpus.tokenizer.eot is None
     again = Tokenizer.from_state(json.loads(json.dumps(corpus.tokenizer.state())))
     assert again.decode(ids[:500]) == said and again.encode(said) == ids[:500]
     assert again.sha256() == corpus.tokenizer.sha256()
     facts = corpus.describe()
     assert facts['val_bytes'] == len(said[1:].encode())
     assert facts['val_text_sha256'] == hashlib.sha256(said.encode()).hexdigest()
-    with pytest.raises(DataError) as error:
-        again.encode('a\u0416b')
-    assert '\\u0416' in message_of(error)
+    assert '\\u0416' in refused(again.encode, 'a\u0416b')
     folder = prepare(str(source), 'characters', 0, tmp_path / 'root', silent)
     assert Corpus(folder, block_size=8).tokenizer_name == 'characters'
 
@@ -289,9 +283,8 @@ def test_the_characters_of_meta_pkl_give_text_bytes_and_ids_back(tmp_path, alpha
 @pytest.mark.parametrize('tokenizer', ['bytes', 'gpt2', 'cl100k_base'])
 def test_a_tokenizer_that_contradicts_meta_pkl_is_refused(tmp_path, tokenizer):
     source = nanogpt(tmp_path / 'x', [1] * 50, [2] * 50, meta=characters())
-    with pytest.raises(DataError) as error:
-        prepare(str(source), tokenizer, 0, tmp_path / 'root', silent)
-    assert 'meta.pkl' in message_of(error) and '--tokenizer=characters' in str(error.value)
+    message = refused(prepare, str(source), tokenizer, 0, tmp_path / 'root', silent)
+    assert 'meta.pkl' in message and '--tokenizer=characters' in message
 
 
 class Attack:
@@ -317,9 +310,8 @@ def test_a_meta_pkl_that_is_anything_else_is_refused_and_never_run(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     source = nanogpt(tmp_path / 'x', [1] * 50, [2] * 50)
     (source / 'meta.pkl').write_bytes(content)
-    with pytest.raises(DataError) as error:
-        prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent)
-    assert 'meta.pkl' in message_of(error) and not (tmp_path / 'executed').exists()
+    assert 'meta.pkl' in refused(prepare, str(source), 'bpe', 4096, tmp_path / 'root', silent)
+    assert not (tmp_path / 'executed').exists()
 
 
 @pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
@@ -334,7 +326,7 @@ def gpt2(monkeypatch):
     def fetch(name, log):
         state.asked += 1
         if not state.online:
-            raise DataError('offline; do this, or take --tokenizer=bpe or --tokenizer=bytes')
+            raise DataError('offline')
         return Tokenizer('gpt2', [f'<{i}>'.encode() for i in range(50256)] + [None], 'x', eot=50256)
     state = SimpleNamespace(online=False, asked=0)
     monkeypatch.setattr('tokenizer.fetch_tokenizer', fetch)
@@ -355,23 +347,19 @@ def test_gpt2_token_files_work_without_the_vocabulary_and_get_it_when_it_can_be_
         corpus = Corpus(prepare(str(source), 'gpt2', 0, tmp_path / 'root', silent), block_size=8)
         facts = corpus.describe()
         assert facts['val_bytes'] == 3 * 19 and facts['vocab_size'] == 50257 and corpus.remarks == []
-        assert load_tokenizer(folder).decode([2]) == '<2>' and corpus.eot == 50256 and gpt2.asked == 3
+        assert corpus.tokenizer.decode([2]) == '<2>' and corpus.tokenizer.eot == 50256 and gpt2.asked == 3
 
 
-@pytest.mark.parametrize('largest', [300, 50256, 65535, 65536, 100276, 200018, 2**20 - 1])
-def test_files_of_32_bit_ids_are_read_as_such(tmp_path, largest):
-    rng = random.Random(largest)
-    ids = [rng.randrange(largest) for _ in range(999)] + [largest]
-    source = nanogpt(tmp_path / 'x', ids, ids, np.uint32)
+WIDE = [[*random.Random(largest).choices(range(largest), k=999), largest]
+        for largest in (300, 50256, 65535, 65536, 100276, 200018, 2**20 - 1)]
+NARROW = [[1, 0] * 50, [0] * 50, list(range(65)) * 9, [50256, 3, 0, 110] * 99, [1, 0, 0, 0] * 50, [40000, 12] * 50]
+
+
+@pytest.mark.parametrize('ids, dtype', [(ids, 'uint32') for ids in WIDE] + [(ids, 'uint16') for ids in NARROW])
+def test_files_of_16_and_of_32_bit_ids_are_told_apart(tmp_path, ids, dtype):
+    source = nanogpt(tmp_path / 'x', ids, ids, dtype)
     corpus = Corpus(prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent), block_size=8)
-    assert corpus.train.tolist() == corpus.val.tolist() == ids and corpus.vocab_size == largest + 1
-
-
-@pytest.mark.parametrize('ids', [[1, 0] * 50, [0] * 50, list(range(65)) * 9, [50256, 3, 0, 110] * 99, [1, 0, 0, 0] * 50,
-                                 [40000, 12] * 50])
-def test_files_of_16_bit_ids_are_not_taken_for_wider_ones(tmp_path, ids):
-    source = nanogpt(tmp_path / 'x', ids, ids)
-    assert Corpus(prepare(str(source), 'bpe', 0 + 4096, tmp_path / 'root', silent), block_size=8).train.tolist() == ids
+    assert corpus.train.tolist() == corpus.val.tolist() == ids and corpus.vocab_size == max(ids) + 1
 
 
 def test_ids_as_wide_as_the_vocabulary_named_says(tmp_path, monkeypatch):
@@ -385,43 +373,31 @@ LLM_C = np.array([20240520, 1, 900] + [0] * 253, np.int32).tobytes()
 
 
 @pytest.mark.parametrize('content, part', [
+    (b'', '0 bytes'), (b'abc', '3 bytes'),
     (LLM_C + np.arange(900, dtype=np.uint16).tobytes(), 'llm.c'), (np.arange(900, dtype=np.int64).tobytes(), '64-bit'),
     ((np.arange(900, dtype=np.int64) * 100).tobytes(), '64-bit'),
     (np.arange(65000, 70000, dtype=np.uint32).tobytes() + b'ab', 'bytes'),
     (np.append(np.arange(900) * 500, 2**31).astype(np.uint32).tobytes(), 'id 2,147')])
 def test_what_cannot_be_ids_is_refused(tmp_path, content, part):
-    source = nanogpt(tmp_path / 'x', [], [])
-    for name in ('train.bin', 'val.bin'):
-        (source / name).write_bytes(content)
-    with pytest.raises(DataError) as error:
-        prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent)
-    assert part in message_of(error) and '.bin' in str(error.value)
+    for names in (['val.bin'], ['train.bin', 'val.bin']):
+        source = nanogpt(tmp_path / 'x', [1] * 50, [2] * 50)
+        for name in names:
+            (source / name).write_bytes(content)
+        message = refused(prepare, str(source), 'bpe', 4096, tmp_path / 'root', silent)
+        assert names == ['val.bin'] and 'val.bin' in message or part in message and 'train.bin' in message
 
 
 def test_characters_are_not_taken_for_bytes(tmp_path):
     source = nanogpt(tmp_path / 'x', list(range(65)) * 50, list(range(65)) * 50)
-    with pytest.raises(DataError) as error:
-        prepare(str(source), 'bytes', 0, tmp_path / 'root', silent)
-    assert 'no text' in message_of(error)
+    assert 'no text' in refused(prepare, str(source), 'bytes', 0, tmp_path / 'root', silent)
     nanogpt(source, [*text(3).encode(), 256] * 9, [*text(4).encode(), 256])
     corpus = Corpus(prepare(str(source), 'bytes', 0, tmp_path / 'root', silent), block_size=8)
     assert corpus.describe()['val_bytes'] == len(text(4).encode()) - 1
 
 
-@pytest.mark.parametrize('content', [b'', b'abc'])
-def test_a_token_file_of_an_odd_size_is_refused(tmp_path, content):
-    source = nanogpt(tmp_path / 'x', [1] * 50, [2] * 50)
-    (source / 'val.bin').write_bytes(content)
-    with pytest.raises(DataError) as error:
-        prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent)
-    assert 'val.bin' in message_of(error)
-
-
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
     source = nanogpt(tmp_path / 'x', [1, 999] * 50, [2] * 50)
-    with pytest.raises(DataError) as error:
-        prepare(str(source), 'bytes', 0, tmp_path / 'root', silent)
-    assert '999' in message_of(error)
+    assert '999' in refused(prepare, str(source), 'bytes', 0, tmp_path / 'root', silent)
 
 
 def test_a_prepared_folder_can_be_given_as_the_dataset_with_no_other_tokenizer(prepared, texts, tmp_path):
@@ -431,15 +407,13 @@ def test_a_prepared_folder_can_be_given_as_the_dataset_with_no_other_tokenizer(p
     as_bytes = prepare(str(texts), 'bytes', 0, tmp_path, silent)
     assert prepare(str(as_bytes), 'bytes', 0, 'unused', silent) == as_bytes.resolve()
     for folder, tokenizer in ((prepared, 'bytes'), (prepared, 'gpt2'), (as_bytes, 'bpe'), (as_bytes, 'characters')):
-        with pytest.raises(DataError) as error:
-            prepare(str(folder), tokenizer, 4096, 'unused', silent)
-        assert 'contradicts' in message_of(error)
+        assert 'contradicts' in refused(prepare, str(folder), tokenizer, 4096, 'unused', silent)
 
 
 # ---- bad corpora -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('make, part', [
-    (lambda p: None, 'no such file or folder'), (lambda p: p.mkdir(), 'no text files'),
+    (lambda p: None, 'No such file'), (lambda p: p.mkdir(), 'no text files'),
     (lambda p: p.write_bytes(b''), 'too little'),
     (lambda p: p.write_bytes(b' \n\n'), 'too little'), (lambda p: p.write_bytes(b'x'), 'too little'),
     (lambda p: p.write_bytes(b'caf\xe9'), 'not UTF-8'),
@@ -448,46 +422,38 @@ def test_a_prepared_folder_can_be_given_as_the_dataset_with_no_other_tokenizer(p
     (lambda p: p.write_bytes('some text'.encode('utf-16-le')), 'zero bytes'),
     (lambda p: (p.mkdir(), (p / 'a.txt').symlink_to('nowhere')), 'a.txt: cannot be read'),
     (lambda p: p.symlink_to(p), ''), (lambda p: (p.mkdir(), (p / 'a.txt').mkdir()), 'no text files')])
-def test_a_corpus_that_is_none_ends_in_message_of(tmp_path, make, part):
+def test_a_corpus_that_is_none_ends_in_one_line(tmp_path, make, part):
     make(tmp_path / 'corpus')
-    with pytest.raises(DataError) as error:
-        prepare(str(tmp_path / 'corpus'), 'bytes', 0, tmp_path / 'root', silent)
-    assert part in message_of(error) and 'corpus' in message_of(error)
+    message = refused(prepare, str(tmp_path / 'corpus'), 'bytes', 0, tmp_path / 'root', silent)
+    assert part in message and 'corpus' in message
     assert not list(tmp_path.glob('root/*')) and not list(tmp_path.glob('root/.*'))
 
 
 @pytest.mark.parametrize('dataset', ['', 'no\0thing', '~nobody-here/x', 'x' * 5000, '/dev/null'])
-def test_a_path_that_cannot_be_one_ends_in_message_of(tmp_path, dataset):
-    with pytest.raises(DataError) as error:
-        prepare(dataset, 'bytes', 0, tmp_path, silent)
-    message_of(error)
+def test_a_path_that_cannot_be_one_ends_in_one_line(tmp_path, dataset):
+    refused(prepare, dataset, 'bytes', 0, tmp_path, silent)
 
 
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root reads everything')
-def test_an_unreadable_file_ends_in_message_of(tmp_path):
+def test_an_unreadable_file_ends_in_one_line(tmp_path):
     (tmp_path / 'a.txt').write_text('secret')
     (tmp_path / 'a.txt').chmod(0)
-    with pytest.raises(DataError) as error:
-        prepare(str(tmp_path / 'a.txt'), 'bytes', 0, tmp_path / 'root', silent)
-    message_of(error)
+    refused(prepare, str(tmp_path / 'a.txt'), 'bytes', 0, tmp_path / 'root', silent)
 
 
 @pytest.mark.parametrize('tokenizer, vocab_size',
-                         [('bpe', 256), ('bpe', 0), ('bpe', -1), ('bpe', 2**40), ('', 300),
-                          ('nonsense', 300)])
-def test_an_impossible_tokenizer_ends_in_message_of(texts, tmp_path, tokenizer, vocab_size):
-    with pytest.raises(DataError) as error:
-        prepare(str(texts), tokenizer, vocab_size, tmp_path, silent)
-    message_of(error)
+                         [('bpe', 256), ('bpe', 0), ('bpe', -1), ('bpe', 2**40), ('', 300), ('nonsense', 300),
+                          ('characters', 300)])
+def test_an_impossible_tokenizer_ends_in_one_line(texts, tmp_path, tokenizer, vocab_size):
+    assert '--' in refused(prepare, str(texts), tokenizer, vocab_size, tmp_path, silent)
 
 
 @pytest.mark.parametrize('options, part', [
     ({'block_size': 10**6}, '--block_size'), ({'max_train_tokens': 8, 'block_size': 8}, '--max_train_tokens=8'),
-    ({'max_val_tokens': 10}, '--max_val_tokens=10'), ({'max_train_tokens': -5}, '--max_train_tokens=-5')])
+    ({'max_val_tokens': 10}, '--max_val_tokens=10')])
 def test_a_split_shorter_than_the_context_is_refused_for_its_own_reason(prepared, options, part):
-    with pytest.raises(DataError) as error:
-        Corpus(prepared, **{'block_size': 64, **options})
-    assert part in message_of(error) and ('more text' in str(error.value)) == (part == '--block_size')
+    message = refused(Corpus, prepared, **{'block_size': 64, **options})
+    assert part in message and ('more text' in message) == (part == '--block_size')
 
 
 # ---- damaged files -----------------------------------------------------------------------------------------
@@ -531,32 +497,17 @@ def test_a_damaged_file_is_named_with_the_way_out_and_never_used(prepared, copy,
             path.rmdir()
             path.touch()
     path.unlink()
-    with pytest.raises(DataError) as error:
-        Corpus(copy, block_size=8)
-    assert name in message_of(error)
-
-
-def rewrite(folder, **changes):
-    """meta.json with other values and a right checksum: what only the token files can contradict."""
-    meta = {**json.loads((folder / 'meta.json').read_bytes()), **changes}
-    (folder / 'meta.json').write_text(json.dumps({**meta, 'checksum': data.checksum(meta)}))
-
-
-def test_ids_beyond_the_vocabulary_of_meta_json_are_refused(copy):
-    rewrite(copy, vocab_size=300)
-    with pytest.raises(DataError) as error:
-        Corpus(copy, block_size=8)
-    assert 'id' in message_of(error) and '300' in message_of(error)
+    assert name in refused(Corpus, copy, block_size=8)
 
 
 def test_another_format_is_named_and_a_new_one_gets_its_own_folder(texts, tmp_path, monkeypatch):
     folder = prepare(str(texts), 'bytes', 0, tmp_path, silent)
     for number in (data.FORMAT + 1, data.FORMAT - 1):
-        rewrite(folder, format=number)
-        for use in (lambda: Corpus(folder), lambda: prepare(str(texts), 'bytes', 0, tmp_path, silent)):
-            with pytest.raises(DataError) as error:
-                use()
-            assert f'format {number}' in message_of(error)
+        meta = json.loads((folder / 'meta.json').read_bytes()) | {'format': number}
+        meta['checksum'] = data.checksum({key: value for key, value in meta.items() if key != 'checksum'})
+        (folder / 'meta.json').write_text(json.dumps(meta))
+        assert f'format {number}' in refused(Corpus, folder)
+        assert f'format {number}' in refused(prepare, str(texts), 'bytes', 0, tmp_path, silent)
     monkeypatch.setattr(data, 'FORMAT', 7)
     assert data.read_meta(prepare(str(texts), 'bytes', 0, tmp_path, silent))['format'] == 7
 
@@ -564,17 +515,16 @@ def test_another_format_is_named_and_a_new_one_gets_its_own_folder(texts, tmp_pa
 # ---- writing: stale, interrupted, at once ------------------------------------------------------------------
 
 def test_a_changed_corpus_gets_another_folder_and_the_old_one_stays(tmp_path):
-    lines, source, root = [], tmp_path / 'corpus', tmp_path / 'root'
+    source, root = tmp_path / 'corpus', tmp_path / 'root'
     source.mkdir()
     for i in range(9):
         (source / f'{i}.txt').write_text(text(i), encoding='utf-8')
-    first = prepare(str(source), 'bpe', 300, root, lines.append)
+    first = prepare(str(source), 'bpe', 300, root, silent)
     before = Corpus(first, block_size=8).describe()
-    assert not any('stay' in line for line in lines)
     (source / 'new.txt').write_text(text(99), encoding='utf-8')
-    second = prepare(str(source), 'bpe', 300, root, lines.append)
+    second = prepare(str(source), 'bpe', 300, root, silent)
     after = Corpus(second, block_size=8).describe()
-    assert first != second and any(str(first) in line and 'stay' in line for line in lines)
+    assert first != second
     assert before['train_sha256'] != after['train_sha256'] and before['vocab_sha256'] != after['vocab_sha256']
     assert before['dataset'] == after['dataset'] == 'corpus'
     assert Corpus(prepare(str(first), 'bpe', 300, root, silent), block_size=8).describe() == before  # a run can go on
@@ -592,25 +542,16 @@ def test_one_text_by_two_paths_is_described_alike(tmp_path):
     assert facts[0] == facts[1]
 
 
-def test_preparing_twice_elsewhere_gives_the_same_bytes(texts, prepared, tmp_path):
-    again = prepare(str(texts), 'bpe', 400, tmp_path, silent)
-    assert again.name == prepared.name
-    for path in prepared.iterdir():
-        assert (again / path.name).read_bytes() == path.read_bytes()
-
-
 def test_something_else_in_the_place_of_the_folder_is_not_removed(texts, tmp_path):
     folder = prepare(str(texts), 'bytes', 0, tmp_path, silent)
     (folder / 'meta.json').rename(folder / 'thesis.doc')
-    with pytest.raises(DataError) as error:
-        prepare(str(texts), 'bytes', 0, tmp_path, silent)
-    assert message_of(error) and (folder / 'thesis.doc').exists()
+    assert 'meta.json is missing' in refused(prepare, str(texts), 'bytes', 0, tmp_path, silent)
+    assert (folder / 'thesis.doc').exists()
 
 
 @pytest.mark.parametrize('failure', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
-@pytest.mark.parametrize('where', ['fsync', 'rename'])
-def test_a_full_disk_or_an_interruption_leaves_nothing_half_made(texts, tmp_path, monkeypatch, failure,
-                                                                 where):
+@pytest.mark.parametrize('where', ['replace', 'rename'])
+def test_a_full_disk_or_an_interruption_leaves_nothing_half_made(texts, tmp_path, monkeypatch, failure, where):
     def broken(*_):
         raise failure
     monkeypatch.setattr(os, where, broken)
@@ -623,15 +564,12 @@ def test_a_full_disk_or_an_interruption_leaves_nothing_half_made(texts, tmp_path
 
 def test_a_root_that_cannot_be_written_is_said_with_the_way_out(texts, tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(DataError) as error:
-        prepare(str(texts), 'bytes', 0, tmp_path / 'file', silent)
-    assert '--data_root' in message_of(error)
+    assert '--data_root' in refused(prepare, str(texts), 'bytes', 0, tmp_path / 'file', silent)
 
 
 def command(*argv, **options):
     return subprocess.Popen([sys.executable, str(REPOSITORY / 'data.py'), *map(str, argv)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE,
-                            text=True, **options)
+                            stderr=subprocess.PIPE, text=True, **options)
 
 
 def test_processes_that_prepare_at_once_end_in_one_good_result(texts, prepared, tmp_path):
@@ -641,6 +579,7 @@ def test_processes_that_prepare_at_once_end_in_one_good_result(texts, prepared, 
         out, err = run.communicate(timeout=60)
         assert run.returncode == 0 and err == '' and 'ready and verified' in out, err
     (folder,) = root.iterdir()
+    assert folder.name == prepared.name
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {path.name: path.read_bytes()
                                                                            for path in prepared.iterdir()}
 
@@ -677,7 +616,7 @@ def test_the_command_says_last_what_was_not_had(tmp_path):
         assert run.returncode == 0 and err == '' and 'instead of 70,000' in out.splitlines()[-1], err
 
 
-@pytest.mark.parametrize('argv, part', [(['--dataset=missing'], 'no such file'), (['--vocab_size=3'], '257'),
+@pytest.mark.parametrize('argv, part', [(['--dataset=missing'], 'No such file'), (['--vocab_size=3'], '257'),
                                         (['--tokeniser=bpe'], '--tokenizer=bpe'),
                                         (['--dataset=stdlib', '--tokenizer=none'], 'unknown')])
 def test_the_command_ends_a_mistake_in_one_line_and_status_2(tmp_path, argv, part):

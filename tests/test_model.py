@@ -9,16 +9,14 @@ import hashlib
 import math
 import shutil
 
-import numpy as np
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn as nn
 import torch.nn.functional as F
 
 import model as model_file
 from attention import rope_tables
-from model import LanguageModel, ModelConfig, choose
+from model import LanguageModel, ModelConfig
 from muon import Muon, configure_optimizers
 from tensors import BF16, F32, F64, close, numbers, randomise, token_ids
 
@@ -279,105 +277,7 @@ def test_a_batch_is_memorised_and_every_parameter_learns(attn, knobs):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Text
-
-def greedy(model, prompt, n):
-    """By full forwards, with the window that generate() documents: when full, its newest half goes on."""
-    size, window, text = model.config.block_size, list(prompt)[-model.config.block_size:], []
-    for _ in range(n):
-        if len(window) > size:
-            window = window[-(size // 2):]
-        with torch.no_grad():
-            new = model(torch.tensor([window]))[0, -1].argmax().item()
-        window.append(new)
-        text.append(new)
-    return text
-
-
-def generated(model, prompts, n, **knobs):
-    return torch.stack(list(model.generate(prompts, n, **knobs)), 1).tolist()
-
-
-@every_variant
-@pytest.mark.parametrize('static', [False, True])
-def test_greedy_text_is_what_full_forwards_write_alone_and_beside_others_and_far_beyond_the_context(attn, static):
-    """Prompts of different lengths go on as each alone, as long as the longest fits: when its cache is rebuilt, all
-    rows go on from their newest half."""
-    model = random_model(attn, **(MORE if static else {}))
-    for length, n in ((1, 40), (15, 12), (16, 12), (40, 3)):
-        prompt = token_ids(length, seed=length).tolist()
-        assert generated(model, [prompt], n, temperature=0, static=static) == [greedy(model, prompt, n)]
-    prompts = [token_ids(n, seed=n).tolist() for n in (3, 9, 1, 6)]
-    together = generated(model, prompts, 8, temperature=0, static=static)
-    assert together == [greedy(model, p, 8) for p in prompts] and len({tuple(t) for t in together}) > 1
-
-
-def probabilities(logits, temperature, top_k, top_p):
-    """By a loop over tokens, likeliest first, until k are taken or the probability p is reached."""
-    e = np.exp((logits - logits.max()) / temperature)
-    order = np.argsort(-logits)[:top_k]
-    kept, total = [], e[order].sum()
-    for i in order:
-        if top_p is not None and sum(e[kept]) / total >= top_p:
-            break
-        kept.append(i)
-    p = np.zeros(len(logits))
-    p[kept] = e[kept] / e[kept].sum()
-    return p
-
-
-@pytest.mark.parametrize('temperature, top_k, top_p', [
-    (1.0, None, None), (1.5, 3, None), (0.7, None, 0.6), (1.0, None, 0.05), (1.3, 5, 0.7), (9.0, None, 0.5)])
-def test_tokens_are_drawn_with_the_probabilities_of_temperature_top_k_and_top_p(temperature, top_k, top_p):
-    n, logits, generator = 3000, numbers(12, std=1.5), torch.Generator().manual_seed(0)
-    p = probabilities(logits.numpy(), temperature, top_k, top_p)
-    drawn = choose(logits.float().expand(n, 12), temperature, top_k, top_p, generator)
-    counts = torch.bincount(drawn, minlength=12).numpy()
-    assert (counts[p == 0] == 0).all()                      # nothing outside of them
-    assert (abs(counts - n * p) <= 4.5 * np.sqrt(n * p * (1 - p)) + 1e-9).all()
-
-
-def test_text_follows_its_seed_and_its_knobs():
-    model, prompts = random_model('lora'), [[1, 2, 3]] * 40
-    first = generated(model, prompts, 2, temperature=1.5, top_k=9, top_p=0.9, seed=4)
-    assert first == generated(model, prompts, 2, temperature=1.5, top_k=9, top_p=0.9, seed=4)
-    assert first != generated(model, prompts, 2, temperature=1.5, top_k=9, top_p=0.9, seed=5)
-    assert len({t[0] for t in first}) > 1
-    for knobs in (dict(top_k=1), dict(top_p=1e-9)):
-        assert generated(model, prompts[:2], 5, **knobs) == generated(model, prompts[:2], 5, temperature=0)
-    assert generated(model, prompts[:2], 3, top_k=1000, top_p=1.0, seed=2) == generated(model, prompts[:2], 3, seed=2)
-
-
-def test_text_after_saving_and_loading_is_identical(tmp_path):
-    for attn, knobs in (('enhanced', MORE), ('gqa', dict(qk_norm=True, n_expert_group=2, top_k_group=1))):
-        model = random_model(attn, F32, **knobs)
-        checkpoint = {'model': model.state_dict(), 'config': dataclasses.asdict(model.config)}
-        torch.save(checkpoint, tmp_path / 'checkpoint.pt')
-        saved = torch.load(tmp_path / 'checkpoint.pt', weights_only=True)
-        for seed in (99, None):
-            again = LanguageModel(ModelConfig(**saved['config']), seed=seed)
-            again.load_state_dict(saved['model'], strict=True)
-            assert again.config == model.config
-            assert torch.equal(again(token_ids(2, 16)), model(token_ids(2, 16)))
-            one, other = (generated(m, [[3, 1, 4], [1, 5]], 30, seed=1) for m in (again, model))
-            assert one == other
-
-
-def test_bad_requests_for_text_are_refused_in_one_line():
-    model = random_model('mla')
-    for prompts, knobs, words in (([], {}, 'prompt'), ([[1], []], {}, 'prompt'), ([[1]], dict(top_k=0), 'top_k'),
-                                  ([[1]], dict(temperature=-1), 'temperature'), ([[1]], dict(top_p=0), 'top_p'),
-                                  ([[1]], dict(top_p=1.1), 'top_p'), ([[1]], dict(top_p=math.nan), 'top_p')):
-        with pytest.raises(ValueError, match=words) as error:
-            next(model.generate(prompts, 3, **knobs))
-        assert '\n' not in str(error.value)
-    cache = model.new_cache(1, 4)
-    model.decode(token_ids(1, 3), cache)
-    with pytest.raises(ValueError, match='4 slots, 3 of them filled'):
-        model.decode(token_ids(1, 2), cache)
-    assert cache.filled == 3                                # and the cache is as it was
-    model.decode(token_ids(1, 1), cache)
-
+# Decoding
 
 @every_variant
 def test_for_decoding_everything_is_in_the_dtype_but_gains_router_and_selection_bias(attn):
@@ -419,6 +319,8 @@ BAD = [(dict(vocab_size=0), 'vocab_size'), (dict(block_size=0), 'block_size'), (
        (dict(attn='mla', qk_nope_head_dim=0), 'qk_nope_head_dim'), (dict(attn='lora', n_embd=8), 'n_embd'),
        (dict(rope_scaling='ntk'), 'rope_scaling'), (dict(rope_factor=0.5), 'rope_factor'),
        (dict(rope_factor=math.nan), 'rope_factor'), (dict(rope_factor=math.inf), 'rope_factor'),
+       (dict(rope_factor=2.0), 'rope_factor (2.0) means nothing to rope_scaling=default'),
+       (dict(rope_attention_factor=1.2, rope_scaling='linear'), 'rope_attention_factor means nothing to rope_scaling=linear'),
        (dict(rope_scaling='dynamic', n_embd=16), 'rope_scaling'),
        (dict(attn='mla', rope_scaling='dynamic', qk_rope_head_dim=2), 'rope_scaling')]
 
@@ -508,13 +410,6 @@ def losses_and_gradients(function, model, tokens, targets):
     return [*losses, *(p.grad.clone() for p in model.parameters())]
 
 
-@pytest.fixture
-def dynamo():
-    torch._dynamo.reset()
-    yield torch._dynamo.testing.CompileCounterWithBackend
-    torch._dynamo.reset()
-
-
 def check_compiled(model, compiled, tolerance, seeds=3, device='cpu'):
     for seed in range(seeds):
         tokens, targets = (token_ids(2, 16, seed=s).to(device) for s in (seed, seed + 9))
@@ -550,15 +445,6 @@ def test_compiled_attention_gives_the_eager_numbers_and_gradients(dynamo):
         results.append([out, *torch.autograd.grad(out.sin().sum(), list(layer.parameters()))])
     for one, other in zip(*results):
         close(one, other, 2e-5)
-
-
-def test_decoding_with_a_static_cache_is_captured_once_and_writes_the_same_text(dynamo):
-    model, graphs = random_model('mla').for_decoding(BF16), dynamo('eager')
-    trunk = torch.compile(model.trunk, backend=graphs, fullgraph=True, dynamic=False)
-    for prompts in ([[5, 6, 7], [1, 2, 3]], [[5, 6, 8], [3, 2, 1]]):        # one row alone goes its own way in eager
-        eager = generated(model, prompts, 12, temperature=0, static=True)
-        assert generated(model, prompts, 12, temperature=0, static=True, trunk=trunk) == eager
-        assert graphs.frame_count == 2                      # one graph for the prompt, one for all tokens after it
 
 
 def test_initial_numbers_depend_neither_on_the_device_nor_on_the_default_dtype():

@@ -73,7 +73,12 @@ def test_rates_are_searched_on_a_seed_that_does_not_count_with_fewer_steps(place
     status, runs, calls, _ = run(place, 'rates', JOBS='2')
     assert status == 0 and sorted(runs) == ['baseline@1e-3 100', 'baseline@2e-3 100', 'lora@1e-3 100', 'lora@2e-3 100']
     assert all('--max_steps=7' in c and '--experiment=tried-rates' in c for c in calls[:-1]) and calls[-1] == 'analyze.py out/tried-rates'
-    assert json.loads((place / 'out/tried-rates/options.json').read_text()) == ['--rates=True']
+    assert json.loads((place / 'out/tried-rates/options.json').read_text()) == ['--rates=True', '--may_differ=learning_rate']
+
+
+def test_only_the_arms_that_are_named_run_also_in_the_search_for_rates(place):
+    assert run(place, ARMS='lora extra')[1] == ['lora 0', 'lora 1', 'extra 0', 'extra 1']
+    assert run(place, 'rates', ARMS='lora')[1] == ['lora@1e-3 100', 'lora@2e-3 100']
 
 
 def test_kept_results_are_not_run_again(place):

@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import attention
 import hf
+from decoding import generate
 from model import LanguageModel, ModelConfig
 from result import SCHEMA
 from tokenizer import Tokenizer
@@ -232,14 +233,14 @@ def test_without_a_working_compiler_it_goes_on_without(trained, sample, monkeypa
 def test_several_samples_are_the_rows_of_one_batch_below_lines_of_dashes(trained, sample):
     run = sample(trained, *ON_CPU, f'--prompt={PROMPT}', '--max_new_tokens=30', '--num_samples=3', '--seed=5')
     model, tokenizer = load(trained / 'checkpoint.pt')
-    rows = torch.stack(list(model.generate([tokenizer.encode(PROMPT)] * 3, 30, 0.8, 50, seed=5)), 1).tolist()
+    rows = torch.stack(list(generate(model, [tokenizer.encode(PROMPT)] * 3, 30, 0.8, 50, seed=5)), 1).tolist()
     assert rows[0] != rows[1] != rows[2]
     assert run.out == DASHES.join(shown(tokenizer, PROMPT, row) for row in rows)
 
 
 def test_end_of_text_ends_a_sample_and_the_others_go_on(trained, sample, tmp_path):
     model, tokenizer = load(trained / 'checkpoint.pt')
-    rows = torch.stack(list(model.generate([tokenizer.encode(PROMPT)] * 2, 40, 0.8, 50, seed=3)), 1).tolist()
+    rows = torch.stack(list(generate(model, [tokenizer.encode(PROMPT)] * 2, 40, 0.8, 50, seed=3)), 1).tolist()
     for mine, other in ((0, 1), (1, 0)):                    # which sample is to end
         eot = next(token for token in rows[mine][5:] if token not in rows[other])
         path, tokenizer.eot = changed(trained, tmp_path, tokenizer=lambda state: {**state, 'eot': eot}), eot
@@ -247,7 +248,7 @@ def test_end_of_text_ends_a_sample_and_the_others_go_on(trained, sample, tmp_pat
         assert run.out == DASHES.join(shown(tokenizer, PROMPT, row) for row in rows)
         decoded = sum(row.index(eot) if eot in row else 39 for row in rows)     # but for the token that the prompt gave
         assert f'then {decoded} tokens' in run.err
-    once = next(model.generate([tokenizer.encode(PROMPT)], 1, temperature=0)).item()
+    once = next(generate(model, [tokenizer.encode(PROMPT)], 1, temperature=0)).item()
     path = changed(trained, tmp_path, tokenizer=lambda state: {**state, 'eot': once})
     run = sample(path, *GREEDY, f'--prompt={PROMPT}')
     assert run.code == 0 and run.out == PROMPT + '\n' and 'then 0 tokens' in run.err
@@ -255,7 +256,7 @@ def test_end_of_text_ends_a_sample_and_the_others_go_on(trained, sample, tmp_pat
 
 def test_an_empty_prompt_starts_from_the_end_of_text(trained, sample):
     model, tokenizer = load(trained / 'checkpoint.pt')
-    ids = [new.item() for new in model.generate([[tokenizer.eot]], 30, 0.8, 50, seed=1)]
+    ids = [new.item() for new in generate(model, [[tokenizer.eot]], 30, 0.8, 50, seed=1)]
     assert sample(trained, *ON_CPU, '--max_new_tokens=30', '--seed=1').out == shown(tokenizer, '', ids)
 
 
