@@ -395,7 +395,7 @@ def test_the_peer_decodes_with_a_cache_of_the_same_size(beside):
 # What cannot be done
 
 @pytest.mark.parametrize('knob, value, words', [
-    ('variants', 'baseline,enhansed', ['enhansed', 'did you mean', 'enhanced']), ('variants', '', ['--variants=']),
+    ('variants', 'baseline,enhansed', ['enhansed', 'one of', 'enhanced']), ('variants', '', ['--variants=']),
     ('variants', 'lora,lora', ['each once']), ('prompts', '128,x', ['--prompts=128,x', 'whole numbers']),
     ('prompts', '', ['whole numbers']), ('batch_sizes', '0', ['--batch_sizes=0']),
     ('dtype', 'float16', ['float16', 'bfloat16']), ('rounds', 0, ['rounds', 'at least 1']),
