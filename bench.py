@@ -6,6 +6,7 @@
     python bench.py --batch_size=8 --contexts=512,1024,2048,4096            against the context
     python bench.py --task=decode --prompts=512,8192                        after so many tokens, batch 1 and 8
     python bench.py --variants=mla --peer=none --plain=each                 what is each fast form of kernels.py worth?
+    python bench.py --variants=mla --peer=none --parts=20                   where does the time of an update go?
 
 Every combination of variant, library, dtype, sizes and --plain is a side. All sides take turns in one process, in
 rounds that go from the first side to the last and back alternately, and with them a matrix product of the machine's
@@ -27,6 +28,7 @@ plain = ['none']                # functions of kernels.py that run plain, each i
 experts = ['8']                 # experts in each layer; decode takes the first
 rounds = 5                      # timed rounds
 warmup = 2                      # rounds before them that do not count
+parts = 0                       # lines of torch.profiler's table of one more turn of each side, by time; 0: no table
 
 # train
 contexts = ['512']              # tokens in a sequence; every update has batch_size times the first of them
@@ -59,7 +61,8 @@ def numbers(knob):
 
 experts, contexts, micro_batch_sizes, prompts, batch_sizes = map(
     numbers, ('experts', 'contexts', 'micro_batch_sizes', 'prompts', 'batch_sizes'))
-for knob, least in dict(rounds=1, warmup=0, batch_size=micro_batch_sizes[-1], new_tokens=1, memory_updates=0).items():
+for knob, least in dict(rounds=1, warmup=0, parts=0, batch_size=micro_batch_sizes[-1], new_tokens=1,
+                        memory_updates=0).items():
     if config[knob] < least:
         fail(f'{knob} must be at least {least}, not {config[knob]}')
 if not variants or len(set(variants)) < len(variants):
@@ -159,6 +162,16 @@ def timed(work):
     work()
     synchronize()
     return time.perf_counter() - clock
+
+
+def parts_of(row, turn):
+    """Where the time of one more turn goes, as torch.profiler tells it."""
+    rewrite(f'parts of {label(row)}')
+    use_kernels(row)
+    with torch.profiler.profile() as profile:
+        turn()
+    parts_by_time = profile.key_averages().table(sort_by=f'self_{device.type}_time_total', row_limit=parts)
+    return f'\n{label(row)}:\n\n```\n{parts_by_time}```\n'
 
 
 def label(row):
@@ -443,7 +456,8 @@ def main():
                 hf.write_config(c)
     except (ImportError, ValueError) as error:
         fail(f'{error}{hint}')
-    machine, rows = take_turns(training_sides() if task == 'train' else decoding_sides())
+    sides = training_sides() if task == 'train' else decoding_sides()
+    machine, rows = take_turns(sides)
     for measure in rows[0]['seconds']:                          # the last is the one that the table compares
         compare(rows, measure)
     cells_of, notes = (training_cells, TRAINING_NOTES) if task == 'train' else (decoding_cells, DECODING_NOTES)
@@ -456,7 +470,8 @@ def main():
     own = [show(machine[f'gflops_{name}'], ',.1f') for name in ('float32', 'bfloat16')]
     text = (f'{table(rows, cells)}\n\n{env["device_name"]}, {env["threads"]} threads, torch {env["torch"]}'
             f'{", compiled" * compile}, {rounds} rounds; its own {matrix_size}^3 matrix product: {own[0]} GFLOP/s in '
-            f'float32, {own[1]} in bfloat16\n\n' + '\n'.join(f'- {note}' for note in notes) + '\n')
+            f'float32, {own[1]} in bfloat16\n\n' + '\n'.join(f'- {note}' for note in notes) + '\n'
+            + ''.join(parts_of(row, turn) for row, turn in sides if parts))
     content = {'schema': 3, 'task': task, 'started': started, 'finished': now(), 'config': config, 'environment': env,
                'notes': notes, 'machine': machine, 'rows': rows}
     for suffix, whole in {'.json': json.dumps(content, indent=1, allow_nan=False) + '\n', '.md': text}.items():

@@ -355,6 +355,19 @@ def test_in_its_turn_a_kernel_alone_is_plain_and_afterwards_fast_again(program, 
     assert used == [('fast', {}), ('fast', {}), ('fast', {'rotate': 'plain'}), ('plain', {})]       # first the machine
 
 
+def test_parts_are_the_profilers_lines_of_one_turn_in_the_form_of_its_row(program):
+    b, square, forms = program(parts=2), torch.ones(300, 300), []
+
+    def turn():
+        forms.append(dict(kernels._fast))
+        return [square @ square for _ in range(3)]
+    label, *lines = b.parts_of({'variant': 'mla', 'plain': 'rotate'}, turn).strip().splitlines()
+    [product] = [line.split() for line in lines if 'aten::mm' in line]
+    assert label == 'mla rotate:' and product[-1] == '3'            # calls
+    assert forms == [{name: name != 'rotate' for name in kernels.NAMES}]
+    kernels.use('fast')
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Beside transformers
 
