@@ -6,13 +6,13 @@
     python bench.py --batch_size=8 --contexts=512,1024,2048,4096            against the context
     python bench.py --task=decode --prompts=512,8192                        after so many tokens, batch 1 and 8
     python bench.py --variants=mla --peer=none --plain=each                 what is each fast form of kernels.py worth?
+    python bench.py --variants=mla --peer=none --parts=20                   where does the time of an update go?
 
 Every combination of variant, library, dtype, sizes and --plain is a side. All sides take turns in one process, in
 rounds that go from the first side to the last and back alternately, and with them a matrix product of the machine's
 own: drift hits all alike. A figure is the median over the rounds with minimum and maximum, a ratio that of the
 quotients within a round. Prints Markdown; writes it, and JSON with every single timing.
 """
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +28,7 @@ plain = ['none']                # functions of kernels.py that run plain, each i
 experts = ['8']                 # experts in each layer; decode takes the first
 rounds = 5                      # timed rounds
 warmup = 2                      # rounds before them that do not count
+parts = 0                       # lines of torch.profiler's table of one more turn of each side, by time; 0: no table
 
 # train
 contexts = ['512']              # tokens in a sequence; every update has batch_size times the first of them
@@ -60,7 +61,8 @@ def numbers(knob):
 
 experts, contexts, micro_batch_sizes, prompts, batch_sizes = map(
     numbers, ('experts', 'contexts', 'micro_batch_sizes', 'prompts', 'batch_sizes'))
-for knob, least in dict(rounds=1, warmup=0, batch_size=micro_batch_sizes[-1], new_tokens=1, memory_updates=0).items():
+for knob, least in dict(rounds=1, warmup=0, parts=0, batch_size=micro_batch_sizes[-1], new_tokens=1,
+                        memory_updates=0).items():
     if config[knob] < least:
         fail(f'{knob} must be at least {least}, not {config[knob]}')
 if not variants or len(set(variants)) < len(variants):
@@ -82,13 +84,11 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 
-os.environ.setdefault('KINETO_LOG_LEVEL', '99')                 # else torch's profiler writes lines of its own
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
 
 import kernels
 from machine import choose_device, environment, now, peak_memory_gb, write_atomically
@@ -114,10 +114,12 @@ if plain == ['each']:
 if not plain or not set(plain) <= {'none', 'all', *kernels.NAMES}:
     fail(f'--plain={as_text(plain)} must be of none, all, each, {", ".join(kernels.NAMES)}')
 libraries, dtypes = ['ours'] + [peer] * (peer != 'none'), ['float32', 'bfloat16'] if dtype == 'both' else [dtype]
+forms = {'ours': plain, peer: ['none']}                         # of the kernels, in each library
 config |= {'compile': compile, 'matrix_size': matrix_size, 'peer': peer, 'device': str(device)}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Taking turns. A row says what a side is, and holds its seconds, {measure: [of each round]}; turn() does one round
+# Taking turns. A row says what a side is, how many tokens each measure of it is about, {measure: tokens}, and holds its
+# seconds, {measure: [of each round]}; turn() does one round -> {measure: seconds}
 
 SIDE = ('variant', 'library', 'dtype', 'experts', 'context', 'micro_batch_size', 'prompt', 'batch_size', 'mode',
         'plain')
@@ -136,12 +138,7 @@ def take_turns(sides):
                 if i >= 0:
                     row['seconds'].setdefault(measure, []).append(seconds)
     machine, *rows = [row for row, _ in sides]
-    machine |= {f'flops_{d}': rate(2 * matrix_size ** 3, machine['seconds'][d]) for d in ('float32', 'bfloat16')}
-    return machine | {'bytes_read': rate(2 ** 28, machine['seconds']['read'])}, rows
-
-
-def forms(library):
-    return plain if library == 'ours' else ['none']
+    return machine | {f'gflops_{d}': rate(2e-9 * matrix_size ** 3, s) for d, s in machine['seconds'].items()}, rows
 
 
 def use_kernels(row):
@@ -150,11 +147,11 @@ def use_kernels(row):
 
 
 def yardstick():
-    """The machine itself: a matrix product in both dtypes, and 256 MiB of a matrix times a vector, which is reading."""
-    a, wide = torch.randn(matrix_size, matrix_size, device=device), torch.ones(2 ** 16, 2 ** 10, device=device)
-    b, vector, times = a.bfloat16(), wide[0], 10 if cuda else 1     # one alone is too short for the clock on a GPU
-    works = {'float32': lambda: a @ a, 'bfloat16': lambda: b @ b, 'read': lambda: wide @ vector}
-    return lambda: {name: timed(lambda: [work() for _ in range(times)]) / times for name, work in works.items()}
+    """The turn of the machine itself: a matrix product in both dtypes."""
+    times = 10 if cuda else 1                                   # one alone is too short for the clock on a GPU
+    square = torch.randn(matrix_size, matrix_size, device=device)
+    matrices = {'float32': square, 'bfloat16': square.bfloat16()}
+    return lambda: {name: timed(lambda: [m @ m for _ in range(times)]) / times for name, m in matrices.items()}
 
 
 def timed(work):
@@ -165,6 +162,16 @@ def timed(work):
     work()
     synchronize()
     return time.perf_counter() - clock
+
+
+def parts_of(row, turn):
+    """Where the time of one more turn goes, as torch.profiler tells it."""
+    rewrite(f'parts of {label(row)}')
+    use_kernels(row)
+    with torch.profiler.profile() as profile:
+        turn()
+    parts_by_time = profile.key_averages().table(sort_by=f'self_{device.type}_time_total', row_limit=parts)
+    return f'\n{label(row)}:\n\n```\n{parts_by_time}```\n'
 
 
 def label(row):
@@ -182,7 +189,7 @@ def rate(work, seconds):
 
 
 def compare(rows, measure):
-    """Adds to each row how many times as fast it is as others of the same sizes, {column of the table: figure}."""
+    """Adds to each row its tokens per second, and how many times as fast it is as others of the same sizes, by name."""
     for row in rows:
         def like(*but, **wanted):       # the rows that are as this one is, but in some things
             return [r for r in rows if all(r.get(k) == wanted.get(k, row.get(k)) for k in SIDE if k not in but)]
@@ -197,6 +204,7 @@ def compare(rows, measure):
         row[f'{measure}_speed'] = {
             name: spread(theirs / ours for ours, theirs in zip(row['seconds'][measure], found[0]['seconds'][measure]))
             for name, found in others.items() if found and found[0] is not row}
+        row[f'{measure}_tokens_per_second'] = rate(row['tokens'][measure], row['seconds'][measure])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,14 +224,8 @@ def build(row, block_size):
     return model.to(device)
 
 
-def outline(row, block_size):
-    """Our model of these sizes without its numbers: it knows what it costs."""
-    with torch.device('meta'):
-        return LanguageModel(config_of(row, block_size), seed=None)
-
-
 def fastest_experts(model, work, tokens):
-    """-> the experts implementation of a transformers model with which work() is fastest, {name: seconds}.
+    """-> the experts implementation of a transformers model with which work() is fastest.
 
     tokens: how many work() puts through the experts at once; batched_mm gathers the matrices of every copy of them,
     which beyond a GiB is out of the question.
@@ -237,7 +239,7 @@ def fastest_experts(model, work, tokens):
         except Exception:                                       # whatever an implementation lacks on this machine
             if name == 'eager':
                 raise
-    return min(trials, key=trials.get), trials
+    return min(trials, key=trials.get)
 
 
 def tokens_of(rows, length):
@@ -252,26 +254,21 @@ def training_sides():
     for attn, library, n_expert in itertools.product(variants, libraries, experts):
         row = {'variant': attn, 'library': library, 'experts': n_expert}
         model = build(row, contexts[-1])                        # one for all dtypes: weights are float32
-        for name, context, micro, form in itertools.product(dtypes, contexts, micro_batch_sizes, forms(library)):
+        for name, context, micro, form in itertools.product(dtypes, contexts, micro_batch_sizes, forms[library]):
+            with torch.device('meta'):                          # ours of these sizes: it knows what it costs
+                flops = LanguageModel(config_of(row, context), seed=None).flops_per_token()
             row = row | {'dtype': name, 'context': context, 'micro_batch_size': micro, 'plain': form, 'seconds': {},
+                         'tokens': {'update': tokens_in_update}, 'flops_per_token': flops,
                          'params_total': sum(p.numel() for p in model.parameters())}
-            row['flops_per_token'] = outline(row, context).flops_per_token()
             sides.append((row, training_turn(model, row)))
     return sides
 
 
 def training_turn(model, row):
-    """-> turn(). Before it: where the time goes in ours, which experts implementation is the peer's fastest."""
-    update, opt = update_of(model, row), optimizer_of(model)
-    use_kernels(row)
-    if row['library'] == 'ours':
-        eager = update_of(model, row, compile=False)
-        eager(opt)
-        row['parts'] = parts_of(model, lambda: eager(opt))
-    else:
-        tokens = row['micro_batch_size'] * contexts[0]
-        row['experts_implementation'], row['trials'] = fastest_experts(model, lambda: update(opt), tokens)
-    del opt
+    update = update_of(model, row)
+    if row['library'] != 'ours':
+        row['experts_implementation'] = fastest_experts(
+            model, partial(update, optimizer_of(model)), row['micro_batch_size'] * contexts[0])
 
     def turn():
         if row['library'] != 'ours':
@@ -288,7 +285,7 @@ def optimizer_of(model):
     return configure_optimizers(model, 1e-4)[0]
 
 
-def update_of(model, row, compile=compile):
+def update_of(model, row):
     """-> update(opt): a whole update as train.py does it; micro-batches forward and backward, clip, optimizer."""
     run, (balance, z) = torch.compile(model) if compile else model, LOSS_WEIGHTS[config['router']]
     x = tokens_of(tokens_in_update // row['context'], row['context'] + 1)
@@ -306,46 +303,10 @@ def update_of(model, row, compile=compile):
                     loss = run(input_ids=tokens, labels=tokens, use_cache=False).loss
                 with torch.autocast(device.type, enabled=False):
                     (loss * (len(rows) / len(x))).backward()
-        with record_function('part: optimizer'):
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            opt.step()
-            opt.zero_grad()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
     return update
-
-
-def parts_of(model, work):
-    """Where the time of work() goes, by torch's profiler -> {part: share}: of the CPU's, or on a GPU of its kernels'.
-
-    An operator belongs to the module in whose forward it runs, and what runs in the backward to the module of the
-    operator whose gradient it is: autograd gives both the same sequence number.
-    """
-    scopes, hooks, backward = [], [], 'autograd::engine::evaluate_function'
-    for name, module in model.named_modules():
-        if name.count('.') <= 2:                                # the model itself, its blocks, their halves
-            last = name.split('.')[-1]
-            part = 'norms' if 'norm' in last else 'residual' if last.isdecimal() else last or 'head and loss'
-            enter = lambda *_, part=part: scopes.append(record_function(f'part: {part}').__enter__())
-            leave = lambda *_: scopes.pop().__exit__(None, None, None)
-            hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with profile(activities=kinds, acc_events=True) as profiled, record_function('part: rest'):     # else 2.11 warns
-        timed(work)
-    for hook in hooks:
-        hook.remove()
-    part_of, shares = {}, Counter()
-    for event in sorted(profiled.events(), key=lambda event: event.time_range.start):
-        if event.device_type == torch.autograd.DeviceType.CPU:
-            above = event
-            while above and not above.name.startswith(('part: ', backward)):
-                above = above.cpu_parent
-            if above and above.name.startswith(backward):
-                part = part_of.get(above.sequence_nr, 'gradients')          # of no operator: they are added up
-            else:
-                part = above.name.removeprefix('part: ') if above else 'rest'
-                if event.sequence_nr >= 0:
-                    part_of[event.sequence_nr] = part           # of several with one number the last has the gradient
-            shares[part] += event.self_device_time_total if cuda else event.self_cpu_time_total
-    return {part: share / shares.total() for part, share in shares.most_common()}
 
 
 def peak_memory(row):
@@ -360,37 +321,28 @@ def peak_memory(row):
     return {'before_gb': before, 'peak_gb': peak_memory_gb(device)}
 
 
-def task_train():
-    machine, rows = take_turns(training_sides())
-    compare(rows, 'update')
-    for row in rows:
-        row |= {'ms': spread(1e3 * s for s in row['seconds']['update']), 'peak_memory': None,
-                'tokens_per_second': rate(tokens_in_update, row['seconds']['update'])}
-        row['of_matrix_rate'] = (row['tokens_per_second']['median'] * row['flops_per_token']
-                                 / machine[f'flops_{row["dtype"]}']['median'])
-        try:
-            if memory_updates:
-                rewrite(f'peak memory of {label(row)}')
-                with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
-                    row['peak_memory'] = pool.submit(peak_memory, row).result()
-        except Exception as error:                              # killed for it, say
-            say(f'peak memory of {label(row)} is missing: {error}', file=sys.stderr)
-    text = table(rows, {
-        'tokens/s': lambda r: show(r['tokens_per_second']), 'ms': lambda r: show(r['ms'], '.1f'),
-        'MFLOPs/token': lambda r: f'{r["flops_per_token"] / 1e6:.1f}',
-        'of matrix rate': lambda r: f'{r["of_matrix_rate"]:.1%}',
-        'peak GB': lambda r: f'{r["peak_memory"]["peak_gb"]:.2f}' if r['peak_memory'] else '-',
-        **speeds(rows, 'update')})
-    ours = [r for r in rows if r['library'] == 'ours']
-    parts = dict.fromkeys(part for r in ours for part in r['parts'])
-    text += '\n\n' + table(ours, {part: lambda r, part=part: f'{r["parts"].get(part, 0):.1%}' for part in parts})
-    return machine, rows, text, [
-        f'An update is {tokens_in_update} random tokens: forward, loss, backward, clip, fused AdamW. In bfloat16 are '
-        'the products, by autocast; weights, moments and gradients are float32.',
-        "of matrix rate: model FLOPs (LanguageModel.flops_per_token) at the machine's own product in the same dtype.",
-        'peak GB: of a process that does a few updates of one side alone; on a CPU with Python and all it loads.',
-        "Second table: shares of an update under torch's profiler, not compiled, by the module in which an operator or "
-        'what it is the gradient of runs; optimizer: with clipping; gradients: adding them up.']
+def training_cells(row, machine):
+    """Adds the last figures to a row -> its cells in the table, {head: text}."""
+    try:
+        if memory_updates:
+            rewrite(f'peak memory of {label(row)}')
+            with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+                row['peak_memory'] = pool.submit(peak_memory, row).result()
+    except Exception as error:                                  # killed for it, say
+        say(f'peak memory of {label(row)} is missing: {error}', file=sys.stderr)
+    row['of_matrix_rate'] = (1e-9 * row['flops_per_token'] * row['update_tokens_per_second']['median']
+                             / machine[f'gflops_{row["dtype"]}']['median'])
+    return {'tokens/s': show(row['update_tokens_per_second']),
+            'ms': show(spread(1e3 * s for s in row['seconds']['update']), '.1f'),
+            'MFLOPs/token': f'{row["flops_per_token"] / 1e6:.1f}', 'of matrix rate': f'{row["of_matrix_rate"]:.1%}',
+            'peak GB': f'{row["peak_memory"]["peak_gb"]:.2f}' if 'peak_memory' in row else '-'}
+
+
+TRAINING_NOTES = [
+    f'An update is {tokens_in_update} random tokens: forward, loss, backward, clip, fused AdamW. In bfloat16 are the '
+    'products, by autocast; weights, moments and gradients are float32.',
+    "of matrix rate: model FLOPs (LanguageModel.flops_per_token) at the machine's own product in the same dtype.",
+    'peak GB: of a process that does a few updates of one side alone; on a CPU with Python and all it loads.']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,17 +352,13 @@ def decoding_sides():
     sides, size = [], prompts[-1] + new_tokens
     for attn, library, name in itertools.product(variants, libraries, dtypes):
         row, kind = {'variant': attn, 'library': library, 'dtype': name}, getattr(torch, name)
-        model, plan = build(row, size).eval(), outline(row, size)
+        model = build(row, size).eval()
         model = model.for_decoding(kind) if library == 'ours' else model.to(kind)
         latent = library == 'ours' and hasattr(model.layers[0].attn, 'decode_mode')
         modes = ['absorb', 'expand'] if latent else ['decode']
-        for prompt, batch, mode, form in itertools.product(prompts, batch_sizes, modes, forms(library)):
-            # What a step must read: the cache, and once for the batch the weights in use. If all experts are equally
-            # likely, 1 - (1 - k/E)^batch of them are in use
-            n, cache = plan.parameter_counts(), plan.cache_bytes_per_token(kind) * batch * (prompt + new_tokens / 2)
-            weights = n['params_total'] - n['params_experts'] * (1 - config['top_k'] / experts[0]) ** batch
+        for prompt, batch, mode, form in itertools.product(prompts, batch_sizes, modes, forms[library]):
             row = row | {'prompt': prompt, 'batch_size': batch, 'mode': mode, 'plain': form, 'seconds': {},
-                         'least_bytes': weights * kind.itemsize + cache}
+                         'tokens': {'prefill': batch * prompt, 'decode': batch * new_tokens}}
             sides.append((row, decoding_turn(model, tokens_of(batch, prompt + new_tokens), row)))
     return sides
 
@@ -421,126 +369,110 @@ def decoding_turn(model, tokens, row):
 
     In transformers: a DynamicCache and one forward a token, no generate() around it.
     """
-    (batch, size), prompt, ours = tokens.shape, row['prompt'], row['library'] == 'ours'
+    (batch, size), prompt = tokens.shape, row['prompt']
+    if row['library'] == 'ours':
+        new_cache = lambda: model.new_cache(batch, size)
+        step = lambda cache, start, end: model.decode(tokens[:, start:end], cache)
+        tensors_of = lambda layer: layer.tensors
 
-    def choose(way):
-        for layer in model.layers if ours else ():
-            layer.attn.decode_mode = way                        # means nothing to multi-head attention
-        if not ours:
-            model.set_experts_implementation(way)
+        def choose(mode):
+            for layer in model.layers:
+                layer.attn.decode_mode = mode                   # means nothing to multi-head attention
+    else:
+        from transformers import DynamicCache
+        new_cache = lambda: DynamicCache(config=model.config)
+        step = lambda cache, start, end: model(input_ids=tokens[:, start:end], past_key_values=cache, use_cache=True,
+                                               logits_to_keep=1)
+        tensors_of = lambda layer: (layer.keys, layer.values)
+        choose = model.set_experts_implementation
 
-    def new_cache():
-        if ours:
-            return model.new_cache(batch, size)
-        import transformers
-        return transformers.DynamicCache(config=model.config)
-
-    def step(cache, start, end):
-        if ours:
-            model.decode(tokens[:, start:end], cache)
-        else:
-            model(input_ids=tokens[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def one_by_one(cache, end=size):
+        for i in range(prompt, end):
+            step(cache, i, i + 1)
 
     @torch.no_grad()
     def turn():
         cache = new_cache()
-        choose('auto' if ours else row['prefill_implementation'])
+        choose(row.get('prefill_implementation', 'auto'))
         seconds = {'prefill': timed(lambda: step(cache, 0, prompt))}
-        choose(row['mode'] if ours else row['experts_implementation'])
-        seconds['decode'] = timed(lambda: [step(cache, i, i + 1) for i in range(prompt, size)])
-        kept = [t for layer in cache.layers for t in (layer.tensors if ours else (layer.keys, layer.values))]
-        row['cache_bytes'] = sum(t.numel() * t.element_size() for t in kept)
+        choose(row.get('experts_implementation', row['mode']))
+        seconds['decode'] = timed(lambda: one_by_one(cache))
+        row['cache_bytes'] = sum(t.nbytes for layer in cache.layers for t in tensors_of(layer))
         return seconds
 
-    if not ours:
-        cache, some = new_cache(), range(prompt, min(size, prompt + 8))
-        row['prefill_implementation'], row['prefill_trials'] = fastest_experts(
-            model, lambda: step(new_cache(), 0, prompt), batch * prompt)
-        step(cache, 0, prompt)
-        row['experts_implementation'], row['trials'] = fastest_experts(
-            model, lambda: [step(cache, i, i + 1) for i in some], batch)
+    if row['library'] != 'ours':
+        row['prefill_implementation'] = fastest_experts(model, lambda: step(new_cache(), 0, prompt), batch * prompt)
+        step(cache := new_cache(), 0, prompt)
+        row['experts_implementation'] = fastest_experts(model, lambda: one_by_one(cache, min(size, prompt + 8)), batch)
     return turn
 
 
-def task_decode():
-    machine, rows = take_turns(decoding_sides())
-    compare(rows, 'prefill')
-    compare(rows, 'decode')
-    for row in rows:
-        seconds, batch = row['seconds'], row['batch_size']
-        row |= {'prefill_tokens_per_second': rate(batch * row['prompt'], seconds['prefill']),
-                'decode_tokens_per_second': rate(batch * new_tokens, seconds['decode']),
-                'ms_per_token': spread(1e3 * s / new_tokens for s in seconds['decode']),
-                'least_ms': 1e3 * row['least_bytes'] / machine['bytes_read']['median'],
-                'cache_bytes_per_token': row['cache_bytes'] / (batch * (row['prompt'] + new_tokens))}
-    text = table(rows, {
-        'prefill tokens/s': lambda r: show(r['prefill_tokens_per_second']),
-        **({'prefill to its best': speeds(rows, 'prefill')['to its best']} if peer != 'none' else {}),
-        'decode tokens/s': lambda r: show(r['decode_tokens_per_second'], ',.1f'),
-        'ms/token': lambda r: show(r['ms_per_token'], '.2f'), 'least ms': lambda r: f'{r["least_ms"]:.2f}',
-        **speeds(rows, 'decode'), 'cache B/token': lambda r: f'{r["cache_bytes_per_token"]:,.0f}',
-        'cache MB': lambda r: f'{r["cache_bytes"] / 1e6:.2f}'})
-    return machine, rows, text, [
-        f'Random tokens: a prompt at once, then {new_tokens} one at a time. ms/token: one step of the whole batch.',
-        'Cache: of prompt and new tokens, in the dtype of the row.',
-        'Latent attention reads the prompt in the cheaper way, then decodes absorbed or expanded.',
-        'least ms: reading once what a step needs, weights (of the experts those that are visited, if all are equally '
-        'likely) and cache, as fast as the machine multiplies a large matrix by a vector.']
+def decoding_cells(row, machine):
+    """Adds the last figures to a row -> its cells in the table, {head: text}."""
+    row['cache_bytes_per_token'] = row['cache_bytes'] / (row['batch_size'] * (row['prompt'] + new_tokens))
+    prefill = row['prefill_speed'].get('to its best')
+    return {'prefill tokens/s': show(row['prefill_tokens_per_second']),
+            **({'prefill to its best': show(prefill, '.2f')} if prefill else {}),
+            'decode tokens/s': show(row['decode_tokens_per_second'], ',.1f'),
+            'ms/token': show(spread(1e3 * s / new_tokens for s in row['seconds']['decode']), '.2f'),
+            'cache B/token': f'{row["cache_bytes_per_token"]:,.0f}', 'cache MB': f'{row["cache_bytes"] / 1e6:.2f}'}
+
+
+DECODING_NOTES = [
+    f'Random tokens: a prompt at once, then {new_tokens} one at a time. ms/token: one step of the whole batch.',
+    'Cache: of prompt and new tokens, in the dtype of the row.',
+    'Latent attention reads the prompt in the cheaper way, then decodes absorbed or expanded.']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Report
 
 def show(s, form=',.0f'):
-    """'median (min-max)'; '-' of None."""
-    return f'{s["median"]:{form}} ({s["min"]:{form}}-{s["max"]:{form}})' if s else '-'
+    return f'{s["median"]:{form}} ({s["min"]:{form}}-{s["max"]:{form}})'
 
 
-def speeds(rows, measure):
-    names = dict.fromkeys(name for r in rows for name in r[f'{measure}_speed'])
-    return {name: lambda r, name=name: show(r[f'{measure}_speed'].get(name), '.2f') for name in names}
-
-
-def table(rows, columns):
-    """Markdown: what tells the sides apart, then the columns, {head: function of a row -> cell}."""
+def table(rows, cells):
+    """Markdown: what tells the sides apart, then the cells of each row, {head: text}, in the order of the heads."""
     apart = [k for k in SIDE if k in SIDE[:3] or len({r.get(k) for r in rows}) > 1]
-    library = lambda r: 'ours' if r['library'] == 'ours' else (
-        f'{peer} ({r["experts_implementation"]})' + ', best' * any(f'best_{m}' in r for m in ('update', 'decode')))
-    return markdown([*apart, *columns], [[library(r) if k == 'library' else r[k] for k in apart]
-                                         + [cell(r) for cell in columns.values()] for r in rows])
-
-
-def markdown(head, lines):
-    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in [head, ['---'] * len(head), *lines])
+    heads = list(dict.fromkeys(head for own in cells for head in own))
+    lines = [[*apart, *heads], ['---'] * len(apart + heads)]
+    for row, own in zip(rows, cells):
+        best = ', best' * ('best_update' in row or 'best_decode' in row)
+        library = 'ours' if row['library'] == 'ours' else f'{peer} ({row["experts_implementation"]}){best}'
+        lines.append([(row | {'library': library})[k] for k in apart] + [own.get(head, '-') for head in heads])
+    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
 
 
 def main():
-    started, version = now(), None
+    started, version, hint = now(), None, ''
     try:                                                        # what cannot be built is told before anything runs
         configs = [config_of({'variant': attn, 'experts': n}, contexts[0]) for attn in variants for n in experts]
-    except ValueError as error:
-        fail(error)
-    try:
         if peer != 'none':
+            hint = f'; --peer=none goes without {peer}'
             import hf
             import transformers
             version = transformers.__version__
             for c in configs:
                 hf.write_config(c)
     except (ImportError, ValueError) as error:
-        install = f'pip install {peer}, or ' * isinstance(error, ImportError)
-        fail(f'--peer={peer}: {error}; {install}--peer=none goes without it')
-    machine, rows, text, notes = task_train() if task == 'train' else task_decode()
+        fail(f'{error}{hint}')
+    sides = training_sides() if task == 'train' else decoding_sides()
+    machine, rows = take_turns(sides)
+    for measure in rows[0]['seconds']:                          # the last is the one that the table compares
+        compare(rows, measure)
+    cells_of, notes = (training_cells, TRAINING_NOTES) if task == 'train' else (decoding_cells, DECODING_NOTES)
+    cells = [cells_of(row, machine) | {name: show(speed, '.2f') for name, speed in row[f'{measure}_speed'].items()}
+             for row in rows]
     if peer != 'none':
         notes.append('transformers: the same networks with the same weights, without auxiliary losses; in brackets the '
                      'experts implementation, the fastest in a trial of that side. best: the faster of its dtypes.')
     env = environment(device) | {'transformers': version}
-    giga = lambda name: show({k: v / 1e9 for k, v in machine[name].items()}, ',.1f')
-    text += (f'\n\n{env["device_name"]}, {env["threads"]} threads, torch {env["torch"]}{", compiled" * compile}, '
-             f'{rounds} rounds; its own {matrix_size}^3 matrix product: {giga("flops_float32")} GFLOP/s in float32, '
-             f'{giga("flops_bfloat16")} in bfloat16; it reads {giga("bytes_read")} GB/s\n\n'
-             + '\n'.join(f'- {note}' for note in notes) + '\n')
-    content = {'schema': 2, 'task': task, 'started': started, 'finished': now(), 'config': config, 'environment': env,
+    own = [show(machine[f'gflops_{name}'], ',.1f') for name in ('float32', 'bfloat16')]
+    text = (f'{table(rows, cells)}\n\n{env["device_name"]}, {env["threads"]} threads, torch {env["torch"]}'
+            f'{", compiled" * compile}, {rounds} rounds; its own {matrix_size}^3 matrix product: {own[0]} GFLOP/s in '
+            f'float32, {own[1]} in bfloat16\n\n' + '\n'.join(f'- {note}' for note in notes) + '\n'
+            + ''.join(parts_of(row, turn) for row, turn in sides if parts))
+    content = {'schema': 3, 'task': task, 'started': started, 'finished': now(), 'config': config, 'environment': env,
                'notes': notes, 'machine': machine, 'rows': rows}
     for suffix, whole in {'.json': json.dumps(content, indent=1, allow_nan=False) + '\n', '.md': text}.items():
         write_atomically(path.with_suffix(suffix), lambda file: file.write(whole.encode()))

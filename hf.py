@@ -11,10 +11,10 @@
     DeepseekV3ForCausalLM           latent                  sigmoid: V3, Moonlight, Kimi-K2
     Mistral4ForCausalLM             latent                  softmax, renormalised or not
 
-A config.json describes a network by fields. FIELDS, FIXED and MEANS say what each family's mean here, SILENT which mean
-nothing to the numbers; any other field is an error, not a guess. The tensors have other names than ours, one for each
-expert, and some families pair the rotary dims (i, i + d/2) where ours and DeepSeek's pair (2i, 2i + 1): layout().
-transformers and safetensors are not needed, but for peer(). All errors are ValueErrors of one line.
+A config.json describes a network by fields. FAMILIES says what each family's mean here, SILENT which mean nothing to the
+numbers; any other field is an error, not a guess. The tensors have other names than ours, one for each expert, and some
+families pair the rotary dims (i, i + d/2) where ours and DeepSeek's pair (2i, 2i + 1): layout(). transformers and
+safetensors are not needed, but for peer(). All errors are ValueErrors of one line.
 """
 import json
 import math
@@ -22,10 +22,12 @@ import os
 import shutil
 import sys
 import warnings
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from attention import yarn_mscale
@@ -33,11 +35,31 @@ from model import LanguageModel, ModelConfig
 from result import read_checkpoint
 from tokenizer import EOT, Tokenizer
 
+
+@contextmanager
+def reading(path, verdict='cannot be read'):
+    """Whatever goes wrong inside ends in a ValueError of one line that names the path, or a file in it."""
+    try:
+        yield
+    except Exception as error:                                  # what damaged files make json, zipfile and torch raise
+        text = str(error).partition('\n')[0]
+        if type(error) is not ValueError:                       # which is ours and says what is wrong
+            text = f'{path} {verdict} ({type(error).__name__}: {text})'
+        raise ValueError(text if str(path) in text else f'{path}: {text}') from None
+
+
+def read_json(path):
+    with reading(path):
+        value = json.loads(Path(path).read_text('utf-8'))
+        if not isinstance(value, dict):
+            raise ValueError('no JSON object')
+        return value
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Safetensors: 8 bytes (n, little endian), n bytes of JSON {name: {dtype, shape, data_offsets}}, then the tensors' bytes
 
-DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
-          'F8_E4M3': torch.float8_e4m3fn}
+DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
 
 
 class Stored(NamedTuple):
@@ -48,70 +70,47 @@ class Stored(NamedTuple):
     shape: tuple
 
     def read(self):
-        data = bytearray(math.prod(self.shape) * self.dtype.itemsize)
-        with open(self.path, 'rb') as file:
-            file.seek(self.start)
-            if file.readinto(data) != len(data):
-                raise ValueError(f'{self.path} was cut short while it was read')
-        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+        data = np.fromfile(self.path, np.uint8, math.prod(self.shape) * self.dtype.itemsize, offset=self.start)
+        return torch.from_numpy(data).view(self.dtype).view(self.shape)
 
 
 def read_header(path):
-    """A safetensors file -> {name: Stored}. The tensors must fill the file to its end, without holes."""
-    try:
-        with open(path, 'rb') as file:
-            size, length = os.path.getsize(path), int.from_bytes(file.read(8), 'little')
-            entries = json.loads(file.read(min(length, size)))
+    """A safetensors file -> {name: Stored}."""
+    with reading(path), open(path, 'rb') as file:
+        size, length, stored = os.path.getsize(path), int.from_bytes(file.read(8), 'little'), {}
+        entries = json.loads(file.read(min(length, size)))
         entries.pop('__metadata__', None)
-        stored, end = {}, 0
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]['data_offsets']):
+        for name, entry in entries.items():
             if entry['dtype'] not in DTYPES:
                 raise ValueError(f'{name} has dtype {entry["dtype"]}, only {", ".join(DTYPES)} can be read')
-            start, dtype, shape = end, DTYPES[entry['dtype']], tuple(entry['shape'])
-            end += math.prod(shape) * dtype.itemsize
-            if entry['data_offsets'] != [start, end]:
-                raise ValueError(f'{name} of shape {shape} cannot lie at {entry["data_offsets"]}')
+            dtype, shape, (start, end) = DTYPES[entry['dtype']], tuple(entry['shape']), entry['data_offsets']
+            if end - start != math.prod(shape) * dtype.itemsize or not 0 <= start <= end <= size - 8 - length:
+                raise ValueError(f'{name} of shape {shape} cannot lie at {start:,} to {end:,} of {size:,} bytes')
             stored[name] = Stored(path, 8 + length + start, dtype, shape)
-        if size != 8 + length + end:
-            raise ValueError(f'it has {size:,} bytes where its header says {8 + length + end:,}')
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path} cannot be read as safetensors ({type(error).__name__}: {error})') from None
-    return stored
+        return stored
 
 
-def write_safetensors(path, plan):
-    """plan: {name: Theirs}, written one tensor after the other."""
+def write_safetensors(path, tensors):
+    """tensors: {name: tensor}, on the CPU."""
     header, end, names = {'__metadata__': {'format': 'pt'}}, 0, {dtype: name for name, dtype in DTYPES.items()}
-    for name, theirs in plan.items():
-        start, end = end, end + math.prod(theirs.shape) * theirs.dtype.itemsize
-        header[name] = {'dtype': names[theirs.dtype], 'shape': theirs.shape, 'data_offsets': [start, end]}
+    for name, t in tensors.items():
+        start, end = end, end + t.nbytes
+        header[name] = {'dtype': names[t.dtype], 'shape': list(t.shape), 'data_offsets': [start, end]}
     header = json.dumps(header).encode()
     header += b' ' * (-len(header) % 8)                         # so that the tensors are aligned
     with open(path, 'wb') as file:
         file.write(len(header).to_bytes(8, 'little') + header)
-        for theirs in plan.values():
-            file.write(theirs.gather().flatten().view(torch.uint8).numpy())
-
-
-def read_json(path):
-    try:
-        value = json.loads(Path(path).read_text('utf-8'))
-    except (OSError, ValueError) as error:
-        raise ValueError(f'{path} cannot be read ({getattr(error, "strerror", None) or error})') from None
-    if not isinstance(value, dict):
-        raise ValueError(f'{path} is no JSON object')
-    return value
+        for t in tensors.values():
+            file.write(t.flatten().view(torch.uint8).numpy())
 
 
 def find_tensors(folder):
     """model.safetensors, or the shards that model.safetensors.index.json names -> {name: Stored}."""
-    index = folder / 'model.safetensors.index.json'
-    if (folder / 'model.safetensors').is_file():
-        return read_header(folder / 'model.safetensors')
+    whole, index = folder / 'model.safetensors', folder / 'model.safetensors.index.json'
+    if whole.is_file():
+        return read_header(whole)
     if not index.is_file():
-        pickles = [p.name for p in sorted(folder.glob('*')) if p.suffix in ('.bin', '.pt', '.pth')]
-        raise ValueError(f'{folder} holds no model.safetensors' + (f'; {pickles[0]} is a pickle, which can run code '
-                         'when it is read: let whoever made it save it as safetensors' if pickles else ''))
+        raise ValueError('it holds no model.safetensors (pickles, .bin or .pt, are not read: they can run code)')
     shard_of, stored = read_json(index).get('weight_map'), {}
     if not isinstance(shard_of, dict) or not all(s and s == Path(str(s)).name for s in shard_of.values()):
         raise ValueError(f'{index} has no weight_map of tensors and files beside it')
@@ -135,49 +134,48 @@ LATENT = COMMON | {k: k for k in ('q_lora_rank', 'kv_lora_rank', 'qk_nope_head_d
     'moe_intermediate_size': 'd_ff', 'intermediate_size': 'd_ff_dense', 'n_routed_experts': 'n_expert',
     'n_shared_experts': 'n_shared_expert', 'first_k_dense_replace': 'n_dense_layer'}
 GROUPS, RENORMALISED = {'n_group': 'n_expert_group', 'topk_group': 'top_k_group'}, {'norm_topk_prob': 'norm_topk_prob'}
-EVERY = {'hidden_act': 'silu', 'attention_dropout': 0.0}
 
 
 class Family(NamedTuple):
     model_type: str
-    means: dict         # our knobs that the family itself settles
-    fields: dict        # its field -> our knob
-    fixed: dict         # its fields of which this code can express but one value
+    settled: dict       # our knobs that the family itself settles
+    fields: dict        # its field: our knob
+    allowed: dict = {}  # its field: the values that can be expressed here. The first is meant by no field, and written
 
 
 FAMILIES = {
     'MixtralForCausalLM': Family(
         'mixtral', {'attn': 'baseline', 'norm_topk_prob': True},
-        MULTI_HEAD | {'intermediate_size': 'd_ff', 'num_local_experts': 'n_expert'},
-        EVERY | {'sliding_window': None, 'router_jitter_noise': 0.0}),
+        MULTI_HEAD | {'intermediate_size': 'd_ff', 'num_local_experts': 'n_expert'}),
     'Qwen3MoeForCausalLM': Family(
         'qwen3_moe', {'attn': 'baseline', 'qk_norm': True},
         MULTI_HEAD | RENORMALISED | {'moe_intermediate_size': 'd_ff', 'intermediate_size': 'd_ff_dense',
-                                     'num_experts': 'n_expert', 'attention_bias': 'attention_bias'},
-        EVERY | {'sliding_window': None, 'use_sliding_window': False, 'decoder_sparse_step': 1}),
+                                     'num_experts': 'n_expert', 'attention_bias': 'attention_bias'}),
     'DeepseekV2ForCausalLM': Family(
         'deepseek_v2', {'attn': 'mla', 'norm_topk_prob': False}, LATENT | GROUPS,
         # norm_topk_prob: DeepSeek's code would renormalise INSTEAD of scaling, transformers' would not at all
-        EVERY | {'moe_layer_freq': 1, 'scoring_func': 'softmax', 'mlp_bias': False, 'norm_topk_prob': False}),
+        {'scoring_func': ['softmax'], 'topk_method': ['greedy', 'group_limited_greedy'], 'norm_topk_prob': [False]}),
     'DeepseekV3ForCausalLM': Family(
         'deepseek_v3', {'attn': 'mla', 'router': 'sigmoid'}, LATENT | GROUPS | RENORMALISED,
-        EVERY | {'moe_layer_freq': 1, 'scoring_func': 'sigmoid', 'topk_method': 'noaux_tc'}),
+        {'scoring_func': ['sigmoid'], 'topk_method': ['noaux_tc']}),
     'Mistral4ForCausalLM': Family(
-        'mistral4', {'attn': 'mla'}, LATENT | RENORMALISED,
-        EVERY | {'moe_layer_freq': 1, 'n_group': 1, 'topk_group': 1})}
+        'mistral4', {'attn': 'mla'}, LATENT | RENORMALISED, {'n_group': [1], 'topk_group': [1]})}
+# the same for every family
+EVERY = {'hidden_act': ['silu'], 'attention_dropout': [0.0], 'router_jitter_noise': [0.0], 'sliding_window': [None],
+         'use_sliding_window': [False], 'moe_layer_freq': [1], 'decoder_sparse_step': [1], 'mlp_bias': [False],
+         'rope_interleave': [True, False]}
 SILENT = set('''architectures auto_map model_type torch_dtype dtype transformers_version _name_or_path use_cache
     initializer_range bos_token_id eos_token_id pad_token_id aux_loss_alpha seq_aux router_aux_loss_coef
-    output_router_logits pretraining_tp ep_size max_window_layers
-    num_nextn_predict_layers'''.split())
+    output_router_logits pretraining_tp ep_size max_window_layers head_dim qk_head_dim
+    num_nextn_predict_layers quantization_config'''.split())     # from_folder() looks at these two
 # what it means to leave out a field, and to give it as null
-ABSENT = {'tie_word_embeddings': False, 'attention_bias': False, 'head_dim': None, 'num_nextn_predict_layers': 0}
-NULL = {'q_lora_rank': 0, 'n_shared_experts': 0, 'n_group': 1, 'topk_group': 1, 'num_nextn_predict_layers': 0}
-ROPE = {'default': (), 'linear': ('factor',), 'dynamic': ('factor',),                  # fields of each kind
-        'yarn': ('factor', 'original_max_position_embeddings', 'beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim',
-                 'attention_factor')}
+ABSENT = {'tie_word_embeddings': False, 'attention_bias': False, 'head_dim': None}
+NULL = {'q_lora_rank': 0, 'n_shared_experts': 0, 'n_group': 1, 'topk_group': 1}
+YARN = {'original_max_position_embeddings': 'rope_original_context', 'attention_factor': 'rope_attention_factor'} | {
+    field: 'rope_' + field for field in ('beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim')}
 
 
-def expect(fields, field, *values):
+def expect(fields, field, values):
     """Takes a field out -> its value; ValueError if it is none of `values`. To leave it out means the first of them."""
     value = fields.pop(field, values[0])
     if value not in values:
@@ -187,7 +185,7 @@ def expect(fields, field, *values):
 
 def number(fields, field, kind=float):
     value = fields.pop(field, ABSENT.get(field, 'absent'))
-    value = NULL[field] if value is None and field in NULL else value
+    value = NULL.get(field) if value is None else value
     if not isinstance(value, (int, kind)) and (value, field) != (None, 'head_dim'):
         raise ValueError(f'{field} is {value!r}, not a {"whole " if kind is int else ""}number')
     return value
@@ -199,72 +197,57 @@ def read_config(fields):
     The error names the field that is missing, unknown, or says what this code cannot express, and its value.
     """
     named = fields.get('architectures')
-    family = str(named[0] if isinstance(named, list) and named else named)
-    if family not in FAMILIES:
+    name = named[0] if isinstance(named, list) and named else named
+    if name not in FAMILIES:
         raise ValueError(f'architectures={named}: only {", ".join(FAMILIES)} can be read')
-    _, means, known, fixed = FAMILIES[family]
-    left = {field: value for field, value in fields.items() if field not in SILENT}
-    latent, kinds = means['attn'] == 'mla', ModelConfig.__annotations__
-    knobs = means | {knob: number(left, field, float if kinds[knob] is float else int)
-                     for field, knob in known.items()}
-    for field, value in fixed.items():
-        expect(left, field, value)
+    family, left, kinds = FAMILIES[name], dict(fields), ModelConfig.__annotations__
+    knobs = family.settled | {
+        knob: number(left, field, float if kinds[knob] is float else int) for field, knob in family.fields.items()}
+    latent = knobs['attn'] == 'mla'
     if latent:
-        dn, dr = knobs['qk_nope_head_dim'], knobs['qk_rope_head_dim']
-        expect(left, 'num_key_value_heads', knobs['n_head'], None)
-        expect(left, 'qk_head_dim', dn + dr)
-        expect(left, 'head_dim', dn + dr if family == 'Mistral4ForCausalLM' else dr, None)
-    if family == 'DeepseekV2ForCausalLM':
-        if expect(left, 'topk_method', 'greedy', 'group_limited_greedy') == 'greedy':       # does not look at groups
-            knobs |= {'n_expert_group': 1, 'top_k_group': 1}
-    if family == 'Qwen3MoeForCausalLM':
-        knobs['n_dense_layer'] = len(left.get('mlp_only_layers') or [])
-        expect(left, 'mlp_only_layers', list(range(knobs['n_dense_layer'])), None)
-    if not knobs.get('n_dense_layer'):
-        knobs.pop('d_ff_dense', None)
+        expect(left, 'num_key_value_heads', [knobs['n_head'], None])
+    if name == 'Qwen3MoeForCausalLM':
+        knobs['n_dense_layer'] = dense = len(left.get('mlp_only_layers') or [])
+        expect(left, 'mlp_only_layers', [list(range(dense)), None])
+    said = {field: expect(left, field, values) for field, values in (EVERY | family.allowed).items()}
+    if said.get('topk_method') == 'greedy':                     # does not look at groups
+        knobs |= {'n_expert_group': 1, 'top_k_group': 1}
     if knobs['top_k'] == 1 and knobs['norm_topk_prob']:
         raise ValueError('num_experts_per_tok=1 (top_k) with a weight renormalised to 1 cannot be expressed here')
-    interleaved = latent and expect(left, 'rope_interleave', True, False)
     rope = {'rope_theta': left.pop('rope_theta', None)} | (
         left.pop('rope_scaling', None) or left.pop('rope_parameters', None) or {})
-    knobs |= read_rope(rope, latent, (dn, dr) if family == 'Mistral4ForCausalLM' else None)
-    expect(dict(left.pop('quantization_config', None) or {}), 'quant_method', 'fp8')
-    for field, value in left.items():
-        raise ValueError(f'{field}={value!r}: no such field is known here')
-    try:
-        return family, ModelConfig(**knobs), interleaved
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'the sizes make no network ({error})') from None
+    knobs |= read_rope(rope, latent)
+    if knobs['rope_scaling'] == 'dynamic':                      # what theirs stretches from is called its maximum
+        left.setdefault('model_max_length', knobs['block_size'])
+        knobs |= {'rope_original_context': knobs['block_size'], 'block_size': number(left, 'model_max_length', int)}
+    for field in left.keys() - SILENT:
+        raise ValueError(f'{field}={left[field]!r}: no such field is known here')
+    return name, ModelConfig(**knobs), latent and said['rope_interleave']
 
 
-def read_rope(rope, latent, mistral4):
-    """rope_parameters, or the older rope_scaling and rope_theta -> our rope_ knobs. mistral4: its (dn, dr)."""
+def read_rope(rope, latent):
+    """rope_parameters, or the older rope_scaling and rope_theta -> our rope_ knobs."""
     kind = rope.pop('rope_type', rope.pop('type', 'default'))
-    expect({'rope_type': kind}, 'rope_type', *ROPE)
-    expect(rope, 'truncate', True)
-    if mistral4:
-        expect(rope, 'llama_4_scaling_beta', 0)
-        share, (dn, dr) = rope.pop('partial_rotary_factor', None), mistral4
-        if share is not None and int(share * (dn + dr)) != dr:
-            raise ValueError(f'partial_rotary_factor={share} of {dn + dr} dims are not qk_rope_head_dim={dr}')
-        if kind != 'yarn':                                      # written all the same, because transformers looks at it
-            rope.pop('original_max_position_embeddings', None)
+    expect({'rope_type': kind}, 'rope_type', ['default', 'linear', 'dynamic', 'yarn'])
+    expect(rope, 'truncate', [True])
+    expect(rope, 'llama_4_scaling_beta', [0])
     knobs = {'rope_theta': number(rope, 'rope_theta'), 'rope_scaling': kind}
-    for field in rope.keys() - set(ROPE[kind]):
-        raise ValueError(f'{field}={rope[field]!r} beside rope_type={kind!r} cannot be expressed here')
-    if kind == 'default' or kind == 'linear' and rope.get('factor') == 1:
-        return knobs | {'rope_scaling': 'default'}
-    knobs['rope_factor'] = factor = number(rope, 'factor')
+    if kind != 'default':
+        knobs['rope_factor'] = factor = number(rope, 'factor')
+    if kind == 'linear' and factor == 1:                        # how a Mistral4 says it, see write_config
+        knobs['rope_scaling'] = 'default'
     if kind == 'yarn':
-        m, all_dim, amplitude = rope.get('mscale'), rope.get('mscale_all_dim'), rope.get('attention_factor')
-        if amplitude is None:                                   # DeepSeek's way, and transformers'
-            amplitude = yarn_mscale(factor, 1.0 if m is None else m) / yarn_mscale(factor, all_dim or 0.0)
-            if not (m and all_dim) and not math.isclose(amplitude, yarn_mscale(factor, 1.0)):
-                raise ValueError(f"mscale={m} beside mscale_all_dim={all_dim}: transformers and DeepSeek differ")
-        # mscale_all_dim acts on the scores as well, but not in Mixtral and Qwen3
-        knobs |= {'rope_attention_factor': amplitude, 'rope_mscale_all_dim': all_dim or 0.0 if latent else 0.0,
-                  'rope_original_context': rope.get('original_max_position_embeddings'),
-                  'rope_beta_fast': rope.get('beta_fast') or 32.0, 'rope_beta_slow': rope.get('beta_slow') or 1.0}
+        knobs |= {knob: value for field, knob in YARN.items() if (value := rope.pop(field, None)) is not None}
+        m, all_dim, amplitude = (knobs.get('rope_' + knob) for knob in ('mscale', 'mscale_all_dim', 'attention_factor'))
+        if not (amplitude or m and all_dim or m is all_dim is None):
+            raise ValueError(f'mscale={m} beside mscale_all_dim={all_dim}: transformers and DeepSeek differ')
+        if not latent:                                          # whose scores do not look at mscale_all_dim as well
+            amplitude = amplitude or yarn_mscale(factor, m or 1.0) / yarn_mscale(factor, all_dim or 0.0)
+            knobs |= {'rope_attention_factor': amplitude, 'rope_mscale_all_dim': 0.0}
+    if latent:
+        rope.pop('partial_rotary_factor', None)                 # qk_rope_head_dim says it
+    for field in rope.keys() - {'original_max_position_embeddings'}:        # which without yarn means nothing
+        raise ValueError(f'{field}={rope[field]!r} beside rope_type={kind!r} cannot be expressed here')
     return knobs
 
 
@@ -275,48 +258,44 @@ def write_config(c, eot=None):
         name = 'DeepseekV3' if c.router == 'sigmoid' else 'Mistral4' if renormalised else 'DeepseekV2'
     else:
         name = 'Qwen3Moe' if c.qk_norm else 'Mixtral'
-    family, original = name + 'ForCausalLM', c.rope_original_context or c.block_size
-    model_type, _, known, fixed = FAMILIES[family]
-    fields = {field: getattr(c, knob) for field, knob in known.items()} | fixed | {
-        'architectures': [family], 'model_type': model_type, 'eos_token_id': eot, 'bos_token_id': None,
-        'pad_token_id': None}
-    rope = {'rope_theta': c.rope_theta, 'rope_type': c.rope_scaling}
-    if c.rope_scaling != 'default':
-        rope['factor'] = c.rope_factor
-    if c.rope_scaling == 'dynamic':
-        fields['max_position_embeddings'] = original            # which transformers takes for the original context
-    if c.rope_scaling == 'yarn':
-        temperature = yarn_mscale(c.rope_factor, c.rope_mscale_all_dim)
-        amplitude = c.rope_attention_factor or yarn_mscale(c.rope_factor, c.rope_mscale) / temperature
-        # multi-head: scores have no temperature of their own, but all dims are turned, so the amplitude does it
-        rope |= {'original_max_position_embeddings': original, 'beta_fast': c.rope_beta_fast,
-                 'beta_slow': c.rope_beta_slow,
-                 'attention_factor': float(amplitude if latent else amplitude * temperature)}
-        if latent:
-            rope |= {'mscale': c.rope_mscale, 'mscale_all_dim': c.rope_mscale_all_dim}
-    if 'norm_topk_prob' in known:
+    name, kind, original = name + 'ForCausalLM', c.rope_scaling, c.rope_original_context or c.block_size
+    family = FAMILIES[name]
+    fields = {field: getattr(c, knob) for field, knob in family.fields.items()}
+    fields |= {field: values[0] for field, values in family.allowed.items()} | {
+        'architectures': [name], 'model_type': family.model_type, 'hidden_act': 'silu', 'eos_token_id': eot,
+        'bos_token_id': None, 'pad_token_id': None}
+    if 'norm_topk_prob' in family.fields:
         fields['norm_topk_prob'] = renormalised
     if latent:
         fields |= {'num_key_value_heads': c.n_head, 'q_lora_rank': c.q_lora_rank or None, 'rope_interleave': True}
-    if name == 'DeepseekV2':
-        fields['topk_method'] = 'greedy' if c.n_expert_group == 1 else 'group_limited_greedy'
-    elif name == 'Qwen3Moe':
+    if name == 'DeepseekV2ForCausalLM' and c.n_expert_group > 1:
+        fields['topk_method'] = 'group_limited_greedy'
+    if name == 'Qwen3MoeForCausalLM':
         fields['mlp_only_layers'] = list(range(c.n_dense_layer))
-    elif name == 'Mistral4':
-        if c.rope_scaling == 'default':                         # with which it crashes
+    fields['rope_parameters'] = rope = {'rope_theta': c.rope_theta, 'rope_type': kind}
+    if kind != 'default':
+        rope['factor'] = c.rope_factor
+    if kind == 'dynamic':
+        fields |= {'max_position_embeddings': original, 'model_max_length': c.block_size}      # see read_config
+    if kind == 'yarn':
+        temperature = yarn_mscale(c.rope_factor, c.rope_mscale_all_dim)
+        amplitude = c.rope_attention_factor or yarn_mscale(c.rope_factor, c.rope_mscale) / temperature
+        # multi-head: scores have no temperature of their own, but all dims are turned, so the amplitude does it
+        amplitude = float(amplitude if latent else amplitude * temperature)
+        rope |= {field: getattr(c, knob) for field, knob in YARN.items()} | {
+            'original_max_position_embeddings': original, 'attention_factor': amplitude}
+    if name == 'Mistral4ForCausalLM':
+        if kind == 'default':                                   # with which it crashes
             rope |= {'rope_type': 'linear', 'factor': 1.0}
         share = (c.qk_rope_head_dim + 0.5) / (c.qk_nope_head_dim + c.qk_rope_head_dim)      # it rounds down
         rope |= {'partial_rotary_factor': share, 'original_max_position_embeddings': original,
                  'llama_4_scaling_beta': 0.0}
-    if latent and name != 'DeepseekV2' and c.n_expert < 2 * c.n_expert_group:
-        raise ValueError(f'n_expert={c.n_expert} cannot be said in a {family}, which looks at the best two of a group')
-    fields['rope_parameters'] = rope
     understood = read_config(fields)[1]                         # all must come back, but what is said in another way
-    other = ['attn', 'block_size'] + ['d_ff_dense'] * (not c.n_dense_layer) + ['norm_topk_prob'] * (c.top_k == 1)
+    other = ['attn'] + ['d_ff_dense'] * (not c.n_dense_layer) + ['norm_topk_prob'] * (c.top_k == 1)
     for knob, value in vars(c).items():
         if knob not in other and not knob.startswith('rope_') and value != getattr(understood, knob):
-            raise ValueError(f'{knob}={value} cannot be said in a {family}, the family nearest to this model')
-    return family, fields
+            raise ValueError(f'{knob}={value} cannot be said in a {name}, the family nearest to this model')
+    return name, fields
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,18 +306,9 @@ class Theirs(NamedTuple):
     parts: list                     # our tensors that it holds, side by side along dim 1
     rows: object = slice(None)      # which row of ours each of its rows is
 
-    @property
-    def dtype(self):
-        return self.parts[0].dtype
-
-    @property
-    def shape(self):
-        first, *rest = self.parts[0].shape
-        return (first, *rest) if len(self.parts) == 1 else (first, len(self.parts) * rest[0], *rest[1:])
-
     def gather(self):
-        """Ours -> theirs, on the CPU."""
-        return (torch.cat(self.parts, 1) if len(self.parts) > 1 else self.parts[0][self.rows]).cpu()
+        """Ours -> theirs; a view where it can be one."""
+        return torch.cat(self.parts, 1) if len(self.parts) > 1 else self.parts[0][self.rows]
 
     def scatter(self, tensor):
         """Theirs -> ours, in place."""
@@ -360,15 +330,19 @@ def layout(config, family, state, interleaved=True):
         end = before + turned
         return torch.tensor([*range(before), *range(before, end, 2), *range(before + 1, end, 2)])
 
-    plan, latent, head_of = {}, config.kv_lora_rank is not None, {}
-    if not latent:
+    plan, head_of, renamed = {}, {}, RENAME | (MIXTRAL if family == 'MixtralForCausalLM' else {})
+    if config.kv_lora_rank is None:
         head_of = dict.fromkeys(('q_proj', 'k_proj', 'q_norm', 'k_norm'), halves(0, config.head_dim))
     elif not interleaved:
         head_of = dict.fromkeys(('q_proj', 'q_b_proj'), halves(config.qk_nope_head_dim, config.qk_rope_head_dim))
         head_of['kv_a_proj_with_mqa'] = halves(config.kv_lora_rank, config.qk_rope_head_dim)
+    if config.kv_lora_rank is not None and not config.n_shared_expert:      # theirs has them all the same, of width 0
+        none = state['norm.weight'].new_empty(0, config.n_embd)
+        state = state | {f'layers.{i}.moe.shared_{kind}_proj.weight': none.T if kind == 'down' else none
+                         for i in range(config.n_dense_layer, config.n_layer) for kind in ('gate', 'up', 'down')}
     for ours, tensor in state.items():
         name, head = ours if ours.startswith('lm_head') else 'model.' + ours, head_of.get(ours.split('.')[-2])
-        for old, new in (RENAME | (MIXTRAL if family == 'MixtralForCausalLM' else {})).items():
+        for old, new in renamed.items():
             name = name.replace(old, new)
         if head is not None:
             plan[name] = Theirs([tensor], (torch.arange(0, len(tensor), len(head)).unsqueeze(1) + head).flatten())
@@ -378,78 +352,49 @@ def layout(config, family, state, interleaved=True):
             stem, _, matrix = name.rpartition('.')
             plan |= {f'{stem}.{e}.{matrix}.weight': Theirs([own]) for e, own in enumerate(tensor)}
         elif ours.endswith('gate_proj'):
-            both = Theirs([tensor, state[ours.replace('gate_proj', 'up_proj')]])
-            plan[name.replace('gate_proj', 'gate_up_proj')] = both
-    if latent and not config.n_shared_expert:                   # theirs has them all the same, of width 0
-        for layer in range(config.n_dense_layer, config.n_layer):
-            for matrix, shape in ('gate', (0, config.n_embd)), ('up', (0, config.n_embd)), ('down', (config.n_embd, 0)):
-                none = state['norm.weight'].new_empty(shape)
-                plan[f'model.layers.{layer}.mlp.shared_experts.{matrix}_proj.weight'] = Theirs([none])
+            both = [tensor, state[ours.replace('gate_proj', 'up_proj')]]
+            plan[name.replace('gate_proj', 'gate_up_proj')] = Theirs(both)
     return plan
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
 
 def from_folder(path, dtype=None, device=None):
     """A folder of Hugging Face's -> LanguageModel, in eval mode, its weights read one by one and never held twice.
 
-    dtype: of all parameters; None: the widest in the files, where float8 counts as bfloat16. The biases that choose
-    experts stay float32. device None: the CPU.
+    dtype: of all parameters; None: the widest in the files. The biases that choose experts stay float32. Quantised weights,
+    as those of V3 and Kimi-K2 are published, are refused.
     """
     path = Path(path).expanduser()
-    try:
+    with reading(path):
         fields = read_json(path / 'config.json')
         family, config, interleaved = read_config(fields)
-        stored = find_tensors(path)
+        if fields.get('quantization_config'):
+            raise ValueError(f'quantization_config={fields["quantization_config"]}: quantised weights are not read; let '
+                             'them be converted to bfloat16, and this field be taken out')
+        # left out: layers that predict a second token (V3's layer 61), for training and speculation; rotary frequencies
+        second = [f'model.layers.{config.n_layer + i}.' for i in range(fields.get('num_nextn_predict_layers') or 0)]
+        stored = {name: tensor for name, tensor in find_tensors(path).items() if 0 not in tensor.shape
+                  and not name.startswith(tuple(second)) and not name.endswith('rotary_emb.inv_freq')}
         with torch.device('meta'):
             model = LanguageModel(config, seed=None).eval()
-        plan = layout(config, family, model.state_dict(), interleaved)
-        wanted = {name: theirs.shape for name, theirs in plan.items() if 0 not in theirs.shape}
-        blocks = check_tensors(stored, wanted, config.n_layer, fields)
-        model.to(dtype or reduce(torch.promote_types, (torch.bfloat16 if name in blocks else stored[name].dtype
-                                                       for name in wanted if not name.endswith('correction_bias'))))
+        model.to(dtype or reduce(torch.promote_types, (tensor.dtype for name, tensor in stored.items()
+                                                       if not name.endswith('correction_bias'))))
         state = {name: torch.empty_like(tensor, device=device or 'cpu') for name, tensor in model.state_dict().items()}
-        for name, theirs in layout(config, family, state, interleaved).items():
-            if name in wanted:
-                tensor = stored[name].read()
-                if name in blocks:                              # one scale for each block of the matrix
-                    scale = stored[name + '_scale_inv'].read()
-                    for dim, size in enumerate(blocks[name]):
-                        scale = scale.repeat_interleave(size, dim).narrow(dim, 0, tensor.size(dim))
-                    tensor = tensor.float() * scale
-                theirs.scatter(tensor)
+        plan = layout(config, family, state, interleaved)
+        for name, theirs in plan.items():
+            shape = theirs.gather().shape
+            if name not in stored and 0 not in shape:
+                raise ValueError(f'there is no {name} among the {len(stored):,} tensors')
+            if name in stored and stored[name].shape != shape:
+                raise ValueError(f'{name} has shape {list(stored[name].shape)}, but config.json makes it {list(shape)}')
+        if surplus := stored.keys() - plan.keys():
+            raise ValueError(f'{min(surplus)} is not of this network, as {len(surplus):,} tensors are not')
+        for name, tensor in stored.items():
+            plan[name].scatter(tensor.read())
         model.load_state_dict(state, assign=True)
         return model
-    except OSError as error:
-        raise ValueError(f'{error.filename or path} cannot be read ({error.strerror})') from None
-    except ValueError as error:
-        raise ValueError(f'{path}: {error}' if str(path) not in str(error) else str(error)) from None
-    except (ArithmeticError, AttributeError, RuntimeError, TypeError) as error:
-        raise ValueError(f'{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})') from None
-
-
-def check_tensors(stored, wanted, n_layer, fields):
-    """ValueError unless all tensors are there, in shape, and no other -> {float8 tensor: its blocks' shape}."""
-    blocks, block = {}, (fields.get('quantization_config') or {}).get('weight_block_size')
-    # left out: layers that predict a second token (V3's layer 61), for training and speculation; rotary frequencies
-    extra = min(number(dict(fields), 'num_nextn_predict_layers', int), len(stored))
-    skip = tuple(f'model.layers.{n_layer + i}.' for i in range(extra))
-    rest = {name for name, tensor in stored.items()
-            if not name.startswith(skip) and not name.endswith('rotary_emb.inv_freq') and 0 not in tensor.shape}
-    for name, shape in wanted.items():
-        if name not in rest:
-            raise ValueError(f'there is no {name} among the {len(stored):,} tensors')
-        if stored[name].shape != tuple(shape):
-            raise ValueError(f'{name} has shape {list(stored[name].shape)}, but config.json makes it {list(shape)}')
-        rest.remove(name)
-        if stored[name].dtype == torch.float8_e4m3fn:
-            scale = name + '_scale_inv'
-            if not block or scale not in rest or stored[scale].shape != tuple(-(-n // b) for n, b in zip(shape, block)):
-                raise ValueError(f'{name} is float8, but not every block of it has a scale')
-            blocks[name] = block
-            rest.remove(scale)
-    if rest:
-        more = f', like {len(rest) - 1:,} more' if len(rest) > 1 else ''
-        raise ValueError(f'{min(rest)} is not of this network{more}')
-    return blocks
 
 
 def to_folder(model, tokenizer, path):
@@ -459,14 +404,15 @@ def to_folder(model, tokenizer, path):
     """
     path = Path(path).expanduser()
     family, fields = write_config(model.config, tokenizer and tokenizer.eot)
+    plan = layout(model.config, family, model.state_dict())
     files = {'config.json': fields | {'dtype': str(model.embed.weight.dtype).removeprefix('torch.')}}
     if tokenizer is not None:
+        if tokenizer.vocab_size != model.config.vocab_size:
+            raise ValueError(f'the model has {model.config.vocab_size:,} tokens, its tokenizer {tokenizer.vocab_size:,}')
         files |= {'tokenizer.json': tokenizer_json(tokenizer), 'tokenizer_config.json': {
             'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': model.config.block_size,
             'eos_token': EOT if tokenizer.eot is not None else None, 'clean_up_tokenization_spaces': False,
             'split_special_tokens': True}}      # <|endoftext|> within a text is ordinary text, here as there
-    if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(f'the model has {model.config.vocab_size:,} tokens, its tokenizer {tokenizer.vocab_size:,}')
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f'{path} is there already; name a new folder')
     aside = path.with_name(path.name + '.part')
@@ -474,10 +420,8 @@ def to_folder(model, tokenizer, path):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         for name, value in files.items():
-            (aside / name).write_text(json.dumps(value, indent=2 if name == 'config.json' else None) + '\n', 'utf-8')
-        write_safetensors(aside / 'model.safetensors', layout(model.config, family, model.state_dict()))
-        if path.exists():
-            path.rmdir()                                        # it is empty; Windows replaces no folder
+            (aside / name).write_text(json.dumps(value, indent=2) + '\n', 'utf-8')
+        write_safetensors(aside / 'model.safetensors', {name: theirs.gather().cpu() for name, theirs in plan.items()})
         os.replace(aside, path)
         return family
     except OSError as error:
@@ -486,8 +430,8 @@ def to_folder(model, tokenizer, path):
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def peer(model, **options):
-    """The same network with the same weights in transformers; options: of from_pretrained. ImportError without it."""
+def peer(model):
+    """The same network with the same weights in transformers. ImportError without it."""
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -496,7 +440,7 @@ def peer(model, **options):
     state = {name: theirs.gather() for name, theirs in layout(model.config, family, model.state_dict()).items()}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                         # "Initializing zero-element tensors is a no-op": yes
-        return kind.from_pretrained(None, config=kind.config_class(**fields), state_dict=state, **options)
+        return kind.from_pretrained(None, config=kind.config_class(**fields), state_dict=state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -541,11 +485,26 @@ def has_vocabulary(path, tokenizer):
 
 
 class FolderTokenizer:
-    """A folder's own tokenizer. ends: the set of ids that end a text; eot: one of them, or None."""
+    """The tokenizer.json of a folder, by the package `tokenizers`. ends: the set of ids that end a text; eot: one of them."""
 
-    def __init__(self, fast, bos, ends):
-        self.fast, self.bos, self.ends = fast, bos, ends
-        self.eot, self.vocab_size = min(ends, default=None), fast.get_vocab_size()
+    def __init__(self, path):
+        path = Path(path).expanduser()
+        file, said = path / 'tokenizer.json', {}
+        if not file.is_file():
+            raise ValueError(f'{path} has no tokenizer.json')
+        try:
+            from tokenizers import Tokenizer as Fast
+        except ImportError:
+            raise ValueError(f'the tokenizer of {path} needs a package: pip install tokenizers') from None
+        with reading(file):
+            self.fast = Fast.from_file(str(file))
+        for name in ('config.json', 'generation_config.json', 'tokenizer_config.json'):
+            said |= read_json(path / name) if (path / name).is_file() else {}
+        self.fast.encode_special_tokens = bool(said.get('split_special_tokens'))
+        bos, ends = said.get('bos_token') if said.get('add_bos_token') else None, said.get('eos_token_id')
+        self.bos = bos and self.fast.token_to_id(bos['content'] if isinstance(bos, dict) else bos)
+        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
+        self.eot, self.vocab_size = min(self.ends, default=None), self.fast.get_vocab_size()
 
     def encode(self, text):
         """str -> list of ids, after the token of the beginning where the folder wants one."""
@@ -556,40 +515,16 @@ class FolderTokenizer:
         return self.fast.decode(ids, skip_special_tokens=True)
 
 
-def open_tokenizer(path):
-    """The tokenizer.json of a folder, by the package `tokenizers` -> FolderTokenizer."""
-    path = Path(path).expanduser()
-    if not (path / 'tokenizer.json').is_file():
-        raise ValueError(f'{path} has no tokenizer.json')
-    try:
-        import tokenizers
-        fast = tokenizers.Tokenizer.from_file(str(path / 'tokenizer.json'))
-    except ImportError:
-        raise ValueError(f'the tokenizer of {path} needs a package: pip install tokenizers') from None
-    except Exception as error:                                  # the package raises nothing narrower
-        raise ValueError(f'{path / "tokenizer.json"} cannot be read ({error})') from None
-    said = {}
-    for name in ('config.json', 'generation_config.json', 'tokenizer_config.json'):
-        said |= read_json(path / name) if (path / name).is_file() else {}
-    fast.encode_special_tokens = bool(said.get('split_special_tokens'))
-    bos, ends = said.get('bos_token') if said.get('add_bos_token') else None, said.get('eos_token_id')
-    bos = bos['content'] if isinstance(bos, dict) else bos
-    return FolderTokenizer(fast, bos and fast.token_to_id(bos), {ends} if isinstance(ends, int) else set(ends or ()))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs of train.py
 
 def from_run(path):
     """A run's folder, or a checkpoint file -> LanguageModel in eval mode, Tokenizer or None."""
     checkpoint = read_checkpoint(path)
-    try:
+    with reading(path, 'is no sound checkpoint of train.py'):
         model = LanguageModel(ModelConfig(**checkpoint['model_config']), seed=None).eval()
         model.load_state_dict(checkpoint['model'])
         return model, checkpoint['tokenizer'] and Tokenizer.from_state(checkpoint['tokenizer'])
-    except Exception as error:                                  # whatever entries of other kinds or sizes make raise
-        raise ValueError(f'{path} is no sound checkpoint of train.py ({type(error).__name__}: '
-                         f'{str(error).partition(chr(10))[0]})') from None
 
 
 if __name__ == '__main__':
@@ -599,17 +534,15 @@ if __name__ == '__main__':
     run = ''        # a run's folder, or a checkpoint file
     out = ''        # the folder to write: new, or empty
     # -----------------------------------------------------------------------------------------------------------------
-    usage = 'python hf.py export RUN --out=FOLDER'
     verb, *arguments = sys.argv[1:] or ['']
-    if verb not in ('export', '-h', '--help'):
-        fail(usage)
-    configure(globals(), positional='run', argv=arguments if verb == 'export' else [verb])
-    if not run or not out:
-        fail(usage)
+    asked = verb in ('-h', '--help')
+    configure(globals(), positional='run', argv=[verb] if asked else arguments)
+    if verb != 'export' or not run or not out:
+        fail('python hf.py export RUN --out=FOLDER')
     try:
         model, tokenizer = from_run(run)
         family = to_folder(model, tokenizer, out)
     except ValueError as error:
         fail(error)
-    print(f'{out}: open it with transformers.{family}.from_pretrained' + (
-        '' if tokenizer else '; without a tokenizer, for the run keeps none'))
+    print(f'{out}: open it with transformers.{family}.from_pretrained'
+          + '; without a tokenizer, for the run keeps none' * (tokenizer is None))

@@ -102,7 +102,7 @@ from tokenizer import fetch_tokenizer
 device = choose_device(device)
 try:
     if published:
-        model, tokenizer = hf.from_folder(path, device=device), hf.open_tokenizer(path)
+        model, tokenizer = hf.from_folder(path, device=device), hf.FolderTokenizer(path)
     else:
         model, tokenizer = hf.from_run(path)
     if tokenizer is None:
