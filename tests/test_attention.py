@@ -411,7 +411,7 @@ def test_the_temperatures_of_yarn_are_those_of_deepseek():
     assert scale == pytest.approx(1, abs=1e-15) and amplitude == pytest.approx(1.8739, abs=5e-5)
     scale, amplitude = of(rope_attention_factor=1.5, rope_mscale_all_dim=0.707)                 # by hand
     assert scale == pytest.approx(1.5896, abs=5e-5) and amplitude == pytest.approx(2.25)
-    linear = of(rope_scaling='linear', rope_mscale_all_dim=1.0, rope_attention_factor=1.5)     # they are YaRN's alone
+    linear = of(rope_scaling='linear', rope_mscale_all_dim=1.0)             # they are YaRN's alone
     assert linear == (pytest.approx(1), pytest.approx(1))
 
 

@@ -476,7 +476,7 @@ def test_killed_between_the_last_checkpoint_and_the_result_a_run_is_completed(tr
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='no fork')
 def test_killed_fifteen_times_at_any_moment_a_run_ends_in_the_bits_of_one_left_alone(tmp_path, program):
-    knobs = dict(max_steps=60, eval_interval=20, checkpoint_interval=1, n_layer=1, attn='enhanced', resume='auto')
+    knobs = dict(max_steps=30, eval_interval=10, checkpoint_interval=1, n_layer=1, attn='enhanced', resume='auto')
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['torch', 'numpy', 'torch.distributed.checkpoint.state_dict', 'torch.distributed.fsdp'])
     rng, kills, chains = random.Random(0), 0, 0
