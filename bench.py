@@ -22,7 +22,8 @@ from configurator import as_text, configure, fail, rewrite, run_knobs, say
 # What is timed
 task: Literal['train', 'decode'] = 'train'              # whole updates; prefill and decoding
 variants = ['baseline', 'lora', 'enhanced', 'mla']      # attention variants
-dtype: Literal['both', 'float32', 'bfloat16'] = 'both'  # train: of the products alone; decode: of weights and cache
+dtype: Literal['auto', 'both', 'float32', 'bfloat16'] = 'auto'  # train: of the products alone; decode: of weights and
+                                # cache; auto: both where the machine computes in bfloat16, which else takes minutes
 peer: Literal['auto', 'none', 'transformers'] = 'auto'  # the same models in another library; auto: if it is installed
 plain = ['none']                # functions of kernels.py that run plain, each in a side of its own; each: all in turn
 experts = ['8']                 # experts in each layer; decode takes the first
@@ -91,7 +92,7 @@ from importlib.util import find_spec
 import torch
 
 import kernels
-from machine import choose_device, environment, now, peak_memory_gb, write_atomically
+from machine import choose_device, choose_dtype, environment, now, peak_memory_gb, write_atomically
 from model import LanguageModel, ModelConfig
 from moe import LOSS_WEIGHTS
 from muon import configure_optimizers
@@ -113,7 +114,10 @@ if plain == ['each']:
     plain = ['none', *kernels.NAMES, 'all']
 if not plain or not set(plain) <= {'none', 'all', *kernels.NAMES}:
     fail(f'--plain={as_text(plain)} must be of none, all, each, {", ".join(kernels.NAMES)}')
-libraries, dtypes = ['ours'] + [peer] * (peer != 'none'), ['float32', 'bfloat16'] if dtype == 'both' else [dtype]
+dtypes = ['float32', 'bfloat16'] if dtype == 'both' else [dtype]
+if dtype == 'auto':
+    dtypes = ['float32'] + ['bfloat16'] * (choose_dtype('auto', device, 384) == 'bfloat16')
+libraries = ['ours'] + [peer] * (peer != 'none')
 forms = {'ours': plain, peer: ['none']}                         # of the kernels, in each library
 config |= {'compile': compile, 'matrix_size': matrix_size, 'peer': peer, 'device': str(device)}
 
@@ -147,10 +151,10 @@ def use_kernels(row):
 
 
 def yardstick():
-    """The turn of the machine itself: a matrix product in both dtypes."""
+    """The turn of the machine itself: a matrix product in each of the dtypes."""
     times = 10 if cuda else 1                                   # one alone is too short for the clock on a GPU
     square = torch.randn(matrix_size, matrix_size, device=device)
-    matrices = {'float32': square, 'bfloat16': square.bfloat16()}
+    matrices = {name: square.to(getattr(torch, name)) for name in dtypes}
     return lambda: {name: timed(lambda: [m @ m for _ in range(times)]) / times for name, m in matrices.items()}
 
 
@@ -467,10 +471,10 @@ def main():
         notes.append('transformers: the same networks with the same weights, without auxiliary losses; in brackets the '
                      'experts implementation, the fastest in a trial of that side. best: the faster of its dtypes.')
     env = environment(device) | {'transformers': version}
-    own = [show(machine[f'gflops_{name}'], ',.1f') for name in ('float32', 'bfloat16')]
+    own = ', '.join(f'{show(machine[f"gflops_{name}"], ",.1f")} GFLOP/s in {name}' for name in dtypes)
     text = (f'{table(rows, cells)}\n\n{env["device_name"]}, {env["threads"]} threads, torch {env["torch"]}'
-            f'{", compiled" * compile}, {rounds} rounds; its own {matrix_size}^3 matrix product: {own[0]} GFLOP/s in '
-            f'float32, {own[1]} in bfloat16\n\n' + '\n'.join(f'- {note}' for note in notes) + '\n'
+            f'{", compiled" * compile}, {rounds} rounds; its own {matrix_size}^3 matrix product: {own}\n\n'
+            + '\n'.join(f'- {note}' for note in notes) + '\n'
             + ''.join(parts_of(row, turn) for row, turn in sides if parts))
     content = {'schema': 3, 'task': task, 'started': started, 'finished': now(), 'config': config, 'environment': env,
                'notes': notes, 'machine': machine, 'rows': rows}

@@ -24,7 +24,8 @@ from muon import configure_optimizers
 
 SIZES = dict(n_layer=2, n_head=4, n_embd=64, d_ff=48, vocab_size=128)
 QUICK = {**SIZES, 'device': 'cpu', 'experts': 4, 'contexts': 32, 'micro_batch_sizes': 2, 'rounds': 3, 'warmup': 1,
-         'memory_updates': 0, 'prompts': 8, 'batch_sizes': '1,2', 'new_tokens': 4, 'matrix_size': 128, 'peer': 'none'}
+         'memory_updates': 0, 'prompts': 8, 'batch_sizes': '1,2', 'new_tokens': 4, 'matrix_size': 128, 'peer': 'none',
+         'dtype': 'both'}
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
@@ -186,6 +187,16 @@ def test_the_file_says_where_it_was_measured_and_how_fast_the_machine_itself_was
     for kind in ('float32', 'bfloat16'):
         rates = [2e-9 * 128 ** 3 / s for s in machine['seconds'][kind]]
         assert machine[f'gflops_{kind}']['median'] == approximately(statistics.median(rates))
+
+
+@pytest.mark.parametrize('computes', [True, False])
+def test_what_a_machine_does_not_compute_in_is_not_timed_unless_asked_for(computes, program, monkeypatch):
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: computes)
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
+    expected = ['float32', 'bfloat16'][:1 + computes]
+    b = program(dtype='auto', variants='mqa')
+    assert b.dtypes == expected and list(b.yardstick()()) == expected
+    assert [row['dtype'] for row, _ in b.training_sides()] == expected
 
 
 def test_on_a_terminal_one_line_is_rewritten_until_the_report_stands_there(tmp_path):
