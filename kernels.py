@@ -4,12 +4,14 @@ attention.py, moe.py and model.py are the paper; what knows about processors, me
 stands here. Each function has a plain form, a few lines of tensor operations that autograd differentiates: the definition.
 Under it stands the fast form, with what it gains and why (what else was tried: results/README.md).
 
-    rms_norm(x, weight, eps)                x / rms(x) * weight
-    rotate(x, angles)                       pairs of dims turned by their angles
-    attention(q, k, v, scale, mask)         softmax(scale q k^T) v
-    cross_entropy(x, weight, targets)       of the logits x weight^T, and how many are right
-    experts(x, chosen, weights, ...)        each token's weighted sum of the SwiGLU networks that it chose
-    linear(x, weight)                       x weight^T for the few rows of decoding
+                                                                                                    fast: faster by
+    rms_norm(x, weight, eps)            x / rms(x) * weight                                          3% of an update
+    rotate(x, angles)                   pairs of dims turned by their angles                         one form only
+    attention(q, k, v, scale, mask)     softmax(scale q k^T) v                                       7% of an update
+    cross_entropy(x, weight, targets)   of the logits x weight^T, and how many are right             0%, but less memory
+    experts(x, chosen, weights, ...)    a token's weighted sum of the SwiGLU networks that it chose  10%; a decoded token 19%
+    linear(x, weight)                   x weight^T for the few rows of decoding                      a decoded token 6%
+    (mla in 2 layers of Experiment 1's width, float32, an AMD EPYC without AVX-512: results/bench/plain-train.md)
 
     use('plain')                            all of them plain: slower, but double backward and torch.func work
     use('fast', rms_norm='plain')           all fast but one
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-NAMES = ('rms_norm', 'rotate', 'attention', 'cross_entropy', 'experts', 'linear')
+NAMES = ('rms_norm', 'attention', 'cross_entropy', 'experts', 'linear')
 _fast = dict.fromkeys(NAMES, True)
 
 
@@ -97,16 +99,10 @@ class RMSNormByHand(torch.autograd.Function):
 def rotate(x, angles):
     """Turn the pairs of dims (2i, 2i+1) of x (B, heads, T, width): DeepSeek's interleaved layout (RoFormer, eq. 34).
 
-    angles (T, width/2, 2) or (B, 1, T, width/2, 2) are [cos, sin] of each pair's angle.
+    angles (T, width/2, 2) or (B, 1, T, width/2, 2) are [cos, sin] of each pair's angle. One form only: as a product of
+    complex numbers, one pass over memory instead of eight, it gained less than 2% (results/bench/plain-train.md).
     """
-    pairs = x.unflatten(-1, (-1, 2))                                    # (B, heads, T, width/2, 2)
-    if _fast['rotate'] and by_hand(x):
-        # a pair is a complex number, turning it a product with e^(ia): one pass over memory instead of eight
-        pairs = pairs.to(angles.dtype).contiguous()
-        pairs = pairs.clone() if pairs.storage_offset() % 2 else pairs      # one token's key behind a latent of odd rank
-        turned = torch.view_as_complex(pairs) * torch.view_as_complex(angles)
-        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
-    (even, odd), (cos, sin) = pairs.unbind(-1), angles.unbind(-1)
+    (even, odd), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), angles.unbind(-1)     # (B, heads, T, width/2) each
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 

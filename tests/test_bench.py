@@ -361,9 +361,9 @@ def test_each_kernel_takes_turns_at_being_plain(plain):
 def test_in_its_turn_a_kernel_alone_is_plain_and_afterwards_fast_again(program, monkeypatch):
     b, used = program(rounds=1, warmup=0), []
     monkeypatch.setattr(kernels, 'use', lambda form, **others: used.append((form, others)))
-    forms = 'none', 'rotate', 'all'
+    forms = 'none', 'rms_norm', 'all'
     b.take_turns([({'variant': 'mla', 'plain': form, 'seconds': {}}, lambda: {'work': 1.0}) for form in forms])
-    assert used == [('fast', {}), ('fast', {}), ('fast', {'rotate': 'plain'}), ('plain', {})]       # first the machine
+    assert used == [('fast', {}), ('fast', {}), ('fast', {'rms_norm': 'plain'}), ('plain', {})]       # first the machine
 
 
 def test_parts_are_the_profilers_lines_of_one_turn_in_the_form_of_its_row(program):
@@ -372,10 +372,10 @@ def test_parts_are_the_profilers_lines_of_one_turn_in_the_form_of_its_row(progra
     def turn():
         forms.append(dict(kernels._fast))
         return [square @ square for _ in range(3)]
-    label, *lines = b.parts_of({'variant': 'mla', 'plain': 'rotate'}, turn).strip().splitlines()
+    label, *lines = b.parts_of({'variant': 'mla', 'plain': 'rms_norm'}, turn).strip().splitlines()
     [product] = [line.split() for line in lines if 'aten::mm' in line]
-    assert label == 'mla rotate:' and product[-1] == '3'            # calls
-    assert forms == [{name: name != 'rotate' for name in kernels.NAMES}]
+    assert label == 'mla rms_norm:' and product[-1] == '3'            # calls
+    assert forms == [{name: name != 'rms_norm' for name in kernels.NAMES}]
     kernels.use('fast')
 
 
@@ -426,7 +426,7 @@ def test_the_peer_decodes_with_a_cache_of_the_same_size(beside):
     ('warmup', -1, ['warmup', 'at least 0']), ('micro_batch_sizes', 8, ['batch_size', 'at least 8']),
     ('contexts', '3,7', ['--contexts=3,7', 'divide', '--batch_size=3']), ('n_embd', 62, ['n_embd', 'n_head']),
     ('experts', '1,8', ['top_k', 'n_expert']), ('kv_lora_rank', 8, ['kv_lora_rank', 'baseline']),
-    ('plain', 'rope', ['--plain=rope', 'rotate']),
+    ('plain', 'rope', ['--plain=rope', 'rms_norm']),
     ('device', 'tpu', ['tpu', 'cpu']), ('device', 'mps', ['mps', '--device=auto']),
     ('device', 'cuda:99', ['no cuda:99']), ('generate', True, ['unknown knob']),
     ('task', 'trian', ['trian', 'did you mean train']), ('round', 3, ['did you mean', 'rounds'])])

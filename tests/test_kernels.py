@@ -292,7 +292,7 @@ def test_use_switches_each_computation_by_its_name_and_no_other(monkeypatch):
 
 
 @pytest.mark.parametrize('form, exceptions, words', [('quick', {}, 'quick'), ('fast', dict(norm='plain'), 'norm'),
-                                                     ('plain', dict(rotate=True), 'rotate')], ids=str)
+                                                     ('plain', dict(linear=True), 'linear')], ids=str)
 def test_a_form_or_a_name_that_there_is_not_is_refused_in_one_line_and_changes_nothing(form, exceptions, words):
     kernels.use('fast', rms_norm='plain')
     before = [operations(name) for name in kernels.NAMES]
