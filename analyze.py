@@ -234,7 +234,7 @@ def caveats(arms, r):
         unigram = first(arms[name])['data']['unigram_loss']
         if arm['values'] and arm['val_loss']['mean'] >= unigram:
             yield (f'{name}: mean loss {num(arm["val_loss"]["mean"])} is not below the {unigram:.4f} of token '
-                   'frequencies alone: nothing else was learned.')
+                   'frequencies alone: nothing else of this validation text was learned.')
         total, active = (100 * (arm[key] / max(1, r['arms'][base][key]) - 1)
                          for key in ('params_total', 'params_active'))
         if max(abs(total), abs(active)) >= 1:
