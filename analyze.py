@@ -331,22 +331,23 @@ def report(arms, r, may_differ=(), images=()):
     yield table(' | '.join(['Seed', *have]), {seed: [num(d.get(seed), 4, True) for d in by_seed.values()]
                                               for seed in sorted(set().union(*by_seed.values()))})
 
-    yield '## Effect sizes'
-    yield table('Comparison | n | d (pooled sd) | Hedges g | 95% interval | d_z (pairs) | Hedges g_z | 95% interval', {
-        name: [c['n'], num(c['d_pooled'], 2, True), num(c['g_pooled'], 2, True),
-               interval_text(c['d_pooled_low'], c['d_pooled_high'], 2), num(c['d_z'], 2, True), num(c['g_z'], 2, True),
-               interval_text(c['d_z_low'], c['d_z_high'], 2)] for name, c in several.items()})
-    yield ('d divides the mean difference by the pooled sd of the two groups, d_z by the sd of the differences; g is d '
-           'without its small-sample bias. The intervals are for the population\'s value.')
+    if several:
+        yield '## Effect sizes'
+        yield table('Comparison | n | d (pooled sd) | Hedges g | 95% interval | d_z (pairs) | Hedges g_z | 95% interval', {
+            name: [c['n'], num(c['d_pooled'], 2, True), num(c['g_pooled'], 2, True),
+                   interval_text(c['d_pooled_low'], c['d_pooled_high'], 2), num(c['d_z'], 2, True), num(c['g_z'], 2, True),
+                   interval_text(c['d_z_low'], c['d_z_high'], 2)] for name, c in several.items()})
+        yield ('d divides the mean difference by the pooled sd of the two groups, d_z by the sd of the differences; g is d '
+               'without its small-sample bias. The intervals are for the population\'s value.')
 
-    yield '## Equivalence, and what this n can see'
-    yield table(f'Comparison | n | sd of d | r | TOST p | TOST p (Holm) | detectable ({unit}) | n for {margin:g}', {
-        name: [c['n'], num(c['sd']), num(c['correlation'], 2, True), p_text(c['tost']), p_text(c['tost_holm']),
-               num(c['detectable']), '-' if c['constant'] else c['needed_n'] or f'> {MOST_SEEDS}']
-        for name, c in several.items()})
-    yield ('r: correlation of the pairs. TOST: two one-sided t tests against the margin. Detectable: the true difference '
-           f'that a paired t test at {ALPHA:g} / {m}, the first step of Holm, finds with {POWER:.0%} power if the sd is '
-           'the one observed; beside it the pairs that a difference of the margin needs.')
+        yield '## Equivalence, and what this n can see'
+        yield table(f'Comparison | n | sd of d | r | TOST p | TOST p (Holm) | detectable ({unit}) | n for {margin:g}', {
+            name: [c['n'], num(c['sd']), num(c['correlation'], 2, True), p_text(c['tost']), p_text(c['tost_holm']),
+                   num(c['detectable']), '-' if c['constant'] else c['needed_n'] or f'> {MOST_SEEDS}']
+            for name, c in several.items()})
+        yield ('r: correlation of the pairs. TOST: two one-sided t tests against the margin. Detectable: the true difference '
+               f'that a paired t test at {ALPHA:g} / {m}, the first step of Holm, finds with {POWER:.0%} power if the sd is '
+               'the one observed; beside it the pairs that a difference of the margin needs.')
 
     yield '## Early and late'
     yield table('Configuration | n | first, at step | last, at step | r', {
