@@ -4,7 +4,7 @@ attention.py, moe.py and model.py are the paper; what knows about processors, me
 stands here. Each function has a plain form, a few lines of tensor operations that autograd differentiates: the definition.
 Under it stands the fast form, with what it gains and why (what else was tried: results/README.md).
 
-                                                                                                    fast: faster by
+                                                                                                    plain: slower by
     rms_norm(x, weight, eps)            x / rms(x) * weight                                          3% of an update
     rotate(x, angles)                   pairs of dims turned by their angles                         one form only
     attention(q, k, v, scale, mask)     softmax(scale q k^T) v                                       7% of an update

@@ -256,8 +256,8 @@ class LanguageModel(nn.Module):
         a token up costs nothing. A query meets block_size keys in each layer, 6 per dim of score and of value; the half
         that causality spares is counted; softmax, norms and the optimizer are not.
         """
-        dims = self.layers[0].attn.head_dims()
-        pair = self.config.n_layer * self.config.n_head * (dims['qk_head_dim'] + dims['v_head_dim'])
+        dims = [layer.attn.head_dims() for layer in self.layers]
+        pair = self.config.n_head * sum(d['qk_head_dim'] + d['v_head_dim'] for d in dims)
         looked_up = 0 if self.config.tie_embeddings else self.embed.weight.numel()
         return 6 * (self.parameter_counts()['params_active'] - looked_up) + 6 * self.config.block_size * pair
 

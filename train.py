@@ -268,11 +268,12 @@ def evaluate():
 owned = [id(p) for opt in optimizers for group in opt.param_groups for p in group['params']]
 if sorted(owned) != sorted(id(p) for p in raw_model.parameters()):
     raise RuntimeError('the parameters in the optimizer are not those of the model that would be reported')
-attention = raw_model.layers[0].attn
+attentions = [layer.attn for layer in raw_model.layers]
 facts = {'initialisation': 'as init_from says' if init_from else
                            'N(0, 1/fan_in), embedding and router N(0, 0.02), o_proj and down_proj 0',
-         'router_losses': 'mean over sequences, sum over layers', 'attention_class': type(attention).__name__,
-         **attention.head_dims(), **raw_model.parameter_counts(),
+         'router_losses': 'mean over sequences, sum over layers',
+         'attention_class': '/'.join(sorted({type(attention).__name__ for attention in attentions})),
+         **attentions[0].head_dims(), **raw_model.parameter_counts(),
          'flops_per_token': raw_model.flops_per_token(),
          'kv_cache_bytes_per_token': raw_model.cache_bytes_per_token(getattr(torch, dtype)),
          'kv_cache_bytes_per_token_16bit': raw_model.cache_bytes_per_token(torch.bfloat16)}

@@ -171,7 +171,8 @@ ATTENTIONS = [      # mask, H, G, T, S, d, dv
     ('none', 4, 4, 1, 9, 8, 8), ('none', 4, 2, 1, 9, 8, 11), ('none', 6, 1, 1, 70, 12, 12), ('none', 4, 2, 3, 9, 8, 6),
     ('alike', 4, 1, 1, 9, 8, 5), ('alike', 4, 2, 3, 9, 8, 10), ('own', 4, 2, 1, 9, 8, 8), ('own', 4, 4, 5, 9, 8, 8),
     ('own', 2, 1, 67, 131, 8, 6)]
-LOSSES = [(11, 13, 6, (0, 4, 5, 10)), (5, 7, 4), (1, 13, 3), (40, 5003, 16, (7, 39)), (300, 2 ** 13 + 3, 2, (1, 4, 299))]
+LOSSES = [(11, 13, 6, (0, 4, 5, 10)), (5, 7, 4), (1, 13, 3), (40, 5003, 16, (7, 39)), (300, 2 ** 13 + 3, 2, (1, 4, 299)),
+          (8, 2 ** 19 + 3, 2, (1, 4))]
 CASES = {
     **{f'norm {shape}': norm_case(*shape) for shape in NORMS}, 'norm of heads': norm_case(2, 5, 3, 8, view=heads_first),
     'norm, large epsilon': norm_case(7, 9, eps=0.5), 'norm of a part': norm_case(2, 5, 13, view=part),
@@ -195,6 +196,8 @@ each = pytest.mark.parametrize('name', CASES)
 @every_precision
 @each
 def test_plain_and_fast_are_the_reference_forward_and_in_all_gradients(name, precision):
+    if (name, precision) == (f'loss {LOSSES[-1]}', 'float32'):
+        pytest.skip('a sum of half a million products in float32: how it is rounded is up to the BLAS of the machine')
     c, (dtype, tolerance, _) = CASES[name], PRECISIONS[precision]
     results, grads = expected(c)
     for form in ('plain', 'fast'):

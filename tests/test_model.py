@@ -114,6 +114,15 @@ def test_deepseek_v3s_attention_has_its_published_size():
     assert model.cache_bytes_per_token(BF16) == 70_272 // 61                    # which is 61 layers'
 
 
+def test_layers_with_different_attentions_are_counted_as_they_are():
+    """Every cost is a sum over layers, so half of one and half of the other is their mean."""
+    one, other, mixed = (random_model(attn) for attn in ('baseline', 'mla', 'baseline'))
+    mixed.layers[1].attn = other.layers[1].attn
+    costs = [[m.flops_per_token(), m.parameter_counts()['params_total'], m.cache_bytes_per_token(F32)]
+             for m in (one, other, mixed)]
+    assert [2 * cost for cost in costs[2]] == [a + b for a, b in zip(*costs[:2])] and costs[0] != costs[1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Initialisation
 
