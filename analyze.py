@@ -138,7 +138,7 @@ def verdict(c, r):
         return 'not tested', f'{name} - {base}: not tested: no runs of {" and ".join(waiting)}.'
     if n < 2:
         why = 'one pair has no standard deviation, so no interval, no test and no effect size'
-        return 'not tested', f'{name}: not tested (n = {n}): {why if n else f"no complete pair with {base}"}.'
+        return 'not tested', f'{name} - {base}: not tested (n = {n}): {why if n else "no complete pair"}.'
     if c['constant']:
         word, why = (('undecided', ', so there is no spread to test them against.') if c['mean']
                      else ('equivalent', '; was it the same network?'))
@@ -253,6 +253,9 @@ def caveats(arms, r):
     if len(steps) > 1 and (fall := float(np.mean(losses[:, -2] - losses[:, -1]))) > 0:
         yield (f'{base} was still improving at the end: {num(fall)} nats between its evaluations at steps '
                f'{steps[-2]} and {steps[-1]}. A longer budget can change the order.')
+    warmup, budget = runs[0]['config'].get('warmup_steps', 0), runs[0]['config']['max_steps']
+    if warmup >= budget:
+        yield f'The learning rate was still rising at the end: {warmup} updates of warm-up, {budget} in all.'
     for field in ('environment.git_commit environment.device_name environment.torch environment.threads '
                   'environment.python environment.platform environment.world_size config.micro_batch_size config.compile '
                   'config.shard').split():

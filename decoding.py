@@ -63,10 +63,15 @@ class LayerCache:
         """Which tokens the new ones may attend to: see kernels.attention."""
         return self.cache.mask
 
+    @property
+    def slots(self):
+        """(T,) where among all slots the new tokens stand."""
+        return self.cache.slots
+
     def append(self, *new):
         """Keep the new tokens' tensors (B, heads, T, width) -> those of all tokens to be attended (B, heads, S, width)."""
         for kept, tensor in zip(self.tensors, new):
-            kept.index_copy_(2, self.cache.slots, tensor.to(kept.dtype))
+            kept.index_copy_(2, self.slots, tensor.to(kept.dtype))
         if self.cache.alone:
             return new
         return [kept[:, :, :self.cache.attended].to(new[0].dtype) for kept in self.tensors]

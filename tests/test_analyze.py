@@ -24,7 +24,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def cli(*arguments, **environment):
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'analyze.py'), *map(str, arguments)], text=True,
+    return subprocess.run([sys.executable, 'analyze.py', *map(str, arguments)], cwd=ROOT, text=True,
                           capture_output=True, encoding='utf-8', timeout=60,
                           env={**os.environ, **environment})
 
@@ -98,7 +98,7 @@ def test_differences_equal_up_to_rounding_give_no_t_statistic():
 
 def test_one_seed_gives_no_sd_no_interval_and_no_effect_size_and_says_why(tmp_path):
     text = report_of(save(tmp_path, *experiment(seeds=[0])))
-    assert 'lora: not tested (n = 1): one pair has no standard deviation' in text
+    assert 'lora - baseline: not tested (n = 1): one pair has no standard deviation' in text
     assert '## Effect sizes' not in text and '## Equivalence' not in text         # rather than empty tables
     rows = section(text, 'Results').split('Cache B/token')[1]
     assert '| lora | 1 |' in rows and ' ± ' not in rows
@@ -107,6 +107,13 @@ def test_one_seed_gives_no_sd_no_interval_and_no_effect_size_and_says_why(tmp_pa
 def test_the_sign_flip_floor_is_a_caveat_at_five_seeds_and_none_at_eight(tmp_path):
     assert 'cannot fall below 0.0625 with n = 5' in report_of(save(tmp_path / 'five', *experiment(range(5))))
     assert 'cannot fall below' not in report_of(save(tmp_path / 'eight', *experiment(range(8))))
+
+
+def test_a_budget_that_never_leaves_the_warm_up_is_a_caveat(tmp_path):
+    warm = [result(seed=seed, config__warmup_steps=100) for seed in range(2)]
+    assert 'still rising at the end: 100 updates of warm-up, 100 in all' in report_of(save(tmp_path / 'warm', *warm))
+    past = [result(seed=seed, config__warmup_steps=99) for seed in range(2)]
+    assert 'still rising' not in report_of(save(tmp_path / 'past', *past))
 
 
 def test_unpaired_seeds_are_named_and_left_out_of_the_pairs(tmp_path):
@@ -131,7 +138,7 @@ def test_a_run_that_is_not_complete_is_named_and_not_counted(tmp_path, status):
 def test_an_arm_without_any_complete_run_is_reported_without_numbers(tmp_path):
     runs = experiment(range(3)) + [result('mla', s, 4.0, status='diverged', final=None) for s in range(3)]
     text = report_of(save(tmp_path, *runs))
-    assert 'mla: not tested (n = 0' in text and '| mla | 0 | - | - |' in text
+    assert 'mla - baseline: not tested (n = 0' in text and '| mla | 0 | - | - |' in text
 
 
 def test_the_aa_arm_is_the_noise_floor_and_no_hypothesis(tmp_path):
@@ -383,6 +390,7 @@ def test_disagreeing_runs_exit_2_and_with_force_stand_in_the_report(tmp_path):
 
 @pytest.mark.parametrize('arguments, words', [
     (['nowhere'], ['nowhere', 'no such folder']),
+    (['laptop-first'], ['laptop-first', 'did you mean results/laptop-first?']),
     (['{}', '--margin=0'], ['margin', 'above 0']),
     (['{}', '--baseline=basline'], ['basline', 'baseline']),
     (['{}', '--metric=loss'], ['metric']),

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from conftest import REPOSITORY, one_line
@@ -36,7 +37,7 @@ def command(**knobs):
 def measure(folder, **knobs):
     """A quick run -> its JSON, with what it printed under `out`."""
     path = folder / 'deeper' / 'figures.json'
-    run = subprocess.run(command(out=path, **knobs), capture_output=True, text=True, env=ENVIRONMENT)
+    run = forked.run(*command(out=path, **knobs)[1:])
     assert run.returncode == 0 and run.stderr == '', run.stderr     # neither progress nor torch's own lines
 
     def refuse(constant):

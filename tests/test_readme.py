@@ -10,6 +10,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 
@@ -221,7 +222,7 @@ def fork(tmp_path_factory, corpus, data_root):
             knobs = {**TINY, 'block_size': 64, 'batch_size': 2, 'dataset': corpus, 'data_root': data_root}
             given = {argument.partition('=')[0] for argument in arguments}
             arguments = *arguments, *(flag for flag in flags(**knobs) if flag.partition('=')[0] not in given)
-        done = subprocess.run([sys.executable, program, *arguments], cwd=folder, capture_output=True, text=True)
+        done = forked.run(program, *arguments, cwd=folder)
         assert done.returncode == 0, done.stderr
         return done.stdout
     return SimpleNamespace(folder=folder, run=run)
@@ -261,7 +262,7 @@ def test_a_variant_with_a_knob_of_its_own_gets_a_verdict(fork):
     report = fork.run('analyze.py', 'out', '--plots=False')
     verdicts = report.split('## Verdicts')[1].split('##')[0]
     assert re.search(r'^- window: (better|worse|equivalent|undecided)', verdicts, re.M)
-    assert re.search(r'^- wide: not tested \(n = 1\)', verdicts, re.M) and 'window 64' in report and 'window 2' in report
+    assert re.search(r'^- wide - baseline: not tested \(n = 1\)', verdicts, re.M) and 'window 64' in report and 'window 2' in report
     narrow, wide = (json.loads((fork.folder / f'out/{name}-s0/result.json').read_text()) for name in ('window', 'wide'))
     assert narrow['model']['attention_class'] == 'SlidingWindowAttention' and narrow['status'] == 'complete'
     assert narrow['config']['window'] == 2 and wide['config']['window'] == 64

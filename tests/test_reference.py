@@ -6,13 +6,12 @@ file anew, and says so in its commit: python tests/test_reference.py
 """
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
-REPOSITORY, CURVE = Path(__file__).resolve().parent.parent, Path(__file__).with_name('reference_curve.json')
+CURVE = Path(__file__).with_name('reference_curve.json')
 
 
 def losses(attn, folder, *flags):
@@ -22,9 +21,9 @@ def losses(attn, folder, *flags):
     words = 'def return for in if else import self None True ( ) : = + [ ] 0 1 2 token loss head key value query'.split()
     for i in range(40):
         (texts / f'{i}.txt').write_text(' '.join(words[int(rng.random() ** 2 * len(words))] for _ in range(600)))
-    command = [sys.executable, 'train.py', 'config/smoke.py', f'--attn={attn}', f'--dataset={texts}', f'--data_root={folder}',
-               f'--out_dir={folder / "run"}', '--device=cpu', '--dtype=float32', '--compile=False', '--log_interval=1', *flags]
-    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    forked.run('train.py', 'config/smoke.py', f'--attn={attn}', f'--dataset={texts}', f'--data_root={folder}',
+               f'--out_dir={folder / "run"}', '--device=cpu', '--dtype=float32', '--compile=False', '--log_interval=1',
+               *flags).check_returncode()
     run = json.loads((folder / 'run' / 'result.json').read_text())
     return [row['train_loss'] for row in run['history']] + [run['final']['val_loss']]
 

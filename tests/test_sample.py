@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import tiktoken
 import torch
@@ -58,10 +59,10 @@ def trained(tmp_path_factory):
     for i in range(20):
         text = ''.join(rng.choice(words) + rng.choice('   \n') for _ in range(300))
         (folder / 'texts' / f'{i}.txt').write_text(text, encoding='utf-8')
-    run = ended(python('train.py', 'config/smoke.py', '--max_steps=2', '--attn=enhanced', '--tokenizer=bpe',
-                       '--vocab_size=300', '--device=cpu', f'--dataset={folder / "texts"}',
-                       f'--data_root={folder / "data"}', f'--out_dir={folder / "run"}'))
-    assert run.code == 0, run.err
+    run = forked.run('train.py', 'config/smoke.py', '--max_steps=2', '--attn=enhanced', '--tokenizer=bpe',
+                     '--vocab_size=300', '--device=cpu', f'--dataset={folder / "texts"}',
+                     f'--data_root={folder / "data"}', f'--out_dir={folder / "run"}')
+    assert run.returncode == 0, run.stderr
     return folder / 'run'
 
 
