@@ -31,7 +31,7 @@ SPEED = len('abc')
 n_layer = 6              # blocks
 learning_rate = 1e-3     # peak of the schedule;
                          # the same for all
-block_size = 4 * 128     # tokens
+block_size = 4 * 2**7    # tokens
 batch_size = -24
 # attention
 
@@ -159,9 +159,9 @@ def test_the_knobs_of_a_run_are_the_fields_of_the_network_and_the_block_of_train
 def test_flags_override_config_files_which_override_defaults(run, tmp_path):
     (tmp_path / 'a.py').write_text('"""What for."""\nn_layer = 2 * 4\nlearning_rate = 1\nq_lora_rank = 3\n')
     (tmp_path / 'b.py').write_text("q_lora_rank = None\nattn = 'lora'\ncompile = False\nruns = ['x']\n")
-    (tmp_path / 'c.py').write_text("batch_size = 10**6 + 1\n")
+    (tmp_path / 'c.py').write_text("batch_size = 10**18 + 1\n")
     values = run('--n_layer=3', 'a.py', 'b.py', '--dataset=a=b c', 'c.py')
-    assert values == {**DEFAULTS, 'batch_size': 1_000_001, 'n_layer': 3, 'learning_rate': 1.0, 'attn': 'lora', 'compile': False,
+    assert values == {**DEFAULTS, 'batch_size': 10**18 + 1, 'n_layer': 3, 'learning_rate': 1.0, 'attn': 'lora', 'compile': False,
                       'dataset': 'a=b c', 'runs': ['x']}
     assert type(values['learning_rate']) is float
 

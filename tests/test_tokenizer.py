@@ -2,10 +2,12 @@
 
 import math
 import random
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
-from conftest import message_of, silent, text
+from conftest import REPOSITORY, message_of, silent, text
 
 import tokenizer
 from data import prepare
@@ -116,3 +118,15 @@ def test_a_vocabulary_that_is_neither_here_nor_reachable_is_said_so_quickly(text
     with pytest.raises(DataError) as error:
         prepare(str(texts), 'gpt-two', 0, tmp_path / 'root', silent)
     assert 'cl100k_base' in message_of(error)
+
+
+def test_a_network_that_never_answers_does_not_hold_the_program_up_at_its_end():
+    code = ('import time, tiktoken, tokenizer\n'
+            'tiktoken.get_encoding, wait = lambda name: time.sleep(99), tokenizer.Future.result\n'
+            'tokenizer.Future.result = lambda future, timeout: wait(future, timeout / 100)\n'
+            'try:\n'
+            '    tokenizer.fetch_tokenizer("gpt2", print)\n'
+            'except tokenizer.DataError as error:\n'
+            '    print(error)\n')
+    run = subprocess.run([sys.executable, '-c', code], cwd=REPOSITORY, text=True, capture_output=True, timeout=60)
+    assert 'could not be downloaded (TimeoutError)' in run.stdout and run.stderr == ''
