@@ -48,7 +48,7 @@ def locate(dataset):
         raise DataError(f'--dataset={dataset}: {getattr(error, "strerror", None) or error} (looked from {os.getcwd()}); '
                         'give stdlib, a text file, a folder of them, or a folder with train.bin and val.bin') from None
     has = {name for name in ('train.bin', 'val.bin', 'vocab.json', 'meta.json') if os.path.exists(path / name)}
-    prepared = 'meta.json' in has and (len(has) > 1 or len(os.listdir(path)) == 1)      # alone: of tokens left in place
+    prepared = 'meta.json' in has and (len(has) > 1 or len(list(path.glob('[!.]*'))) == 1)      # alone: of tokens left in place
     kind = ('prepared' if prepared else 'tokens' if has >= {'train.bin', 'val.bin'} else
             'folder' if path.is_dir() else 'file')
     return kind, path, re.sub(r'[^\w.-]', '_', path.name.encode('utf-8', 'replace').decode())[-80:]
@@ -182,6 +182,7 @@ def damaged(folder, what):
 
 def build(source, listing, text_field, tokenizer, vocab_size, skip_bad_files, folder, log):
     """Files of text -> train.bin, val.bin and vocab.json in an empty folder; returns what meta.json says about them."""
+    vocabulary = None if tokenizer == 'bpe' else make_tokenizer(tokenizer, 0, (), log)      # fails before hours of reading
     with tempfile.TemporaryFile(dir=folder) as spool:
         spans, remarks = read_documents(*listing, text_field, skip_bad_files, spool, log)
         if np.diff(spans).sum() < 5:               # bytes: maybe a single character
@@ -189,8 +190,9 @@ def build(source, listing, text_field, tokenizer, vocab_size, skip_bad_files, fo
         spool.flush()
         with mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) as text:
             parts = split(text, spans)
-            texts = (piece for piece, _ in pieces(text, parts['train'], 'vocabulary', log))
-            vocabulary = make_tokenizer(tokenizer, vocab_size, texts, log)
+            if tokenizer == 'bpe':
+                texts = (piece for piece, _ in pieces(text, parts['train'], 'vocabulary', log))
+                vocabulary = make_tokenizer(tokenizer, vocab_size, texts, log)
             dtype = 'uint16' if vocabulary.vocab_size <= 2**16 else 'uint32'
             entries = {part: write_tokens(folder / f'{part}.bin', text, parts[part], vocabulary, dtype, log)
                        for part in parts}

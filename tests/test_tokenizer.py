@@ -110,10 +110,12 @@ def test_a_vocabulary_that_is_neither_here_nor_reachable_is_said_so_quickly(text
     for name in ('https_proxy', 'HTTPS_PROXY', 'http_proxy', 'HTTP_PROXY', 'all_proxy', 'ALL_PROXY'):
         monkeypatch.setenv(name, 'http://127.0.0.1:9')       # refused at once, with and without network
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'cache'))
+    lines = []
     with pytest.raises(DataError) as error:
-        prepare(str(texts), 'gpt2', 0, tmp_path / 'root', silent)
+        prepare(str(texts), 'gpt2', 0, tmp_path / 'root', lines.append)
     message = message_of(error)
     assert 'gpt2' in message and 'TIKTOKEN_CACHE_DIR' in message
+    assert not any('reading' in line for line in lines)         # of a corpus that may take hours
     assert list((tmp_path / 'root').iterdir()) == []
     with pytest.raises(DataError) as error:
         prepare(str(texts), 'gpt-two', 0, tmp_path / 'root', silent)
