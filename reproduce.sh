@@ -76,8 +76,8 @@ reap() {        # look after the runs until fewer than $1 are going
         sleep 0.2
     done
 }
-# A signal is handed on, and what is going on is waited for until it has saved. So is Ctrl-C: it reaches the runs by itself, but
-# those that are still loading ignore it, as all that a script starts with & does
+# A signal is handed on, and what is going on is waited for until it has saved. So is Ctrl-C: it reaches the runs by itself,
+# but those that are still loading ignore it, as all that a script starts with & does
 hand_on() { failed=$1; kill -TERM ${pids[@]+"${pids[@]}"} 2> /dev/null; }
 trap 'hand_on 130' INT
 trap 'hand_on 143' TERM HUP

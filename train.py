@@ -279,7 +279,7 @@ facts = {'initialisation': 'as init_from says' if init_from else
 result = {'schema': SCHEMA, 'status': 'running', 'name': name,
           'started': checkpoint['started'] if checkpoint else now(), 'finished': None,
           'config': config, 'model': facts, 'data': described,
-          'environment': {'device_name': None, 'world_size': world_size, **environment(device),
+          'environment': {**environment(device), 'world_size': world_size,
                           'source_sha256': {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
                                             for p in sorted(Path(__file__).resolve().parent.glob('*.py'))}}}
 history, final, step, step_seconds, seconds_before = [], None, 0, [], 0.0       # step: updates done

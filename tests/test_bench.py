@@ -190,6 +190,13 @@ def test_the_file_says_where_it_was_measured_and_how_fast_the_machine_itself_was
         assert machine[f'gflops_{kind}']['median'] == approximately(statistics.median(rates))
 
 
+def test_without_a_working_compiler_it_goes_on_without(program, monkeypatch, capfd):
+    def broken(x):
+        raise RuntimeError('no compiler')
+    monkeypatch.setattr(torch, 'compile', lambda function: broken)
+    assert program(compile=True).config['compile'] is False and 'does not work here' in capfd.readouterr().out
+
+
 @pytest.mark.parametrize('computes', [True, False])
 def test_what_a_machine_does_not_compute_in_is_not_timed_unless_asked_for(computes, program, monkeypatch):
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: computes)

@@ -321,7 +321,7 @@ def test_out_of_memory_is_one_line_with_the_way_on_and_the_result_says_that_the_
 
 
 def test_a_model_that_does_not_fit_is_one_line_and_leaves_no_result(train):
-    run = train(n_expert=10**6, d_ff=10**6)                 # 128 TB in one tensor
+    run = train(d_ff=10**12)                                # 512 TB in one tensor
     one_line(run, 'out of memory before the first step: take a smaller model')
     assert not (run.folder / 'result.json').exists()
 
