@@ -8,16 +8,14 @@ import runpy
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import forked
 import pytest
 import tiktoken
 import torch
+from conftest import REPOSITORY
 
-HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
 import attention
 import hf
 import machine
@@ -36,7 +34,7 @@ DASHES = '-' * 20 + '\n'
 def python(*arguments, **kwargs):
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUTF8': '1', **kwargs.pop('env', {})}
     pipes = {'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **kwargs}
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=HERE, env=env, **pipes)
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=REPOSITORY, env=env, **pipes)
 
 
 def ended(process, given=None):
@@ -125,7 +123,7 @@ def sample(monkeypatch, capfd):
         before = signal.getsignal(signal.SIGINT)
         capfd.readouterr()
         try:
-            runpy.run_path(str(HERE / 'sample.py'), run_name='__main__')
+            runpy.run_path(str(REPOSITORY / 'sample.py'), run_name='__main__')
             code = None                                     # it ends by sys.exit, always
         except SystemExit as error:
             code = error.code

@@ -1,4 +1,5 @@
 """train.py: what is reported was run, and a run that is repeated, split up, interrupted or resumed ends in the same numbers."""
+import errno
 import hashlib
 import json
 import math
@@ -546,8 +547,6 @@ def test_overwriting_throws_the_old_checkpoint_away_before_anything_else(train, 
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole_and_says_so(train, monkeypatch):
-    import errno
-    import os
     real, calls = os.fsync, []
 
     def fsync(fd):
