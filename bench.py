@@ -13,6 +13,7 @@ rounds that go from the first side to the last and back alternately, and with th
 own: drift hits all alike. A figure is the median over the rounds with minimum and maximum, a ratio that of the
 quotients within a round. Prints Markdown; writes it, and JSON with every single timing.
 """
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -26,13 +27,13 @@ dtype: Literal['auto', 'both', 'float32', 'bfloat16'] = 'auto'  # train: of the 
                                 # cache; auto: both where the machine computes in bfloat16, which else takes minutes
 peer: Literal['auto', 'none', 'transformers'] = 'auto'  # the same models in another library; auto: if it is installed
 plain = ['none']                # functions of kernels.py that run plain, each in a side of its own; each: all in turn
-experts = ['8']                 # experts in each layer; decode takes the first
+experts = ['8']                 # experts in each layer; decode takes the smallest of these numbers
 rounds = 5                      # timed rounds
 warmup = 2                      # rounds before them that do not count
 parts = 0                       # lines of torch.profiler's table of one more turn of each side, by time; 0: no table
 
 # train
-contexts = ['512']              # tokens in a sequence; every update has batch_size times the first of them
+contexts = ['512']              # tokens in a sequence; every update has batch_size times the smallest of them
 batch_size = 4                  # sequences in an update
 micro_batch_sizes = ['4']       # sequences at once; at longer contexts fewer, so that they are as many tokens
 memory_updates = 3              # updates after which the peak memory of a side is read; 0: it is not
@@ -46,7 +47,7 @@ new_tokens = 64                 # tokens decoded after the prompt, one at a time
 device = 'auto'                 # auto: cuda, else cpu; or one of them by name
 compile: bool | None = None     # torch.compile in train, of both libraries; none: on GPUs
 matrix_size = 0                 # the machine's matrix product is n x n x n; 0: 2048, on a GPU 8192
-out = ''                        # JSON file, Markdown beside it; empty: out/bench/<task>.json
+out = ''                        # FILE.json, Markdown goes beside it; empty: out/bench/<task>.json
 # ---------------------------------------------------------------------------------------------------------------------
 # The network is Experiment 1's, ModelConfig's defaults; each of its knobs is one here too, but for those that are lists
 network = {name: knob for name, knob in run_knobs()[0].items() if name not in ('attn', 'n_expert', 'block_size')}
@@ -62,8 +63,8 @@ def numbers(knob):
 
 experts, contexts, micro_batch_sizes, prompts, batch_sizes = map(
     numbers, ('experts', 'contexts', 'micro_batch_sizes', 'prompts', 'batch_sizes'))
-for knob, least in dict(rounds=1, warmup=0, parts=0, batch_size=micro_batch_sizes[-1], new_tokens=1,
-                        memory_updates=0).items():
+for knob, least in dict(rounds=1, warmup=0, parts=0, batch_size=micro_batch_sizes[-1], new_tokens=1, memory_updates=0,
+                        matrix_size=0).items():
     if config[knob] < least:
         fail(f'{knob} must be at least {least}, not {config[knob]}')
 if not variants or len(set(variants)) < len(variants):
@@ -72,7 +73,9 @@ tokens_in_update = batch_size * contexts[0]
 if any(tokens_in_update % n for n in contexts):
     fail(f'--contexts={as_text(config["contexts"])}: each must divide the {tokens_in_update} tokens of an update; '
          f'--batch_size={-(-contexts[-1] // contexts[0])} may do')
-path = Path(out or f'out/bench/{task}.json')
+path = Path(os.path.expanduser(out) or f'out/bench/{task}.json')
+if path.suffix != '.json':
+    fail(f'--out={out}: give a FILE.json')
 try:                                                            # told now, not after an hour of measuring
     path.parent.mkdir(parents=True, exist_ok=True)
     path.open('ab').close()
@@ -92,7 +95,7 @@ from importlib.util import find_spec
 import torch
 
 import kernels
-from machine import choose_device, choose_dtype, environment, now, peak_memory_gb, write_atomically
+from machine import choose_compile, choose_device, choose_dtype, environment, now, peak_memory_gb, write_atomically
 from model import LanguageModel, ModelConfig
 from moe import LOSS_WEIGHTS
 from muon import configure_optimizers
@@ -104,7 +107,7 @@ if cuda:
     torch.set_float32_matmul_precision('high')
 else:
     kernels.keep_freed_memory()
-compile = cuda if compile is None else compile
+compile = choose_compile(compile, device)
 if compile:     # the variants share code: beyond 8 graphs of a function the rest would run eagerly
     torch._dynamo.config.recompile_limit = 128
 matrix_size = matrix_size or (8192 if cuda else 2048)

@@ -37,11 +37,13 @@ stage() {           # stage NAME COMMAND...: unless it is done, in the time left
     [ "$BUDGET" = 0 ] || [ "$left" -gt 0 ] || { echo 'there is more to do: call again'; exit 75; }
     echo "$name ..."
     timeout --foreground -k 60 "$left" "$@" >> "$OUT/$name.log" 2>&1        # 0: no limit
-    case $? in
-        0) touch "$OUT/done/$name" ;;
-        124 | 137) echo 'there is more to do: call again'; exit 75 ;;
-        *) echo "$name failed, see $OUT/$name.log"; failed+=" $name" ;;
-    esac
+    if [ "$?" = 0 ]; then
+        touch "$OUT/done/$name"
+    elif [ "$BUDGET" != 0 ] && [ "$SECONDS" -ge "$BUDGET" ]; then           # by the clock: killed for memory it is 137, too
+        echo 'there is more to do: call again'; exit 75
+    else
+        echo "$name failed, see $OUT/$name.log"; failed+=" $name"
+    fi
 }
 bench() { stage "$1" "$PYTHON" bench.py --out="$OUT/$1.json" "${@:2}"; }
 

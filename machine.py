@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import fail
+from configurator import fail, say
 
 # Dense bfloat16 matrix rate in FLOP/s (vendors' data sheets), for mfu, by the whole name that the driver gives: an H100
 # NVL or a MIG slice is no H100 SXM. Elsewhere, and in float32, mfu is null
@@ -59,13 +59,17 @@ def choose_dtype(name, device, n_embd):
     return 'bfloat16' if computes else 'float32'
 
 
-def compiles(device):
-    """'' if torch.compile works here, else why not: it needs a C++ compiler, and triton on a GPU."""
+def choose_compile(wanted, device, file=None):
+    """--compile -> bool; None: on GPUs. False, with a line to `file`, where it lacks its C++ compiler or, on a GPU, triton."""
+    wanted = device.type == 'cuda' if wanted is None else wanted
     try:
-        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
-        return ''
+        if wanted:
+            torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+        return wanted
     except Exception as error:
-        return f'{type(error).__name__}: {str(error).strip()}'.splitlines()[0]
+        reason = f'{type(error).__name__}: {str(error).strip()}'.splitlines()[0]
+        say(f'torch.compile does not work here ({reason}); going on without', file)
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,6 +134,8 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:                # torch.save ends in one of its own that hides the OSError
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
         aside.unlink(missing_ok=True)
-        fail(f'{path} could not be written ({error.strerror or error}); what was there before is still there')
+        fail(f'{path} could not be written ({getattr(cause, "strerror", None) or cause}); what was there before is still '
+             'there')

@@ -31,7 +31,11 @@ value() {       # the value of one of the plan's words
 [ -r "$PLAN" ] || { echo "reproduce.sh: no plan $PLAN; PLAN=FILE names one" >&2; exit 2; }
 experiment=$(value experiment)
 [ -z "$search" ] || experiment=$experiment-rates
-[ -n "$KEEP" ] && mkdir -p "$KEEP"
+[ "$JOBS" -ge 1 ] 2> /dev/null || { echo "reproduce.sh: JOBS=$JOBS must be a number from 1 on" >&2; exit 2; }
+[ -z "$KEEP" ] || mkdir -p "$KEEP" || exit 2
+for arm in $ARMS; do
+    [[ $'\n'$(value arm; value extra) == *$'\n'"$arm "* ]] || { echo "reproduce.sh: $PLAN has no arm $arm" >&2; exit 2; }
+done
 
 runs() {        # every run in its order: name, seed, learning rate, flags
     if [ -n "$search" ]; then
@@ -59,7 +63,9 @@ reap() {        # look after the runs until fewer than $1 are going
             status=$? ended=${names[$i]}
             unset "pids[$i]" "names[$i]"
             if [ -n "$KEEP" ] && { [ "$status" = 0 ] || [ "$status" = 3 ]; }; then
-                cp "out/$experiment/$ended/result.json" "$KEEP/$ended.json"
+                # aside first: what is cut off must not pass for a result that is there
+                cp "out/$experiment/$ended/result.json" "$KEEP/$ended.part" && mv "$KEEP/$ended.part" "$KEEP/$ended.json" ||
+                    failed=1
             fi
             case $status in
                 0) ;;
@@ -70,8 +76,8 @@ reap() {        # look after the runs until fewer than $1 are going
         sleep 0.2
     done
 }
-# A signal is handed on, and what is going on is waited for until it has saved. So is Ctrl-C: it reaches the runs by itself, but
-# those that are still loading ignore it, as all that a script starts with & does
+# A signal is handed on, and what is going on is waited for until it has saved. So is Ctrl-C: it reaches the runs by itself,
+# but those that are still loading ignore it, as all that a script starts with & does
 hand_on() { failed=$1; kill -TERM ${pids[@]+"${pids[@]}"} 2> /dev/null; }
 trap 'hand_on 130' INT
 trap 'hand_on 143' TERM HUP

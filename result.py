@@ -43,7 +43,7 @@ def folder_of(out_dir, experiment, name, seed):
         if len(text) > NAME_LENGTH or not text.isprintable() or not text.strip('. ') or '/' in text or '\\' in text:
             fail(f'--{knob}={ascii(text)[1:-1]}: must be 1 to {NAME_LENGTH} printable characters, not all blanks and '
                  'dots, without / and \\; --out_dir=FOLDER goes anywhere')
-    return Path(out_dir or f'out/{experiment}/{name}-s{seed}').expanduser()
+    return Path(os.path.expanduser(out_dir) or f'out/{experiment}/{name}-s{seed}')
 
 
 class RunFolder:
@@ -62,7 +62,7 @@ class RunFolder:
         run was given more updates. resume: True, False or 'auto' (if there is anything to go on with). writer: this
         process locks the folder. mmap: see read_checkpoint.
         """
-        there = self.result.exists() or self.checkpoint.exists()
+        there = os.path.exists(self.result) or os.path.exists(self.checkpoint)      # False where one may not look, too
         if resume is True and not there:
             fail(f'{self.path} holds no run to go on with; --resume=auto starts one where there is none')
         if writer:
@@ -88,6 +88,8 @@ class RunFolder:
                     raise SystemExit(0)
                 fail(f'{self.path} holds a finished run; --overwrite=True runs it again, --out_dir=... goes elsewhere'
                      + f', --resume=True goes on with it to update {config["max_steps"]}' * more)
+            if before['status'] == 'complete' and not self.checkpoint.exists():
+                fail(f'{self.path} holds a finished run, but no checkpoint.pt to go on from; --overwrite=True runs it again')
         if there and not resume:
             fail(f'{self.path} holds an unfinished run; --resume=True goes on with it, --overwrite=True starts again')
         if not self.checkpoint.exists():
@@ -106,6 +108,8 @@ class RunFolder:
         if extended:
             config['extended_at'] = extended
         self.best, self.saved = checkpoint.get('best'), step
+        if writer and self.best and self.best['step'] == step:          # killed before an older best.pt was taken away
+            self.best_file.unlink(missing_ok=True)
         return checkpoint
 
     def lock(self):
@@ -185,7 +189,7 @@ def read_checkpoint(path, mmap=False):
     bit would become a weight. mmap: tensors stay in the file until they are touched; several processes share one copy.
     """
     import torch
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     file = path / 'checkpoint.pt' if path.is_dir() else path
     if not file.exists():
         raise ValueError(f'{path} holds no checkpoint.pt' if path.is_dir() else f'{path} is not there')
@@ -212,11 +216,12 @@ def read_weights(path, given):
     """
     import hf
     import numpy as np
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         if (path / 'config.json').exists():
             model = hf.from_folder(path)
-            files = sorted(file for file in path.iterdir() if file.suffix in ('.json', '.safetensors'))
+            files = sorted(file for file in path.iterdir()
+                           if file.suffix in ('.json', '.safetensors') and file.stat().st_size)        # none maps to nothing
             same_vocabulary = lambda tokenizer: hf.has_vocabulary(path, tokenizer)
         else:
             (model, own), files = hf.from_run(path), [path / 'checkpoint.pt' if path.is_dir() else path]

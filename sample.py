@@ -34,8 +34,8 @@ seed = 0                        # of the draws
 mla_decode: Literal['auto', 'expand', 'absorb'] = 'auto'    # latent attention: make keys and values from the cache, or
                                 # attend over the cached latents themselves; auto: the cheaper; equal but for rounding
 device = 'auto'                 # auto: cuda, else mps, else cpu; or one of them by name (cuda:1, ...)
-dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'      # of weights and cache; auto: bfloat16 where the machine
-                                # computes in it, else float32
+dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'      # of weights and cache; auto: bfloat16 on a GPU that computes
+                                # in it, else float32
 compile: bool | None = None     # torch.compile, over a cache whose shape never changes; none: on GPUs
 # ---------------------------------------------------------------------------------------------------------------------
 configure(globals(), positional='run')      # before torch is imported, so that a typo is answered at once
@@ -57,12 +57,12 @@ warnings.simplefilter('ignore')                             # torch's advice is 
 
 if not run:
     fail('which run? python sample.py out/EXPERIMENT/NAME-sSEED --prompt=TEXT (--help lists the knobs)')
-path = Path(run).expanduser()
-published = (path / 'config.json').is_file()                # a folder of Hugging Face's
-if path.is_dir() and not published:
+path = Path(os.path.expanduser(run))
+published = os.path.isfile(path / 'config.json')            # a folder of Hugging Face's
+if os.path.isdir(path) and not published:
     # without a best.pt the last checkpoint is the best
-    path /= 'best.pt' if checkpoint == 'best' and (path / 'best.pt').exists() else 'checkpoint.pt'
-if not path.exists():
+    path /= 'best.pt' if checkpoint == 'best' and os.path.exists(path / 'best.pt') else 'checkpoint.pt'
+if not os.path.exists(path):
     runs = [file.parent for file in sorted(path.parent.glob('*/checkpoint.pt'))]        # of an experiment's folder
     fail(f'{path} is not there: no such run folder, or nothing was saved in it yet'
          + (f'; did you mean {runs[0]}?' if runs else ''))
@@ -75,7 +75,7 @@ prompts = [prompt]
 try:
     if prompt == '-' or prompt.startswith(('FILE:', 'LINES:')):
         kind, _, source = prompt.rpartition(':') if prompt == '-' else prompt.partition(':')
-        text = sys.stdin.buffer.read() if source == '-' else Path(source).expanduser().read_bytes()
+        text = sys.stdin.buffer.read() if source == '-' else Path(os.path.expanduser(source)).read_bytes()
         text = text.decode('utf-16' if text[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else 'utf-8-sig')
         lines = text.replace('\r\n', '\n').split('\n')
         prompts = [line for line in lines if line.strip()] if kind == 'LINES' else [text]
@@ -95,10 +95,19 @@ import torch
 import hf
 from attention import LatentAttention
 from decoding import generate
-from machine import choose_device, choose_dtype, compiles, out_of_memory
+from machine import choose_compile, choose_device, choose_dtype, out_of_memory
 from result import read_checkpoint
 from tokenizer import fetch_tokenizer
 
+
+
+def end(kind, error, trace):
+    if out_of_memory(error):
+        fail(f'out of memory at {num_samples:,} samples of up to {max_new_tokens:,} tokens; ask for fewer')
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = end
 device = choose_device(device)
 try:
     if published:
@@ -142,10 +151,7 @@ for number, prompt in enumerate(prompts, 1):
 options = {'max_new_tokens': max_new_tokens, 'temperature': temperature, 'top_k': top_k or None,
            'top_p': top_p if top_p < 1 else None, 'seed': seed}
 
-compile = device.type == 'cuda' if compile is None else compile
-if compile and (reason := compiles(device)):
-    say(f'torch.compile does not work here ({reason}); going on without', sys.stderr)
-elif compile:
+if choose_compile(compile, device, sys.stderr):
     compiled, clock = torch.compile(model.trunk), time.perf_counter()
     # prompts are read once and differ in length, so only the steps of one token are compiled
     options |= {'static': True, 'trunk': lambda x, *rest: (compiled if x.size(1) == 1 else model.trunk)(x, *rest)}
@@ -203,10 +209,6 @@ try:
 except OSError as error:                                    # a reader that is gone (`| head`), or a full disk
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # at exit the interpreter flushes once more
     sys.exit() if isinstance(error, BrokenPipeError) else fail(f'the text cannot be written ({error.strerror})')
-except RuntimeError as error:
-    if not out_of_memory(error):
-        raise
-    fail(f'out of memory at {num_samples:,} samples of up to {max_new_tokens:,} tokens; ask for fewer')
 
 each = model.cache_bytes_per_token(dtype)
 slots = min(block_size, max(map(len, encoded)) + max_new_tokens)            # what generate() allocates for each sample

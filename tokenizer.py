@@ -67,8 +67,9 @@ class Tokenizer:
         return [i for piece in pieces for i in self.encoding.encode_ordinary(piece)]
 
     def decode_bytes(self, ids):
-        """list of ids -> bytes; eot shows as <|endoftext|>. A token may end within a character."""
-        return b''.join([self.shown[i] for i in ids])
+        """list of ids -> bytes; eot shows as <|endoftext|>, an id beyond the vocabulary, which a wider model may choose, as
+        nothing. A token may end within a character."""
+        return b''.join([self.shown[i] for i in ids if i < self.vocab_size])
 
     def decode(self, ids):
         return self.decode_bytes(ids).decode('utf-8', 'replace')

@@ -77,12 +77,14 @@ def end(kind, error, trace):
     """What an exception leads to: a result that says that the run has ended, and one line where that is enough."""
     if kind is KeyboardInterrupt:                           # before there is anything to save
         os._exit(130)
-    if 'result' in globals():
+    begun = 'result' in globals()
+    if begun:
         write_result('interrupted', f'{kind.__name__}: {error}'.partition('\n')[0])
-        if out_of_memory(error):
-            less = max(1, micro_batch_size // 2)
-            fail(f'out of memory in step {step + 1} at --micro_batch_size={micro_batch_size}; less changes no number (at 1, '
-                 f'take a smaller model); to go on: {command_to_go_on(overwrite, micro_batch_size=less)}')
+    if 'out_of_memory' in globals() and out_of_memory(error):
+        less = max(1, micro_batch_size // 2)
+        fail(f'out of memory in step {step + 1} at --micro_batch_size={micro_batch_size}; less changes no number (at 1, '
+             f'take a smaller model); to go on: {command_to_go_on(overwrite, micro_batch_size=less)}' if begun else
+             'out of memory before the first step: take a smaller model')
     sys.__excepthook__(kind, error, trace)
 
 
@@ -106,7 +108,7 @@ import data
 import kernels
 import parallel
 import tracker as trackers
-from machine import PEAK_FLOPS, choose_device, choose_dtype, compiles, environment, now, out_of_memory, peak_memory_gb
+from machine import PEAK_FLOPS, choose_compile, choose_device, choose_dtype, environment, now, out_of_memory, peak_memory_gb
 from model import LanguageModel, ModelConfig
 from moe import LOSS_WEIGHTS
 from muon import configure_optimizers
@@ -119,7 +121,7 @@ from result import SCHEMA, RunFolder, command_to_go_on, folder_of, read_weights
 device = choose_device(device, index=parallel.local_rank if world_size > 1 else None)
 for least, knobs in ((1, 'max_steps batch_size micro_batch_size'),
                      (0, 'seed learning_rate min_lr_ratio warmup_steps weight_decay grad_clip bias_update_rate '
-                         'eval_interval checkpoint_interval log_interval')):
+                         'eval_interval checkpoint_interval log_interval max_train_tokens max_val_tokens')):
     for knob in knobs.split():
         if asked[knob] < least:
             fail(f'{knob} must be at least {least}, not {asked[knob]}')
@@ -160,10 +162,7 @@ if device.type == 'cpu':
     kernels.keep_freed_memory()
 if device.type == 'cuda' and dtype == 'float32':            # tf32; in bfloat16 runs the router's product stays exact
     torch.set_float32_matmul_precision('high')
-compile = device.type == 'cuda' if compile is None else compile
-if compile and (reason := compiles(device)):
-    say(f'torch.compile does not work here ({reason}); going on without')
-    compile = False
+compile = choose_compile(compile, device)
 autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16')
 exactly = torch.autocast(device.type, enabled=False)
 
@@ -280,7 +279,7 @@ facts = {'initialisation': 'as init_from says' if init_from else
 result = {'schema': SCHEMA, 'status': 'running', 'name': name,
           'started': checkpoint['started'] if checkpoint else now(), 'finished': None,
           'config': config, 'model': facts, 'data': described,
-          'environment': {'device_name': None, 'world_size': world_size, **environment(device),
+          'environment': {**environment(device), 'world_size': world_size,
                           'source_sha256': {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
                                             for p in sorted(Path(__file__).resolve().parent.glob('*.py'))}}}
 history, final, step, step_seconds, seconds_before = [], None, 0, [], 0.0       # step: updates done

@@ -190,6 +190,13 @@ def test_the_file_says_where_it_was_measured_and_how_fast_the_machine_itself_was
         assert machine[f'gflops_{kind}']['median'] == approximately(statistics.median(rates))
 
 
+def test_without_a_working_compiler_it_goes_on_without(program, monkeypatch, capfd):
+    def broken(x):
+        raise RuntimeError('no compiler')
+    monkeypatch.setattr(torch, 'compile', lambda function: broken)
+    assert program(compile=True).config['compile'] is False and 'does not work here' in capfd.readouterr().out
+
+
 @pytest.mark.parametrize('computes', [True, False])
 def test_what_a_machine_does_not_compute_in_is_not_timed_unless_asked_for(computes, program, monkeypatch):
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: computes)
@@ -424,7 +431,7 @@ def test_the_peer_decodes_with_a_cache_of_the_same_size(beside):
     ('variants', 'lora,lora', ['each once']), ('prompts', '128,x', ['--prompts=128,x', 'whole numbers']),
     ('prompts', '', ['whole numbers']), ('batch_sizes', '0', ['--batch_sizes=0']),
     ('dtype', 'float16', ['float16', 'bfloat16']), ('rounds', 0, ['rounds', 'at least 1']),
-    ('warmup', -1, ['warmup', 'at least 0']), ('micro_batch_sizes', 8, ['batch_size', 'at least 8']),
+    ('warmup', -1, ['warmup', 'at least 0']), ('matrix_size', -1, ['matrix_size', 'at least 0']), ('micro_batch_sizes', 8, ['batch_size', 'at least 8']),
     ('contexts', '3,7', ['--contexts=3,7', 'divide', '--batch_size=3']), ('n_embd', 62, ['n_embd', 'n_head']),
     ('experts', '1,8', ['top_k', 'n_expert']), ('kv_lora_rank', 8, ['kv_lora_rank', 'baseline']),
     ('plain', 'rope', ['--plain=rope', 'rms_norm']),
@@ -436,7 +443,11 @@ def test_what_cannot_be_done_is_said_in_one_line(knob, value, words, refused):
 
 
 def test_a_folder_for_a_file_and_a_place_that_cannot_be_written_to_are_told_at_once(refused, tmp_path):
-    refused(tmp_path, 'directory', '--out=', out=tmp_path)
+    (tmp_path / 'x.json').mkdir()
+    refused(tmp_path, 'directory', '--out=', out=tmp_path / 'x.json')
+    (tmp_path / 'x.json').rmdir()
+    for out in (tmp_path / 'x', tmp_path / 'x.md', '.'):                    # JSON and Markdown go where it says, or nowhere
+        refused(f'--out={out}: give a FILE.json', out=out)
     (tmp_path / 'file').write_text('')
     refused('x.json', '--out=', out=tmp_path / 'file' / 'x.json')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['file']
@@ -457,13 +468,13 @@ def test_a_network_that_transformers_does_not_have_is_refused_in_one_line(refuse
 
 @pytest.fixture
 def gpu(tmp_path):
-    """gpu(**environment): gpu.sh with a Python that fails, or takes its time, where the files fails, slow say so."""
+    """gpu(**environment): gpu.sh with a Python that is killed, or takes its time, where the files fails, slow say so."""
     if not shutil.which('timeout'):
         pytest.skip('gpu.sh is for Linux, where timeout is')
     log, fake = tmp_path / 'log', tmp_path / 'python'
     fake.write_text(f"""#!/usr/bin/env bash
 echo "$@" >> {log}
-if [ -e {tmp_path}/fails ] && [[ "$*" == *$(cat {tmp_path}/fails)* ]]; then exit 1; fi
+if [ -e {tmp_path}/fails ] && [[ "$*" == *$(cat {tmp_path}/fails)* ]]; then exit 137; fi
 if [ -e {tmp_path}/slow ] && [[ "$*" == *$(cat {tmp_path}/slow)* ]]; then sleep 30; fi
 if [ "$1" = train.py ]; then
     for a in "$@"; do declare "${{a#--}}" 2> /dev/null; done

@@ -78,6 +78,13 @@ def test_a_file_where_the_folder_should_be_is_one_line(tmp_path, capsys):
     refused(capsys, tmp_path / 'run', 'cannot be written', '--out_dir')
 
 
+def test_a_path_that_cannot_be_looked_at_or_a_home_that_is_nobodys_is_one_line(tmp_path, capsys, monkeypatch):
+    refused(capsys, tmp_path / ('x' * 300), 'cannot be written', 'name too long')
+    assert folder_of('~nobody-here/x', 'laptop', 'a', 0) == Path('~nobody-here/x')
+    with pytest.raises(ValueError, match='nobody-here/x is not there'):
+        read_checkpoint('~nobody-here/x')
+
+
 def test_to_go_on_where_there_is_no_run_is_refused_and_makes_no_folder_but_auto_starts_one(tmp_path, capsys):
     refused(capsys, tmp_path / 'mistyped', 'holds no run to go on with', '--resume=auto', resume=True)
     assert not (tmp_path / 'mistyped').exists()
@@ -96,6 +103,15 @@ def test_a_finished_run_is_kept_unless_told_otherwise(place, capsys):
         assert end.value.code == 0 and 'complete already' in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
     assert opened(path, overwrite=True, seed=5)[0] is None and not (path / 'checkpoint.pt').exists()
+
+
+def test_a_finished_run_whose_checkpoint_is_gone_is_not_replaced_by_one_from_the_beginning(place, capsys):
+    path = place('complete', content(20, 3.0))
+    (path / 'checkpoint.pt').unlink()                       # to save room
+    refused(capsys, path, 'no checkpoint.pt to go on from', '--overwrite=True', resume=True, max_steps=50)
+    with pytest.raises(SystemExit) as end:
+        opened(path, resume='auto')
+    assert end.value.code == 0
 
 
 def test_an_unfinished_run_goes_on_only_when_asked(place, capsys):
@@ -239,6 +255,17 @@ def test_the_best_checkpoint_is_kept_beside_the_last_and_said(tmp_path):
     assert seen == [(None, False), ((2, 5.0, 'checkpoint.pt'), False), ((3, 4.0, 'checkpoint.pt'), False),
                     ((3, 4.0, 'best.pt'), True), ((3, 4.0, 'best.pt'), True), ((3, 4.0, 'best.pt'), True),
                     ((7, 3.9, 'checkpoint.pt'), False), ((7, 3.9, 'best.pt'), True)]
+
+
+def test_killed_before_an_older_best_checkpoint_was_taken_away_it_is_when_the_run_goes_on(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step, loss in ((1, 3.0), (2, 4.0)):
+        folder.write_checkpoint(content(step, loss))
+    older = (tmp_path / 'best.pt').read_bytes()
+    folder.write_checkpoint(content(3, 2.0))
+    (tmp_path / 'best.pt').write_bytes(older)               # as it stood at that moment
+    opened(tmp_path, resume=True)
+    assert not (tmp_path / 'best.pt').exists()
 
 
 @pytest.mark.parametrize('failing', [1, 2])

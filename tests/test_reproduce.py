@@ -81,6 +81,22 @@ def test_only_the_arms_that_are_named_run_also_in_the_search_for_rates(place):
     assert run(place, 'rates', ARMS='lora')[1] == ['lora@1e-3 100', 'lora@2e-3 100']
 
 
+@pytest.mark.parametrize('env, words', [
+    ({'ARMS': 'lora baselin'}, 'has no arm baselin'), ({'JOBS': 'two'}, 'JOBS=two'), ({'JOBS': '0'}, 'JOBS=0'),
+    ({'KEEP': 'reproduce.sh/kept'}, 'reproduce.sh')])
+def test_a_typo_runs_nothing_and_is_one_line(place, env, words):
+    status, runs, calls, err = run(place, **env)
+    assert status == 2 and not calls and err.count('\n') == 1 and words in err
+
+
+def test_a_result_that_could_not_be_kept_stops_the_rest_and_none_that_was_cut_off_passes_for_one(place):
+    (place / 'cp').write_text('#!/bin/sh\nprintf { > "$2"; exit 1\n')
+    (place / 'cp').chmod(0o755)
+    status, runs, _, err = run(place, KEEP='kept', PATH=f'{place}:{os.environ["PATH"]}')
+    assert status != 0 and runs == ['baseline 0'] and not list((place / 'kept').glob('*.json'))
+    assert run(place, KEEP='kept')[0] == 0 and len(list((place / 'kept').glob('*-s*.json'))) == 6
+
+
 def test_kept_results_are_not_run_again(place):
     assert run(place, KEEP='kept')[0] == 0
     assert sorted(p.name for p in (place / 'kept').glob('*-s*.json')) == [

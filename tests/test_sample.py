@@ -8,16 +8,14 @@ import runpy
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import forked
 import pytest
 import tiktoken
 import torch
+from conftest import REPOSITORY
 
-HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
 import attention
 import hf
 import machine
@@ -36,7 +34,7 @@ DASHES = '-' * 20 + '\n'
 def python(*arguments, **kwargs):
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUTF8': '1', **kwargs.pop('env', {})}
     pipes = {'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **kwargs}
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=HERE, env=env, **pipes)
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=REPOSITORY, env=env, **pipes)
 
 
 def ended(process, given=None):
@@ -125,12 +123,17 @@ def sample(monkeypatch, capfd):
         before = signal.getsignal(signal.SIGINT)
         capfd.readouterr()
         try:
-            runpy.run_path(str(HERE / 'sample.py'), run_name='__main__')
+            runpy.run_path(str(REPOSITORY / 'sample.py'), run_name='__main__')
             code = None                                     # it ends by sys.exit, always
         except SystemExit as error:
             code = error.code
+        except Exception:                                   # as the interpreter would
+            with pytest.raises(SystemExit) as end:
+                sys.excepthook(*sys.exc_info())
+            code = end.value.code
         finally:
             signal.signal(signal.SIGINT, before)
+            sys.excepthook = sys.__excepthook__
         return SimpleNamespace(code=code, **dict(zip(('out', 'err'), capfd.readouterr())))
     return run
 
@@ -212,7 +215,7 @@ def test_a_static_cache_under_compile_gives_the_same_text(lively, sample, monkey
             return function(x, rope, cache)
         return wrapped
     monkeypatch.setattr(torch, 'compile', compiled)
-    monkeypatch.setattr(machine, 'compiles', lambda device: '')
+    monkeypatch.setattr(machine, 'choose_compile', lambda wanted, *rest: wanted)
     arguments = lively, f'--prompt={PROMPT}', '--max_new_tokens=90', '--temperature=0', *ON_CPU[:2]
     eager, static = sample(*arguments, '--compile=False'), sample(*arguments, '--compile=True')
     assert eager.out == static.out and 'compiled' in static.err
@@ -274,6 +277,12 @@ def test_a_prompt_that_a_vocabulary_cannot_say_is_one_line(trained, sample, monk
         raise ValueError('there is no \U0001f600 in this vocabulary')
     monkeypatch.setattr(Tokenizer, 'encode', encode)
     one_line(sample(trained, *ON_CPU, '--prompt=\U0001f600'), 'prompt 1: there is no \U0001f600')
+
+
+def test_tokens_beyond_the_vocabulary_of_the_text_show_as_nothing(lively, sample, tmp_path):
+    path = changed(lively, tmp_path, tokenizer=lambda state: {**state, 'tokens': state['tokens'][:256], 'eot': None})
+    run = sample(path, *ON_CPU, f'--prompt={PROMPT}', '--max_new_tokens=60', '--top_k=0')
+    assert run.code == 0 and run.out.startswith(PROMPT) and 'then 59 tokens' in run.err
 
 
 def test_a_prompt_without_a_token_is_one_line(trained, sample, monkeypatch, tmp_path):
@@ -537,7 +546,9 @@ def test_the_statistics_tell_the_bytes_that_the_cache_has(lively, sample, monkey
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit status 2
 
-@pytest.mark.parametrize('flag, words', [('out/none', 'out/none is not there: no such run folder'), ('--prompt=', 'which run?')])
+@pytest.mark.parametrize('flag, words', [
+    ('out/none', 'out/none is not there: no such run folder'), ('~nobody-here/run', '~nobody-here/run is not there'),
+    ('x' * 300, 'is not there'), ('--prompt=', 'which run?')])
 def test_a_run_that_is_not_there_is_one_line_without_importing_torch(tmp_path, flag, words):
     (tmp_path / 'torch.py').write_text('raise SystemExit(77)\n')
     one_line(ended(python('sample.py', flag, env={'PYTHONPATH': str(tmp_path)})), words)
@@ -583,7 +594,7 @@ def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(trained, sample,
     ('--max_new_tokens=0', 'at least 1'), ('--num_samples=0', 'at least 1'), ('--top_k=-1', 'top_k (-1) must be'),
     ('--top_p=0', 'top_p (0.0) above 0'), ('--top_p=1.5', 'at most 1'), ('--temperature=-1', 'temperature (-1.0)'),
     ('--device=cuda:99', 'no cuda:99'), ('--prompt=\udcff', 'not UTF-8'), ('--prompt=FILE:/no/such', 'No such file'),
-    ('--prompt=FILE:/', 'cannot be read'), ('--prompt=FILE:', 'cannot be read')])
+    ('--prompt=FILE:/', 'cannot be read'), ('--prompt=FILE:', 'cannot be read'), ('--prompt=FILE:~nobody-here/x', 'No such file')])
 def test_a_knob_out_of_range_is_one_line(trained, sample, flag, words):
     one_line(sample(trained, '--dtype=float32', flag), words)
 
@@ -592,8 +603,10 @@ def test_out_of_memory_is_one_line(trained, sample, monkeypatch):
     def new_cache(*arguments, **kwargs):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB')
     monkeypatch.setattr(LanguageModel, 'new_cache', new_cache)
-    run = sample(trained, *ON_CPU, '--num_samples=2000', '--max_new_tokens=9')
-    assert run.code == 2 and run.err.count('\n') == 1 and '2,000 samples of up to 9 tokens' in run.err
+    monkeypatch.setattr(machine, 'choose_compile', lambda *arguments: compiled)
+    for compiled in (False, True):                          # which makes a trial first
+        run = sample(trained, *ON_CPU, '--num_samples=2000', '--max_new_tokens=9')
+        assert run.code == 2 and run.err.count('\n') == 1 and '2,000 samples of up to 9 tokens' in run.err
 
 
 def test_a_prompt_file_that_is_not_utf_8_is_one_line(trained, sample, tmp_path):

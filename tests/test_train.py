@@ -1,4 +1,5 @@
 """train.py: what is reported was run, and a run that is repeated, split up, interrupted or resumed ends in the same numbers."""
+import errno
 import hashlib
 import json
 import math
@@ -320,6 +321,12 @@ def test_out_of_memory_is_one_line_with_the_way_on_and_the_result_says_that_the_
     assert result_of(done)['final']['val_loss'] == pytest.approx(result_of(alone)['final']['val_loss'], rel=1e-5)
 
 
+def test_a_model_that_does_not_fit_is_one_line_and_leaves_no_result(train):
+    run = train(d_ff=10**12)                                # 512 TB in one tensor
+    one_line(run, 'out of memory before the first step: take a smaller model')
+    assert not (run.folder / 'result.json').exists()
+
+
 def test_a_fault_of_the_program_is_told_in_full_and_the_result_says_that_the_run_has_ended(train, monkeypatch, tmp_path):
     monkeypatch.setattr(LanguageModel, 'forward', failing_at(2, IndexError('a fault\nin lines')))
     with pytest.raises(IndexError):
@@ -540,8 +547,6 @@ def test_overwriting_throws_the_old_checkpoint_away_before_anything_else(train, 
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole_and_says_so(train, monkeypatch):
-    import errno
-    import os
     real, calls = os.fsync, []
 
     def fsync(fd):
@@ -588,7 +593,7 @@ def test_a_learning_rate_beyond_reason_is_recorded_as_diverged(train):
     (dict(rope_scaling='yarm'), ['yarm', 'yarn']), (dict(block_size=100_000), ['block_size']),
     (dict(beta1=1), ['beta1 (1.0)', 'below 1']), (dict(beta2=-0.1), ['beta2 (-0.1)']),
     (dict(resume=True, overwrite=True), ['--resume=True', '--overwrite=True', 'keep one']),
-    (dict(max_steps=0), ['max_steps']), (dict(micro_batch_size=0), ['micro_batch_size']), (dict(learning_rate=-1), ['learning_rate']),
+    (dict(max_steps=0), ['max_steps']), (dict(max_train_tokens=-1), ['max_train_tokens', 'at least 0']), (dict(micro_batch_size=0), ['micro_batch_size']), (dict(learning_rate=-1), ['learning_rate']),
     (dict(shard=True), ['--shard=True', 'torchrun']), (dict(dataset='no/such/place'), ['no/such/place']),
     (dict(device='cuda:99'), ['cuda']), (dict(routr='sigmoid'), ['routr', 'router'])], ids=str)
 def test_bad_input_ends_in_one_line_and_writes_nothing(train, tmp_path, knobs, words):
@@ -626,6 +631,7 @@ def test_training_goes_on_from_a_hugging_face_folder_and_a_damaged_one_is_one_li
     source = train('source', attn='mla', router='sigmoid')
     model, tokenizer = hf.from_run(source.folder)
     hf.to_folder(model, tokenizer, tmp_path / 'published')
+    (tmp_path / 'published/special_tokens_map.json').touch()        # an empty file, of a download that was cut off
     network = {'attn': ..., 'n_layer': ..., 'n_head': ..., 'n_embd': ..., 'd_ff': ..., 'n_expert': ..., 'block_size': ...}
     run = train(init_from=tmp_path / 'published', **network, learning_rate=0.0, bias_update_rate=0)
     assert result_of(run)['final']['val_loss'] == pytest.approx(result_of(source)['final']['val_loss'], rel=1e-6)
