@@ -304,11 +304,10 @@ def lay_over_row(config):
         require(knob in row or getattr(config, knob) is None,
                 f'--{knob} means nothing to --attn={config.attn}, which is {row["class"].__name__}')
 
-    require((config.q_lora_rank or 0) >= 0,
-            f'q_lora_rank ({config.q_lora_rank}) must be 0 (no bottleneck for the queries) or positive')
-    for knob in ('n_kv_head', 'head_dim', 'kv_lora_rank', 'v_head_dim', 'qk_nope_head_dim'):
-        require(knob not in row or getattr(config, knob) >= 1,
-                f'{knob} is {getattr(config, knob)} with n_embd={C}, n_head={H}; it must be at least 1')
+    for knob in ('q_lora_rank', 'n_kv_head', 'head_dim', 'kv_lora_rank', 'v_head_dim', 'qk_nope_head_dim'):
+        least = 0 if knob == 'q_lora_rank' else 1                       # 0: no bottleneck for the queries
+        require(knob not in row or getattr(config, knob) >= least,
+                f'{knob} is {getattr(config, knob)} with n_embd={C}, n_head={H}; it must be at least {least}')
     require(H % (config.n_kv_head or H) == 0, f'n_kv_head ({config.n_kv_head}) must divide n_head ({H})')
     knob = 'head_dim' if config.qk_rope_head_dim is None else 'qk_rope_head_dim'
     rotary = getattr(config, knob)
@@ -320,10 +319,12 @@ def lay_over_row(config):
             'rope_scaling=dynamic needs a rotary width above 2: its exponent is width / (width - 2)')
     require(1 <= config.rope_factor < math.inf,
             f'rope_factor ({config.rope_factor}) must be at least 1: positions are divided by it')
-    require(config.rope_scaling != 'default' or config.rope_factor == row['rope_factor'],
+    require(config.rope_scaling != 'default' or config.rope_factor in (1.0, row['rope_factor']),
             f'rope_factor ({config.rope_factor}) means nothing to rope_scaling=default: linear, dynamic and yarn have one')
-    require(config.rope_scaling == 'yarn' or config.rope_attention_factor is None,
-            f'rope_attention_factor means nothing to rope_scaling={config.rope_scaling}: only yarn has one')
+    if (amplitude := config.rope_attention_factor) is not None:
+        require(config.rope_scaling == 'yarn',
+                f'rope_attention_factor means nothing to rope_scaling={config.rope_scaling}: only yarn has one')
+        require(0 < amplitude < math.inf, f'rope_attention_factor must be above 0, not {amplitude}')
 
 
 def require(holds, otherwise):

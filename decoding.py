@@ -89,7 +89,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     """
     if not prompts or not all(prompts):
         raise ValueError('every prompt needs at least one token')
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f'temperature ({temperature}) must be 0 or more, top_k ({top_k}) at least 1, '
                          f'top_p ({top_p}) above 0 and at most 1')
     size, device = model.config.block_size, model.embed.weight.device

@@ -211,10 +211,9 @@ class LanguageModel(nn.Module):
 
     def for_decoding(self, dtype):
         """Everything in `dtype` but gains and router, which are float32 in training too. Changes the model. -> self"""
-        self.to(dtype)
         for name, module in self.named_modules():
-            if name.endswith(('norm', 'router')):
-                module.float()
+            for p in module.parameters(recurse=False):
+                p.data = p.data.to(torch.float32 if name.endswith(('norm', 'router')) else dtype)
         return self
 
     def new_cache(self, batch, capacity, starts=None, static=False):

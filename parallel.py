@@ -45,8 +45,6 @@ def sharded(config, seed, device, dtype, compile):
         for name, buffer in module.named_buffers(recurse=False):        # the routers' selection bias, zeros
             setattr(module, name, torch.zeros_like(buffer, device=device))
     model.to_empty(device=device)
-    for buffer in model.buffers():
-        buffer.zero_()
     for name, p in model.named_parameters():                # one after the other the very numbers of one process
         whole = torch.empty(p.shape)
         LanguageModel.init_weights(SimpleNamespace(named_parameters=lambda: [(name, whole)]), seed)

@@ -97,8 +97,9 @@ def test_text_after_saving_and_loading_is_identical(tmp_path):
 def test_bad_requests_for_text_are_refused_in_one_line():
     model = random_model('mla')
     for prompts, knobs, words in (([], {}, 'prompt'), ([[1], []], {}, 'prompt'), ([[1]], dict(top_k=0), 'top_k'),
-                                  ([[1]], dict(temperature=-1), 'temperature'), ([[1]], dict(top_p=0), 'top_p'),
-                                  ([[1]], dict(top_p=1.1), 'top_p'), ([[1]], dict(top_p=math.nan), 'top_p')):
+                                  ([[1]], dict(temperature=-1), 'temperature'), ([[1]], dict(temperature=math.nan), 'temperature'),
+                                  ([[1]], dict(top_p=0), 'top_p'), ([[1]], dict(top_p=1.1), 'top_p'),
+                                  ([[1]], dict(top_p=math.nan), 'top_p')):
         with pytest.raises(ValueError, match=words) as error:
             next(generate(model, prompts, 3, **knobs))
         assert '\n' not in str(error.value)
