@@ -228,8 +228,8 @@ def read_config(fields):
 
 def read_rope(rope, latent):
     """rope_parameters, or the older rope_scaling and rope_theta -> our rope_ knobs."""
-    kind = rope.pop('rope_type', rope.pop('type', 'default'))
-    expect({'rope_type': kind}, 'rope_type', ['default', 'linear', 'dynamic', 'yarn'])
+    rope.setdefault('rope_type', rope.pop('type', 'default'))
+    kind = expect(rope, 'rope_type', ['default', 'linear', 'dynamic', 'yarn'])
     expect(rope, 'truncate', [True])
     expect(rope, 'llama_4_scaling_beta', [0])
     knobs = {'rope_theta': number(rope, 'rope_theta'), 'rope_scaling': kind}
