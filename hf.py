@@ -196,11 +196,12 @@ def read_config(fields):
 
     The error names the field that is missing, unknown, or says what this code cannot express, and its value.
     """
-    named = fields.get('architectures')
-    name = named[0] if isinstance(named, list) and named else named
-    if name not in FAMILIES:
+    if (named := fields.get('architectures')) not in [[name] for name in FAMILIES]:
         raise ValueError(f'architectures={named}: only {", ".join(FAMILIES)} can be read')
+    [name] = named
     family, left, kinds = FAMILIES[name], dict(fields), ModelConfig.__annotations__
+    if 'num_experts' in family.fields and 'num_local_experts' in left:      # how transformers 5 writes it for Qwen3
+        left['num_experts'] = left.pop('num_local_experts')
     knobs = family.settled | {
         knob: number(left, field, float if kinds[knob] is float else int) for field, knob in family.fields.items()}
     latent = knobs['attn'] == 'mla'
@@ -227,8 +228,8 @@ def read_config(fields):
 
 def read_rope(rope, latent):
     """rope_parameters, or the older rope_scaling and rope_theta -> our rope_ knobs."""
-    kind = rope.pop('rope_type', rope.pop('type', 'default'))
-    expect({'rope_type': kind}, 'rope_type', ['default', 'linear', 'dynamic', 'yarn'])
+    rope.setdefault('rope_type', rope.pop('type', 'default'))
+    kind = expect(rope, 'rope_type', ['default', 'linear', 'dynamic', 'yarn'])
     expect(rope, 'truncate', [True])
     expect(rope, 'llama_4_scaling_beta', [0])
     knobs = {'rope_theta': number(rope, 'rope_theta'), 'rope_scaling': kind}
@@ -407,17 +408,16 @@ def to_folder(model, tokenizer, path):
     plan = layout(model.config, family, model.state_dict())
     files = {'config.json': fields | {'dtype': str(model.embed.weight.dtype).removeprefix('torch.')}}
     if tokenizer is not None:
-        if tokenizer.vocab_size != model.config.vocab_size:
+        if tokenizer.vocab_size > model.config.vocab_size:      # fewer: as published ones
             raise ValueError(f'the model has {model.config.vocab_size:,} tokens, its tokenizer {tokenizer.vocab_size:,}')
         files |= {'tokenizer.json': tokenizer_json(tokenizer), 'tokenizer_config.json': {
             'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': model.config.block_size,
             'eos_token': EOT if tokenizer.eot is not None else None, 'clean_up_tokenization_spaces': False,
             'split_special_tokens': True}}      # <|endoftext|> within a text is ordinary text, here as there
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f'{path} is there already; name a new folder')
-    aside = path.with_name(path.name + '.part')
+    aside = path.with_name(f'{path.name}.{os.getpid()}.part')               # nobody else's
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f'{path} is there already; name a new folder')
         aside.mkdir(parents=True)
         for name, value in files.items():
             (aside / name).write_text(json.dumps(value, indent=2) + '\n', 'utf-8')
@@ -461,8 +461,8 @@ def tokenizer_json(tokenizer):
         raise ValueError(f'the tokenizer {tokenizer.name} cannot be written: it has no token for some bytes')
     merges = [f'{spell(token[:cut])} {spell(token[cut:])}' for token in ids for cut in range(1, len(token))
               if token[:cut] in ids and token[cut:] in ids]
-    # tokenizer.encode() cuts long runs of blanks first
-    patterns = [r'\s{4096}', tokenizer.pattern] if tokenizer.pattern else []
+    # tokenizer.encode() cuts long runs of blanks first. The + of cl100k's \p{N}{1,3}+ would be a repetition here
+    patterns = [r'\s{4096}', tokenizer.pattern.replace('{1,3}+', '{1,3}')] if tokenizer.pattern else []
     splits = [{'type': 'Split', 'pattern': {'Regex': p}, 'behavior': 'Isolated', 'invert': False} for p in patterns]
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
     end = {'id': tokenizer.eot, 'content': EOT, 'special': True, **dict.fromkeys(
@@ -498,13 +498,15 @@ class FolderTokenizer:
             raise ValueError(f'the tokenizer of {path} needs a package: pip install tokenizers') from None
         with reading(file):
             self.fast = Fast.from_file(str(file))
-        for name in ('config.json', 'generation_config.json', 'tokenizer_config.json'):
-            said |= read_json(path / name) if (path / name).is_file() else {}
-        self.fast.encode_special_tokens = bool(said.get('split_special_tokens'))
-        bos, ends = said.get('bos_token') if said.get('add_bos_token') else None, said.get('eos_token_id')
-        self.bos = bos and self.fast.token_to_id(bos['content'] if isinstance(bos, dict) else bos)
-        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
-        self.eot, self.vocab_size = min(self.ends, default=None), self.fast.get_vocab_size()
+            self.fast.no_truncation(), self.fast.no_padding()       # what a training's batches may have left in the file
+        with reading(path):
+            for name in ('config.json', 'generation_config.json', 'tokenizer_config.json'):
+                said |= read_json(path / name) if (path / name).is_file() else {}
+            self.fast.encode_special_tokens = bool(said.get('split_special_tokens'))
+            bos, ends = said.get('bos_token') if said.get('add_bos_token') else None, said.get('eos_token_id')
+            self.bos = bos and self.fast.token_to_id(bos['content'] if isinstance(bos, dict) else bos)
+            self.ends = {ends} if isinstance(ends, int) else set(ends or ())
+            self.eot, self.vocab_size = min(self.ends, default=None), self.fast.get_vocab_size()
 
     def encode(self, text):
         """str -> list of ids, after the token of the beginning where the folder wants one."""

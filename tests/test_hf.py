@@ -17,10 +17,11 @@ from hypothesis import given, settings, strategies
 from conftest import REPOSITORY, flags, one_line
 import hf
 from model import LanguageModel, ModelConfig
-from tokenizer import make_tokenizer
+from tokenizer import Tokenizer, make_tokenizer
 
 transformers = pytest.importorskip('transformers', reason='the reference of these tests; it needs Python 3.11')
 safetensors = pytest.importorskip('safetensors.torch')
+tokenizers = pytest.importorskip('tokenizers')
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 pytestmark = pytest.mark.filterwarnings('ignore:Initializing zero-element')
@@ -193,6 +194,11 @@ def assert_same_logits(ours, theirs):
 @torch.no_grad()
 def test_what_transformers_wrote_gives_its_logits(small):
     assert_same_logits(small.ours(TOKENS), small.theirs(TOKENS).logits)
+
+
+def test_the_config_that_transformers_itself_writes_says_what_the_published_one_says(small, tmp_path):
+    small.theirs.config.save_pretrained(tmp_path)               # num_experts became num_local_experts
+    assert hf.read_config(json.loads((tmp_path / 'config.json').read_text())) == hf.read_config(small.config)
 
 
 @torch.no_grad()
@@ -477,6 +483,9 @@ def test_nothing_is_left_half_written_and_nothing_that_is_there_is_touched(tmp_p
     (tmp_path / 'mine' / 'notes.txt').write_text('mine')
     with pytest.raises(ValueError, match='is there already'):
         hf.to_folder(model, None, tmp_path / 'mine')
+    with pytest.raises(ValueError, match='File name too long'):
+        hf.to_folder(model, None, tmp_path / ('x' * 300))
+    (tmp_path / 'new.part').mkdir()                             # a name that an unfinished folder might have had
 
     def full(path, tensors):
         path.write_bytes(b'1')
@@ -484,8 +493,10 @@ def test_nothing_is_left_half_written_and_nothing_that_is_there_is_touched(tmp_p
     monkeypatch.setattr(hf, 'write_safetensors', full)
     with pytest.raises(ValueError, match='No space left'):
         hf.to_folder(model, None, tmp_path / 'new')
-    assert [p.name for p in tmp_path.iterdir()] == ['mine'] and (tmp_path / 'mine' / 'notes.txt').read_text() == 'mine'
     monkeypatch.undo()
+    hf.to_folder(model, None, tmp_path / 'new')
+    assert {path.name for path in tmp_path.iterdir()} == {'mine', 'new.part', 'new'}
+    assert (tmp_path / 'mine' / 'notes.txt').read_text() == 'mine'
     (tmp_path / 'empty').mkdir()
     hf.to_folder(model, None, tmp_path / 'empty')
     assert torch.equal(hf.from_folder(tmp_path / 'empty').embed.weight, model.embed.weight)
@@ -548,6 +559,23 @@ def test_the_end_of_text_is_a_token_of_its_own_that_only_its_id_makes(exported):
     assert eot not in exported.theirs('<|endoftext|>')['input_ids'] and len(exported.theirs) == exported.ours.vocab_size
 
 
+def test_the_pattern_of_gpt4_is_written_in_the_other_dialect_of_regular_expressions():
+    # cl100k_base, as tiktoken spells it
+    pattern = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
+               r"|\s*[\r\n]|\s+(?!\S)|\s")
+    ours = Tokenizer('cl100k_base', [bytes([i]) for i in range(256)] + [b'34'], pattern)            # 123|45
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(hf.tokenizer_json(ours)))
+    assert all(ours.encode(text) == theirs.encode(text).ids for text in TEXTS)
+
+
+def test_a_tokenizer_may_have_fewer_tokens_than_the_model_but_not_more(tmp_path):
+    tokenizer = make_tokenizer('bytes', 0, [], None)            # 257
+    hf.to_folder(LanguageModel(ModelConfig(**SIZES | {'vocab_size': 300})), tokenizer, tmp_path / 'fewer')
+    assert hf.FolderTokenizer(tmp_path / 'fewer').vocab_size == 257
+    with pytest.raises(ValueError, match='97 tokens, its tokenizer 257'):
+        hf.to_folder(LanguageModel(ModelConfig(**SIZES)), tokenizer, tmp_path / 'more')
+
+
 def test_a_folders_tokenizer_puts_the_beginning_in_front_and_knows_several_ends(exported, tmp_path):
     content = hf.tokenizer_json(exported.ours)
     content['added_tokens'] += [dict(content['added_tokens'][0], id=exported.ours.vocab_size, content='<s>')]
@@ -560,6 +588,17 @@ def test_a_folders_tokenizer_puts_the_beginning_in_front_and_knows_several_ends(
     assert tokenizer.encode('ab') == [bos, *exported.ours.encode('ab')] == tokenizer.encode('<s>ab')
     assert tokenizer.decode([bos, *exported.ours.encode('ab')]) == 'ab'
     assert tokenizer.ends == {8, 9} and tokenizer.eot == 8
+    content['truncation'] = {'direction': 'Right', 'max_length': 2, 'strategy': 'LongestFirst', 'stride': 0}
+    content['padding'] = {'strategy': {'Fixed': 9}, 'direction': 'Left', 'pad_to_multiple_of': None, 'pad_id': 0,
+                          'pad_type_id': 0, 'pad_token': 'x'}
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(content))               # of batches in somebody's training
+    assert hf.FolderTokenizer(tmp_path).encode('abc') == [bos, *exported.ours.encode('abc')]
+    for name, field in ('tokenizer_config.json', 'bos_token'), ('generation_config.json', 'eos_token_id'):
+        sound = (tmp_path / name).read_text()
+        edit(tmp_path / name, lambda content: content | {field: 1.5})
+        with pytest.raises(ValueError, match='cannot be read'):
+            hf.FolderTokenizer(tmp_path)
+        (tmp_path / name).write_text(sound)
     (tmp_path / 'tokenizer.json').write_text('{')
     with pytest.raises(ValueError, match='tokenizer.json cannot be read'):
         hf.FolderTokenizer(tmp_path)
