@@ -99,9 +99,10 @@ def extremes(runs):
     Sorted before averaging: expert 3 of one seed has nothing to do with expert 3 of another.
     """
     loads = [np.array(run['final']['expert_load'], dtype=float) for run in runs]           # (layers, experts) each
-    shares = [load / load.mean(1, keepdims=True) for load in loads if load.size and load.shape == loads[0].shape]
-    ranked = np.mean([np.sort(share, axis=1) for share in shares], axis=0) if shares else None
-    return [None, None] if ranked is None else [float(ranked.max()), float(ranked.min())]
+    if len({load.shape for load in loads}) != 1 or not loads[0].size:       # no runs, no experts, or forced unlike runs
+        return [None, None]
+    ranked = np.mean([np.sort(load / load.mean(1, keepdims=True), axis=1) for load in loads], axis=0)
+    return [float(ranked.max()), float(ranked.min())]
 
 
 def unbeaten(r, cost):
@@ -222,7 +223,7 @@ def epochs(run):
 
 def caveats(arms, r):
     """What is missing, and what the numbers themselves say against reading too much into them."""
-    base, m, sizes = r['baseline'], r['tests'], []
+    base, m = r['baseline'], r['tests']
     runs = [run for arm in arms.values() for run in arm.values()]
     for name, arm in r['arms'].items():
         for run in arm['not_complete']:
@@ -234,17 +235,16 @@ def caveats(arms, r):
         if arm['values'] and arm['val_loss']['mean'] >= unigram:
             yield (f'{name}: mean loss {num(arm["val_loss"]["mean"])} is not below the {unigram:.4f} of token '
                    'frequencies alone: nothing else of this validation text was learned.')
-        total, active = (100 * (arm[key] / max(1, r['arms'][base][key]) - 1)
-                         for key in ('params_total', 'params_active'))
-        if max(abs(total), abs(active)) >= 1:
-            sizes.append(f'{name} {total:+.1f}% ({active:+.1f}% active)')
     for n, floor in sorted({(c['n'], c['floor']) for c in r['comparisons'].values() if c['floor']}):
         if floor * m >= ALPHA:
             yield (f'The sign-flip test cannot fall below {num(floor)} with n = {n}'
                    + f', {num(min(1, floor * m))} after Holm over {m} comparisons' * (m > 1)
                    + f', so it cannot reach {ALPHA:g}.')
-    if sizes:
-        yield (f'Parameters against {base}: {", ".join(sizes)}: a difference in loss is not due to the mechanism '
+    sizes = {name: [100 * (arm[key] / max(1, r['arms'][base][key]) - 1) for key in ('params_total', 'params_active')]
+             for name, arm in r['arms'].items()}
+    if unlike := [f'{name} {total:+.1f}% ({active:+.1f}% active)' for name, (total, active) in sizes.items()
+                  if max(abs(total), abs(active)) >= 1]:
+        yield (f'Parameters against {base}: {", ".join(unlike)}: a difference in loss is not due to the mechanism '
                'alone.')
     if epochs(runs[0])[1] > 1:
         yield f'The model saw its training data {epochs(runs[0])[1]:.2f} times: part of the loss is repetition.'
@@ -448,10 +448,9 @@ def page(blocks, images):
             body.append(f'<div class="wide"><table>{rows}</table></div>')
         elif block.startswith('- '):
             body.append('<ul>' + '\n'.join(f'<li>{line[2:]}</li>' for line in lines) + '</ul>')
-        elif block.startswith('## '):
-            body.append(f'<h2>{text[3:]}</h2>')
-        elif block.startswith('# '):
-            body.append(f'<title>{text[2:]}</title>\n<h1>{text[2:]}</h1>')
+        elif block.startswith('#'):
+            marks, _, title = text.partition(' ')
+            body.append(f'<title>{title}</title>\n' * (marks == '#') + f'<h{len(marks)}>{title}</h{len(marks)}>')
         else:
             body.append(f'<p>{text}</p>')
     return HEAD + '\n'.join(body) + '\n'
