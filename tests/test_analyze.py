@@ -473,6 +473,17 @@ def test_names_in_the_figure_of_the_cache_cover_no_point_and_no_other_name(tmp_p
     assert not any(box.contains(*ax.transData.transform(point)[0]) for point in points for box in boxes)
 
 
+def test_arms_of_one_size_stand_close_together_in_the_figure_of_the_cache(tmp_path):
+    pytest.importorskip('matplotlib', reason='a figure')
+    runs = experiment(range(2), {'baseline': 0, 'mla48': 0.05})
+    for run in runs:
+        run['model']['kv_cache_bytes_per_token_16bit'] = 384
+    ax, = figures.figure_cache(*analysed(save(tmp_path, *runs))).axes
+    points = [line.get_xydata()[0] for line in ax.lines if len(line.get_xdata()) == 1]
+    places = ax.transAxes.inverted().transform(ax.transData.transform(points))[:, 0]
+    assert np.ptp(places) > 0 and np.abs(places - 0.5).max() < 0.05
+
+
 def test_options_beside_the_runs_hold_unless_the_command_line_says_otherwise(tmp_path):
     folder = planned(tmp_path / 'laptop', 3)
     flags = ['--contrasts=lora:mqa,mqa:baseline', '--margin=0.03']
