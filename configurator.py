@@ -91,7 +91,7 @@ def unknown(name, knobs, form='{}'):
 # Values
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.Pow: lambda a, b: float(a) ** b}               # an OverflowError, not a number of a million digits
+             ast.Pow: lambda a, b: float(a) ** b and a ** b}    # an OverflowError, not a number of a million digits
 
 
 def literal(node):

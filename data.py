@@ -47,8 +47,9 @@ def locate(dataset):
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f'--dataset={dataset}: {getattr(error, "strerror", None) or error} (looked from {os.getcwd()}); '
                         'give stdlib, a text file, a folder of them, or a folder with train.bin and val.bin') from None
-    has = {name for name in ('train.bin', 'val.bin', 'vocab.json', 'meta.json') if (path / name).exists()}
-    kind = ('prepared' if 'meta.json' in has and len(has) > 1 else 'tokens' if has >= {'train.bin', 'val.bin'} else
+    has = {name for name in ('train.bin', 'val.bin', 'vocab.json', 'meta.json') if os.path.exists(path / name)}
+    prepared = 'meta.json' in has and (len(has) > 1 or len(list(path.glob('[!.]*'))) == 1)      # alone: of tokens left in place
+    kind = ('prepared' if prepared else 'tokens' if has >= {'train.bin', 'val.bin'} else
             'folder' if path.is_dir() else 'file')
     return kind, path, re.sub(r'[^\w.-]', '_', path.name.encode('utf-8', 'replace').decode())[-80:]
 
@@ -75,14 +76,12 @@ def fingerprint(path, files):
     return digest.hexdigest()
 
 
-def split(text, spans, digests):
-    """Documents text[start:end] of the spans, (n, 2), and their SHA-256 -> {'train': spans, 'val': spans}.
+def split(text, spans):
+    """Documents text[start:end] of the spans, (n, 2) -> {'train': spans, 'val': spans}.
 
-    Copies are dropped: one could end up on either side. The order is that of the SHA-256: arbitrary, so that the
-    first N tokens are a fair sample, yet the same everywhere. In this order documents go to val while they fit into
-    5% of the bytes. A lone one is cut behind a line end, if there is one inside, so that about its last 5% are val.
+    In their order documents go to val while they fit into 5% of the bytes. A lone one is cut behind a line end, if
+    there is one inside, so that about its last 5% are val.
     """
-    spans = spans[np.unique(digests, return_index=True)[1]]
     if len(spans) == 1:
         start, end = spans[0].tolist()
         at = start + int((end - start) * (1 - VAL_SHARE))
@@ -103,12 +102,13 @@ def split(text, spans, digests):
 def pieces(text, spans, what, log):
     """The documents' text, about a megabyte at a time -> (text, whether it ends a document).
 
-    It is cut in front of lines that are not indented: no chunk of a tokenizer goes over that.
+    It is cut in front of lines that are not indented: no chunk of PATTERN goes over that, but for blanks beyond ASCII.
     """
-    line_start, done, total, progress = re.compile(rb'\n(?=\S)'), 0, np.diff(spans).sum(), paced(log)
+    line_end, done, total, progress = re.compile(rb'\n(?=\S)'), 0, np.diff(spans).sum(), paced(log)
     for start, end in map(np.ndarray.tolist, spans):
         while start < end:
-            stop = next((line.end() for line in line_start.finditer(text, start + 2**20, end)), end)
+            found = line_end.search(text, start + 2**20, end)
+            stop = found.end() if found else end
             yield text[start:stop].decode(), stop == end
             done, start = done + stop - start, stop
             progress(f'  {what}: {done / total:.0%} of the text')
@@ -144,7 +144,7 @@ def scan(path, dtype='uint8'):
             digest.update(block)
             size += len(block)
             largest = max(largest, int(np.frombuffer(block, dtype, len(block) // width).max(initial=0)))
-    return {'tokens': size // width, 'size': size, 'sha256': digest.hexdigest(), 'largest_id': largest}
+    return {'tokens': size // width, 'sha256': digest.hexdigest(), 'largest_id': largest}
 
 
 def write_meta(folder, meta):
@@ -176,25 +176,26 @@ def verified(folder, entry):
 
 
 def damaged(folder, what):
-    return DataError(f'{folder}: {what}; rm -r {shlex.quote(str(folder))} and start again to build it anew')
+    name = shlex.quote(str(folder))                             # not rm -r: it may be a folder of somebody else's
+    return DataError(f'{folder}: {what}; mv {name} {name}.damaged and start again to build it anew')
 
 
 def build(source, listing, text_field, tokenizer, vocab_size, skip_bad_files, folder, log):
     """Files of text -> train.bin, val.bin and vocab.json in an empty folder; returns what meta.json says about them."""
+    vocabulary = None if tokenizer == 'bpe' else make_tokenizer(tokenizer, 0, (), log)      # fails before hours of reading
     with tempfile.TemporaryFile(dir=folder) as spool:
-        spans, digests, remarks = read_documents(*listing, text_field, skip_bad_files, spool, log)
+        spans, remarks = read_documents(*listing, text_field, skip_bad_files, spool, log)
         if np.diff(spans).sum() < 5:               # bytes: maybe a single character
             raise DataError(f'{source}: too little text to be split into training and validation')
         spool.flush()
         with mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            parts = split(text, spans, digests)
-            texts = (piece for piece, _ in pieces(text, parts['train'], 'vocabulary', log))
-            vocabulary = make_tokenizer(tokenizer, vocab_size, texts, log)
+            parts = split(text, spans)
+            if tokenizer == 'bpe':
+                texts = (piece for piece, _ in pieces(text, parts['train'], 'vocabulary', log))
+                vocabulary = make_tokenizer(tokenizer, vocab_size, texts, log)
             dtype = 'uint16' if vocabulary.vocab_size <= 2**16 else 'uint32'
             entries = {part: write_tokens(folder / f'{part}.bin', text, parts[part], vocabulary, dtype, log)
                        for part in parts}
-    if copies := len(spans) - sum(map(len, parts.values())):
-        log(f'  left out: {copies:,} copies of other documents')
     if tokenizer == 'bpe' and vocabulary.vocab_size < vocab_size:
         remarks.append(f'The vocabulary has {vocabulary.vocab_size:,} tokens instead of {vocab_size:,}: '
                        'the training text holds no further pair twice.')
@@ -268,7 +269,7 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=say, text_field='text
     kind, source, name = locate(dataset)
     if kind == 'prepared':
         meta = read_meta(source)
-        if tokenizer != meta['tokenizer']:
+        if tokenizer not in (meta['tokenizer'], meta['label']):         # what the tokens are, what was asked for
             raise DataError(f'{source} was prepared with --tokenizer={meta["tokenizer"]}, '
                             f'--tokenizer={tokenizer} contradicts it')
         if tokenizer == 'bpe' and vocab_size != meta['vocab_size']:
@@ -283,7 +284,7 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=say, text_field='text
             'fingerprint': fingerprint(source, files),
             'text_field': text_field if any(ending(file) in ROW_ENDINGS for file in files) else None,
             'source': str(source) if tokens else None}
-    root = Path(root or Path(__file__).resolve().parent / 'data')
+    root = Path(os.path.expanduser(root or Path(__file__).resolve().parent / 'data'))
     folder = root / f'{name}-{label}-{checksum(want)[:8]}'
     try:
         meta = read_meta(folder) if folder.exists() else None
@@ -346,7 +347,7 @@ class Corpus:
         few = f'cannot fill one context of --block_size={self.block_size} plus one'
         if len(tokens) <= self.block_size:
             raise DataError(f'{self.folder}: {len(tokens):,} {part} tokens {few}; take a smaller one or more text')
-        if 0 < cap <= self.block_size:
+        if cap and cap <= self.block_size:                      # or negative: not all but so many
             raise DataError(f'--max_{part}_tokens={cap} {few}; take more, or 0 for all {len(tokens):,}')
         return tokens[:cap or None]
 

@@ -23,8 +23,6 @@ from tokenizer import EOT, DataError
 
 TEXT_ENDINGS = ('.txt', '.md', '.rst', '.tex', '.html', '.py', '.c', '.h', '.cpp', '.js', '.ts', '.java', '.go', '.rs')
 ROW_ENDINGS = ('.jsonl', '.ndjson', '.parquet')
-MARKS = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',      # first: the mark begins with that of UTF-16
-         codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 SEPARATOR = re.compile(rf'(?m)^{re.escape(EOT)}[ \t\r]*(?:\n|\Z)')
 BLOCK = 2**21                                                   # characters of a text file in memory at a time
 ODD = {'inline': EOT + ' stands {:,} times beside other text, where it is text: only lines of it alone end documents.',
@@ -81,8 +79,10 @@ def list_files(folder, endings=TEXT_ENDINGS + ROW_ENDINGS, skip=r'\.'):
 def read_documents(files, remarks, problems, text_field, skip_bad_files, spool, log):
     """Appends the documents of all files to the binary file `spool`; in memory are 48 bytes of each.
 
-    files, remarks, problems: list_files(). -> spans (n, 2), where each document starts and ends; its SHA-256, (n,) of
-    32 bytes; the remarks. DataError if there are problems, unless skip_bad_files leaves out all of a broken file.
+    files, remarks, problems: list_files(). -> spans (n, 2), where each document starts and ends; the remarks. Their order
+    is that of their SHA-256: arbitrary, so that the first N tokens are a fair sample, yet the same everywhere. Copies are
+    left out: one could end up on either side of a split. DataError if there are problems, unless skip_bad_files leaves
+    out all of a broken file.
     """
     log(f'  reading {len(files):,} files')
     spans, digests, odd, size, progress = array('q'), bytearray(), Counter(), 0, paced(log)
@@ -116,9 +116,12 @@ def read_documents(files, remarks, problems, text_field, skip_bad_files, spool, 
         if not skip_bad_files:
             for problem in problems:
                 log(f'  {problem}')
-            raise DataError(f'{remarks[0]}; data.py --skip_bad_files=True, with the same --dataset and --tokenizer, leaves '
-                            'it out')
-    return np.array(spans).reshape(-1, 2), np.frombuffer(digests, 'S32'), remarks
+            raise DataError(f'{remarks[0]}; data.py --skip_bad_files=True leaves it out, with the same --dataset, '
+                            '--tokenizer and --vocab_size')
+    kept = np.unique(np.frombuffer(digests, 'S32'), return_index=True)[1]
+    if copies := len(digests) // 32 - len(kept):
+        log(f'  left out: {copies:,} copies of other documents')
+    return np.array(spans).reshape(-1, 2)[kept], remarks
 
 
 def read_file(path, text_field, odd, problems):
@@ -134,8 +137,7 @@ def read_file(path, text_field, odd, problems):
 def opened(path, errors='strict'):
     """A file for reading text, in the encoding that its byte-order mark names, or UTF-8."""
     file = gzip.open(path) if path.name.lower().endswith('.gz') else open(path, 'rb')
-    start = file.peek(4)
-    encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), 'utf-8-sig')
+    encoding = 'utf-16' if file.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else 'utf-8-sig'
     return io.TextIOWrapper(file, encoding, errors, newline='\n')
 
 

