@@ -64,7 +64,8 @@ def verdict_of(tmp_path, d, margin=0.01, arms=('lora',)):
 def test_each_comparison_gets_the_one_verdict_that_its_numbers_allow(tmp_path, d, verdict, words):
     c = verdict_of(tmp_path, d)
     assert c['verdict'] == verdict
-    assert c['sentence'].startswith('lora: ' + verdict) and words in c['sentence']
+    named = 'lora - baseline' if verdict == 'not tested' else 'lora'
+    assert c['sentence'].startswith(f'{named}: {verdict}') and words in c['sentence']
 
 
 def test_equivalence_too_is_corrected_for_the_number_of_variants(tmp_path):
