@@ -99,9 +99,10 @@ def extremes(runs):
     Sorted before averaging: expert 3 of one seed has nothing to do with expert 3 of another.
     """
     loads = [np.array(run['final']['expert_load'], dtype=float) for run in runs]           # (layers, experts) each
-    shares = [load / load.mean(1, keepdims=True) for load in loads if load.size and load.shape == loads[0].shape]
-    ranked = np.mean([np.sort(share, axis=1) for share in shares], axis=0) if shares else None
-    return [None, None] if ranked is None else [float(ranked.max()), float(ranked.min())]
+    if len({load.shape for load in loads}) != 1 or not loads[0].size:       # no runs, no experts, or forced unlike runs
+        return [None, None]
+    ranked = np.mean([np.sort(load / load.mean(1, keepdims=True), axis=1) for load in loads], axis=0)
+    return [float(ranked.max()), float(ranked.min())]
 
 
 def unbeaten(r, cost):
@@ -198,18 +199,17 @@ def bullets(lines):
 
 
 def table(head, rows):
-    """Markdown, first column to the left, numbers to the right. head: titles, | between them; rows: {first: rest}."""
-    head = head.split(' | ')
+    """Markdown, first column to the left, numbers to the right. head: titles; rows: {first: rest}."""
     lines = [head, ['---'] + ['--:'] * (len(head) - 1), *([first, *rest] for first, rest in rows.items())]
     return '\n'.join('| ' + ' | '.join(str(cell).replace('|', '\\|') for cell in line) + ' |' for line in lines)
 
 
 def what_differs(arms, may_differ):
-    """A line per arm: its complete runs, and its value of each knob that not all arms share."""
+    """A line per arm: its complete runs, and its value of each knob, and fact of its data, that not all arms share."""
     ones = {name: first(arm) for name, arm in arms.items()}
-    keys = [('config', key) for key in first(ones)['config'] if key in {*VARIANT, *may_differ}]
-    keys = [(part, key) for part, key in [*keys, ('data', 'tokenizer'), ('data', 'vocab_size')]
-            if differing(ones.values(), part, key)]
+    named = {'config': {*VARIANT, *may_differ}, 'data': {'tokenizer', 'vocab_size', *may_differ}}
+    keys = dict.fromkeys((part, key) for part in named for run in ones.values() for key in run[part] if key in named[part])
+    keys = [(part, key) for part, key in keys if differing(ones.values(), part, key)]
     for name, run in ones.items():
         seeds = complete(arms[name])
         values = [f'{key} {run[part][key]}' for part, key in keys if run[part].get(key) is not None]
@@ -223,7 +223,7 @@ def epochs(run):
 
 def caveats(arms, r):
     """What is missing, and what the numbers themselves say against reading too much into them."""
-    base, m, sizes = r['baseline'], r['tests'], []
+    base, m = r['baseline'], r['tests']
     runs = [run for arm in arms.values() for run in arm.values()]
     for name, arm in r['arms'].items():
         for run in arm['not_complete']:
@@ -235,17 +235,16 @@ def caveats(arms, r):
         if arm['values'] and arm['val_loss']['mean'] >= unigram:
             yield (f'{name}: mean loss {num(arm["val_loss"]["mean"])} is not below the {unigram:.4f} of token '
                    'frequencies alone: nothing else of this validation text was learned.')
-        total, active = (100 * (arm[key] / max(1, r['arms'][base][key]) - 1)
-                         for key in ('params_total', 'params_active'))
-        if max(abs(total), abs(active)) >= 1:
-            sizes.append(f'{name} {total:+.1f}% ({active:+.1f}% active)')
     for n, floor in sorted({(c['n'], c['floor']) for c in r['comparisons'].values() if c['floor']}):
         if floor * m >= ALPHA:
             yield (f'The sign-flip test cannot fall below {num(floor)} with n = {n}'
                    + f', {num(min(1, floor * m))} after Holm over {m} comparisons' * (m > 1)
                    + f', so it cannot reach {ALPHA:g}.')
-    if sizes:
-        yield (f'Parameters against {base}: {", ".join(sizes)}: a difference in loss is not due to the mechanism '
+    sizes = {name: [100 * (arm[key] / max(1, r['arms'][base][key]) - 1) for key in ('params_total', 'params_active')]
+             for name, arm in r['arms'].items()}
+    if unlike := [f'{name} {total:+.1f}% ({active:+.1f}% active)' for name, (total, active) in sizes.items()
+                  if max(abs(total), abs(active)) >= 1]:
+        yield (f'Parameters against {base}: {", ".join(unlike)}: a difference in loss is not due to the mechanism '
                'alone.')
     if epochs(runs[0])[1] > 1:
         yield f'The model saw its training data {epochs(runs[0])[1]:.2f} times: part of the loss is repetition.'
@@ -312,8 +311,8 @@ def report(arms, r, may_differ=(), images=()):
 
     yield '## Results'
     yield 'Mean ± standard deviation over complete runs.'
-    yield table('Configuration | n | Val Loss | Val Perp | bits/byte | Peak Mem (GB) | Params (M) | Active (M) | '
-                'Cache B/token', {
+    yield table(['Configuration', 'n', 'Val Loss', 'Val Perp', 'bits/byte', 'Peak Mem (GB)', 'Params (M)', 'Active (M)',
+                 'Cache B/token'], {
         name: [len(x['seeds']), mean_sd(x['val_loss'], 4), mean_sd(x['val_perplexity'], 2),
                mean_sd(x['val_bits_per_byte'], 4), mean_sd(x['peak_memory_gb'], 2), num(x['params_total'] / 1e6, 3),
                num(x['params_active'] / 1e6, 3), num(x['kv_cache_bytes_per_token_16bit'], 0)] for name, x in a.items()})
@@ -323,20 +322,21 @@ def report(arms, r, may_differ=(), images=()):
     yield bullets(f'on {text}: {", ".join(r["unbeaten"][cost]) or "-"}' for cost, text in COSTS.items())
 
     yield '## Paired differences'
-    yield table(f'Comparison | n | mean d ({unit}) | % | 95% interval | simultaneous | p | p (Holm) | sign-flip p | '
-                'its floor | sign-flip p (Holm) | verdict', {
+    yield table(['Comparison', 'n', f'mean d ({unit})', '%', '95% interval', 'simultaneous', 'p', 'p (Holm)', 'sign-flip p',
+                 'its floor', 'sign-flip p (Holm)', 'verdict'], {
         name: [c['n'], num(c['mean'], 4, True), num(c['percent'], 2, True), interval_text(c['low'], c['high']),
                interval_text(c['low_all'], c['high_all']), *(p_text(c[key]) for key in (
                    'p', 'p_holm', 'sign_flip', 'floor', 'sign_flip_holm')), c['verdict']] for name, c in have.items()})
     yield (f'p: paired t test, two-sided. Holm: over {m} comparison(s). Sign-flip: permutation test, floor 2/2^n, up to '
            f'{MOST_FLIPPED} pairs. Every single difference ({unit}):')
     by_seed = {name: dict(zip(c['seeds'], c['d'])) for name, c in have.items()}
-    yield table(' | '.join(['Seed', *have]), {seed: [num(d.get(seed), 4, True) for d in by_seed.values()]
-                                              for seed in sorted(set().union(*by_seed.values()))})
+    yield table(['Seed', *have], {seed: [num(d.get(seed), 4, True) for d in by_seed.values()]
+                                  for seed in sorted(set().union(*by_seed.values()))})
 
     if several:
         yield '## Effect sizes'
-        yield table('Comparison | n | d (pooled sd) | Hedges g | 95% interval | d_z (pairs) | Hedges g_z | 95% interval', {
+        yield table(['Comparison', 'n', 'd (pooled sd)', 'Hedges g', '95% interval', 'd_z (pairs)', 'Hedges g_z',
+                     '95% interval'], {
             name: [c['n'], num(c['d_pooled'], 2, True), num(c['g_pooled'], 2, True),
                    interval_text(c['d_pooled_low'], c['d_pooled_high'], 2), num(c['d_z'], 2, True), num(c['g_z'], 2, True),
                    interval_text(c['d_z_low'], c['d_z_high'], 2)] for name, c in several.items()})
@@ -344,7 +344,8 @@ def report(arms, r, may_differ=(), images=()):
                'without its small-sample bias. The intervals are for the population\'s value.')
 
         yield '## Equivalence, and what this n can see'
-        yield table(f'Comparison | n | sd of d | r | TOST p | TOST p (Holm) | detectable ({unit}) | n for {margin:g}', {
+        yield table(['Comparison', 'n', 'sd of d', 'r', 'TOST p', 'TOST p (Holm)', f'detectable ({unit})',
+                     f'n for {margin:g}'], {
             name: [c['n'], num(c['sd']), num(c['correlation'], 2, True), p_text(c['tost']), p_text(c['tost_holm']),
                    num(c['detectable']), '-' if c['constant'] else c['needed_n'] or f'> {MOST_SEEDS}']
             for name, c in several.items()})
@@ -353,15 +354,15 @@ def report(arms, r, may_differ=(), images=()):
                'the one observed; beside it the pairs that a difference of the margin needs.')
 
     yield '## Early and late'
-    yield table('Configuration | n | first, at step | last, at step | r', {
+    yield table(['Configuration', 'n', 'first, at step', 'last, at step', 'r'], {
         name: [e['first']['n'], *(f'{mean_sd(e[key], 4)}, {step}' for key, step in zip(('first', 'last'), e['steps'])),
                num(e['r'], 2, True)] for name, x in a.items() if (e := x['early'])})
     yield ('Validation loss, and its correlation over seeds. An r near 1 beside a large sd: the seeds were sorted early, as '
            'where leaving a plateau is a matter of luck, and the end shows who left it first.')
 
     yield '## Expert balance'
-    yield table('Configuration | n | busiest / even | idlest / even | largest excess | router entropy (nats) | '
-                'balance loss | z loss', {
+    yield table(['Configuration', 'n', 'busiest / even', 'idlest / even', 'largest excess', 'router entropy (nats)',
+                 'balance loss', 'z loss'], {
         name: [len(x['seeds']), *(num(share, 2) for share in x['extremes']), mean_sd(x['max_violation'], 3),
                mean_sd(x['router_entropy'], 3), mean_sd(x['balance_loss'], 4), mean_sd(x['z_loss'], 4)]
         for name, x in a.items()})
@@ -389,22 +390,24 @@ def compare_rates(arms, metric):
 
 
 def report_rates(arms, r, images=()):
-    """Blocks of Markdown: arm x rate, each arm's best in bold, and a line where it lies at the edge of its grid."""
+    """Blocks of Markdown: arm x rate, each arm's best in bold; where it lies at the edge of its grid, and what is missing."""
     every, rows, lines = sorted({rate for rates in r['rates'].values() for rate in rates}), {}, []
     for arm, rates in r['rates'].items():
         done = {rate: loss for rate, loss in rates.items() if not isinstance(loss, str)}
-        cells = {**rates, **{rate: num(loss) for rate, loss in done.items()}}
-        line = 'no complete run.'
-        if done:
-            best = min(done, key=done.get)
-            cells[best] = f'**{cells[best]}**'
-            edge = 'lowest' if best == min(rates) else 'highest' if best == max(rates) else ''
-            line = f'best at {best:g}' + f', the {edge} rate tried: a better one may lie beyond' * bool(edge) + '.'
+        best = min(done, key=done.get, default=None)
+        edge = 'lowest' if best == min(rates) else 'highest' if best == max(rates) else ''
+        cells = {**rates, **{rate: f'**{num(loss)}**' if rate == best else num(loss) for rate, loss in done.items()}}
         rows[arm] = [cells.get(rate, '-') for rate in every]
-        lines.append(f'{arm}: {line}')
-    yield table(f'Configuration | {" | ".join(f"{rate:g}" for rate in every)}', rows)
+        lines.append(f'{arm}: ' + (f'best at {best:g}' if done else 'no complete run')
+                     + f', the {edge} rate tried: a better one may lie beyond' * bool(edge) + '.')
+    seeds = set().union(*arms.values())
+    for name, arm in arms.items():
+        if 0 < len(done := complete(arm)) < len(seeds):
+            rest = ''.join(f'; seed {seed} {run["status"]}' for seed, run in arm.items() if seed not in done)
+            lines.append(f'{name}: the mean is of seed(s) {spans(done)} alone{rest}.')
+    yield table(['Configuration', *(f'{rate:g}' for rate in every)], rows)
     yield (f'{r["label"].capitalize()} ({r["unit"]}) after {first(first(arms))["config"]["max_steps"]} updates, seed(s) '
-           f'{spans({seed for arm in arms.values() for seed in arm})}; the best of each in bold.')
+           f'{spans(seeds)}; the best of each in bold.')
     yield bullets(lines)
     yield from images
 
@@ -445,10 +448,9 @@ def page(blocks, images):
             body.append(f'<div class="wide"><table>{rows}</table></div>')
         elif block.startswith('- '):
             body.append('<ul>' + '\n'.join(f'<li>{line[2:]}</li>' for line in lines) + '</ul>')
-        elif block.startswith('## '):
-            body.append(f'<h2>{text[3:]}</h2>')
-        elif block.startswith('# '):
-            body.append(f'<title>{text[2:]}</title>\n<h1>{text[2:]}</h1>')
+        elif block.startswith('#'):
+            marks, _, title = text.partition(' ')
+            body.append(f'<title>{title}</title>\n' * (marks == '#') + f'<h{len(marks)}>{title}</h{len(marks)}>')
         else:
             body.append(f'<p>{text}</p>')
     return HEAD + '\n'.join(body) + '\n'
@@ -469,7 +471,7 @@ def folder_of(runs):
 
 def options_of(runs, arguments):
     """The flags in options.json beside the runs, but for those that the command line gives."""
-    file = Path(folder_of(runs), 'options.json')
+    file = Path(folder_of(os.path.expanduser(runs)), 'options.json')
     try:
         options = [str(flag) for flag in json.loads(file.read_text(encoding='utf-8'))]
     except FileNotFoundError:
@@ -495,13 +497,14 @@ def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, pl
     """options: the flags that made the report, which shows them. planned: the contrasts come from options.json."""
     if margin <= 0:
         fail(f'--margin={margin:g}: must be above 0, it is the smallest difference worth having')
+    runs, out = os.path.expanduser(runs), os.path.expanduser(out)
     may_wait = planned and not any(flag.startswith('--baseline=') for flag in options)
     arms = load(runs, None if rates or may_wait else baseline)
     if may_wait:                                            # another arm stands in for a baseline whose runs are to come
         baseline = baseline if baseline in arms else next(iter(arms))
         arms = {baseline: arms[baseline], **arms}
-    for run in [run for arm in arms.values() for run in arm.values()]:
-        if run['status'] == 'complete' and run['final'][metric] is None:
+    for run in [run for arm in arms.values() for run in complete(arm).values()]:
+        if run['final'][metric] is None:
             fail(f'{run["file"]}: final.{metric} is null; --metric=val_loss does without it')
     problems = disagreements(arms, baseline, may_differ + ['learning_rate'] * rates, metric)
     if problems and not force:

@@ -148,6 +148,8 @@ def figure_cache(arms, r):
         ax.plot([], [], marker + '-', color=colour, label=label)
     log_axis(ax, sorted(set(size.values())))
     ax.margins(0.2, 0.1)
+    if max(size.values()) < 2 * min(size.values()):         # or arms of one size would stand as far apart as the axis is long
+        ax.set_xlim(min(size.values()) / 2, 2 * max(size.values()))
     ax.set(xlabel='cache, bytes per token (all layers, 2 bytes a number)', ylabel=f'{r["label"]} ({r["unit"]})')
     n = [len(arm['values']) for arm in drawn.values()]
     n = ' to '.join(map(str, sorted({min(n), max(n)})))

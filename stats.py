@@ -65,11 +65,11 @@ def noncentral_t_cdf(t, df, ncp):
     return total
 
 
-def ncp_interval(t, df, level=0.95):
+def ncp_interval(t, df):
     """The noncentralities that an observed t does not reject (Steiger & Fouladi 1997); / sqrt(n): d_z's."""
     reach = 20 * math.sqrt(1 + t * t / (2 * df))
     return [root(lambda ncp: p - noncentral_t_cdf(t, df, ncp), t - reach, t + reach, 50)
-            for p in ((1 + level) / 2, (1 - level) / 2)]
+            for p in (1 - ALPHA / 2, ALPHA / 2)]
 
 
 @lru_cache(maxsize=None)

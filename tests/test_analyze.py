@@ -64,7 +64,8 @@ def verdict_of(tmp_path, d, margin=0.01, arms=('lora',)):
 def test_each_comparison_gets_the_one_verdict_that_its_numbers_allow(tmp_path, d, verdict, words):
     c = verdict_of(tmp_path, d)
     assert c['verdict'] == verdict
-    assert c['sentence'].startswith('lora: ' + verdict) and words in c['sentence']
+    named = 'lora - baseline' if verdict == 'not tested' else 'lora'
+    assert c['sentence'].startswith(f'{named}: {verdict}') and words in c['sentence']
 
 
 def test_equivalence_too_is_corrected_for_the_number_of_variants(tmp_path):
@@ -254,6 +255,14 @@ def test_arms_may_differ_in_what_is_named_and_the_report_lists_it(tmp_path):
     assert cli(folder, '--may_differ=learning_rates', '--plots=False').stderr == refused.stderr
     runs[-1]['config']['learning_rate'] = 5e-3                             # not within one arm
     assert cli(save(tmp_path, *runs), '--may_differ=learning_rate', '--plots=False').returncode == 2
+    runs[-1]['config']['learning_rate'] = 1e-3
+    for run in runs:                                                       # a knob younger than the first arm's runs; data
+        if run['name'] != 'baseline':
+            run['config']['kv_lora_rank'] = {'lora': 36, 'enhanced': 48}[run['name']]
+        run['data']['train_tokens'] = 5000 if run['name'] == 'lora' else 7000
+    more = cli(save(tmp_path, *runs), '--may_differ=learning_rate,train_tokens', '--plots=False').stdout
+    assert re.search(r'- lora: .*kv_lora_rank 36.*train_tokens 5000', more)
+    assert re.search('- baseline: .*train_tokens 7000', more)
 
 
 # ---- early and late, learning rates
@@ -288,6 +297,12 @@ def test_the_best_rate_of_each_arm_is_marked_and_an_edge_is_said(tmp_path):
         assert line in done.stdout, line
     assert 'rates.png' not in done.stdout or (tmp_path / 'laptop-rates/rates.png').stat().st_size > 10_000
     assert json.loads((tmp_path / 'laptop-rates/report.json').read_text())['rates']['lora']['0.004'] == 'diverged'
+    folder = rates(tmp_path / 'two-seeds', baseline={0.001: 4.2, 0.002: 4.1})
+    save(tmp_path / 'two-seeds', result('baseline@0.002', 101, config__attn='baseline', config__learning_rate=0.002,
+                                        status='diverged', final=None))
+    done = cli(folder, '--rates=True', '--plots=False').stdout
+    assert '- baseline@0.001: the mean is of seed(s) 100 alone.' in done            # a rate with fewer runs is no secret
+    assert '- baseline@0.002: the mean is of seed(s) 100 alone; seed 101 diverged.' in done
     runs = [result('baseline@0.001', 100, config__learning_rate=0.001), result(
         'baseline@0.002', 100, config__learning_rate=0.002, config__max_steps=50)]
     assert 'config.max_steps' in cli(save(tmp_path / 'other', *runs), '--rates=True').stderr
@@ -459,6 +474,17 @@ def test_names_in_the_figure_of_the_cache_cover_no_point_and_no_other_name(tmp_p
     assert not any(box.contains(*ax.transData.transform(point)[0]) for point in points for box in boxes)
 
 
+def test_arms_of_one_size_stand_close_together_in_the_figure_of_the_cache(tmp_path):
+    pytest.importorskip('matplotlib', reason='a figure')
+    runs = experiment(range(2), {'baseline': 0, 'mla48': 0.05})
+    for run in runs:
+        run['model']['kv_cache_bytes_per_token_16bit'] = 384
+    ax, = figures.figure_cache(*analysed(save(tmp_path, *runs))).axes
+    points = [line.get_xydata()[0] for line in ax.lines if len(line.get_xdata()) == 1]
+    places = ax.transAxes.inverted().transform(ax.transData.transform(points))[:, 0]
+    assert np.ptp(places) > 0 and np.abs(places - 0.5).max() < 0.05
+
+
 def test_options_beside_the_runs_hold_unless_the_command_line_says_otherwise(tmp_path):
     folder = planned(tmp_path / 'laptop', 3)
     flags = ['--contrasts=lora:mqa,mqa:baseline', '--margin=0.03']
@@ -486,6 +512,8 @@ def test_a_report_that_cannot_be_written_is_printed_all_the_same(tmp_path):
     done = cli(folder, '--plots=False', f'--out={tmp_path / "new" / "place"}')
     assert done.stdout == wanted and done.returncode == 0, done.stderr
     assert (tmp_path / 'new/place/report.md').read_text('utf-8') == wanted
+    cli(folder, '--plots=False', '--out=~/new', HOME=str(tmp_path))
+    assert (tmp_path / 'new/report.md').exists()
 
 
 def test_a_closed_pipe_ends_the_program_in_silence_with_everything_written(tmp_path):
@@ -518,7 +546,7 @@ class Page(HTMLParser):
 
 def test_the_page_holds_the_whole_report_and_its_pictures_and_fetches_nothing(tmp_path):
     pytest.importorskip('matplotlib', reason='no pictures without matplotlib')
-    runs = experiment(range(3), {'baseline': 0, 'a|<i>&amp;': 0.02})
+    runs = experiment(range(3), {'baseline': 0, 'a | <i>&amp;': 0.02})
     folder = save(tmp_path, *runs[::2])
     for run in runs[1::2]:                                         # a name that is no file name everywhere
         (tmp_path / f'a-s{run["config"]["seed"]}.json').write_text(json.dumps(run))
@@ -530,7 +558,7 @@ def test_the_page_holds_the_whole_report_and_its_pictures_and_fetches_nothing(tm
     assert page.texts['h2'] == re.findall('^## (.*)', text, re.M) and page.texts['h1'] == page.texts['title']
     cells = [cell.replace('\\|', '|') for line in text.splitlines() if line.startswith('| ') and '--:' not in line
              for cell in re.split(r'(?<!\\) \| ', line[2:-2])]
-    assert sorted(page.texts['th'] + page.texts['td']) == sorted(cells) and 'a|<i>&amp; - baseline' in cells
+    assert sorted(page.texts['th'] + page.texts['td']) == sorted(cells) and 'a | <i>&amp; - baseline' in page.texts['th']
     assert page.texts['li'][0] == re.search('^- (.*)', text, re.M)[1]
 
 

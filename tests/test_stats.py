@@ -19,11 +19,6 @@ def test_students_t_agrees_with_scipy(df):
         assert stats.t_quantile(p, df) == pytest.approx(reference.t.ppf(p, df), rel=1e-9, abs=1e-9)
 
 
-def test_students_t_has_the_table_values_of_every_textbook():
-    for df, t in [(1, 12.706), (2, 4.303), (4, 2.776), (7, 2.365), (10, 2.228), (30, 2.042)]:
-        assert round(stats.t_quantile(0.975, df), 3) == t
-
-
 @pytest.mark.parametrize('df', [1, 2, 4, 7, 23, 200])
 def test_noncentral_t_agrees_with_scipy(df):
     compared = 0
@@ -138,32 +133,6 @@ def test_paired_agrees_with_scipy_in_everything_scipy_has():
             assert reference.nct.cdf(c['t'], n - 1, bound * math.sqrt(n)) == pytest.approx(tail, abs=1e-5)
 
 
-def test_tost_is_the_90_percent_interval_inside_the_margin():
-    rng = np.random.default_rng(2)
-    both = set()
-    for _ in range(200):
-        d = rng.normal(0.003, 0.008, 8)
-        mean, se = d.mean(), d.std(ddof=1) / math.sqrt(8)
-        half = stats.t_quantile(0.95, 7) * se
-        inside = -0.01 < mean - half and mean + half < 0.01
-        assert (stats.tost(mean, se, 7, 0.01) < 0.05) == inside
-        both.add(inside)
-    assert both == {True, False}
-
-
-def test_under_the_null_the_paired_test_rejects_5_percent_and_the_interval_covers_95():
-    rng, rounds = np.random.default_rng(1), 4000
-    rejected = covered = flipped = 0
-    for d in rng.normal(0, 1, (rounds, 8)):
-        s = stats.summary(list(d))
-        rejected += 2 * stats.t_tail(abs(s['mean']) / (s['sd'] / math.sqrt(8)), 7) < 0.05
-        covered += s['low'] < 0 < s['high']
-        flipped += stats.sign_flip(d) <= 0.05
-    assert abs(rejected / rounds - 0.05) < 0.014       # 4 standard errors of a share of 4000
-    assert abs(covered / rounds - 0.95) < 0.014
-    assert abs(flipped / rounds - 12 / 256) < 0.014    # the largest even count of 256 patterns up to 0.05
-
-
 def test_under_the_null_holm_keeps_the_family_wise_rate_where_uncorrected_tests_do_not():
     rng, rounds, corrected, uncorrected = np.random.default_rng(4), 2000, 0, 0
     losses = rng.normal(0, 1, (rounds, 6, 8))          # a baseline and five variants, all the same
@@ -196,16 +165,6 @@ def test_effect_sizes_are_unbiased_and_their_intervals_cover():
     assert abs(covers_pooled - 0.95) < 0.05            # approximate by construction
 
 
-
 def test_a_correlation_needs_three_pairs_and_two_spreads():
     assert stats.correlation([1.0, 2.0], [1.0, 2.0]) is stats.correlation([1.0, 2.0, 3.0], [0.1 + 0.2] * 3) is None
     assert stats.correlation([1.0, 2.0, 3.0], [-1.0, -2.0, -3.0]) == pytest.approx(-1)
-
-
-def test_simultaneous_intervals_cover_at_once_where_single_ones_do_not():
-    rng, rounds, single, together = np.random.default_rng(6), 2000, 0, 0
-    for family in rng.normal(0, 1, (rounds, 5, 8)):
-        both = [(stats.summary(list(d)), stats.summary(list(d), 0.05 / 5)) for d in family]
-        single += all(s['low'] < 0 < s['high'] for s, _ in both)
-        together += all(s['low'] < 0 < s['high'] for _, s in both)
-    assert together / rounds > 0.95 - 0.015 and single / rounds < 0.85
