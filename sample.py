@@ -100,7 +100,6 @@ from result import read_checkpoint
 from tokenizer import fetch_tokenizer
 
 
-
 def end(kind, error, trace):
     if out_of_memory(error):
         fail(f'out of memory at {num_samples:,} samples of up to {max_new_tokens:,} tokens; ask for fewer')
