@@ -48,7 +48,8 @@ def locate(dataset):
         raise DataError(f'--dataset={dataset}: {getattr(error, "strerror", None) or error} (looked from {os.getcwd()}); '
                         'give stdlib, a text file, a folder of them, or a folder with train.bin and val.bin') from None
     has = {name for name in ('train.bin', 'val.bin', 'vocab.json', 'meta.json') if os.path.exists(path / name)}
-    prepared = 'meta.json' in has and (len(has) > 1 or len(list(path.glob('[!.]*'))) == 1)      # alone: of tokens left in place
+    # meta.json alone: of nanoGPT's tokens, which are used where they lie
+    prepared = 'meta.json' in has and (len(has) > 1 or len(list(path.glob('[!.]*'))) == 1)
     kind = ('prepared' if prepared else 'tokens' if has >= {'train.bin', 'val.bin'} else
             'folder' if path.is_dir() else 'file')
     return kind, path, re.sub(r'[^\w.-]', '_', path.name.encode('utf-8', 'replace').decode())[-80:]

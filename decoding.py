@@ -82,10 +82,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     """Yield max_new_tokens times the next token of every prompt, an int64 tensor (B,) on the CPU.
 
     prompts: B lists of token ids, at least one each, of any lengths; each gets the logits it would get alone.
-    temperature 0 takes the largest logit; else a draw from softmax(logits / temperature) over the top_k largest (None:
-    all) and, of these, the fewest that together have probability top_p (nucleus sampling, Holtzman et al. 2020, arXiv
-    1904.09751), by one CPU generator seeded with `seed`. A full cache (block_size tokens) is rebuilt from its newest
-    half, so that text can be longer than the context. trunk: see model.decode(); static: see Cache. Raises ValueError.
+    temperature 0 (below 1e-6) takes the largest logit; else a draw from softmax(logits / temperature) over the top_k
+    largest (None: all) and, of these, the fewest that together have probability top_p (nucleus sampling, Holtzman et al.
+    2020, arXiv 1904.09751), by one CPU generator seeded with `seed`. A full cache (block_size tokens) is rebuilt from its
+    newest half, so that text can be longer than the context. trunk: see model.decode(); static: see Cache. Raises
+    ValueError.
     """
     if not prompts or not all(prompts):
         raise ValueError('every prompt needs at least one token')
@@ -115,7 +116,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
 
 def choose(logits, temperature, top_k, top_p, generator):
     """logits (B, V) -> the next token of every row, (B,): see generate."""
-    if temperature == 0:
+    if temperature < 1e-6:                                      # logits / temperature could overflow
         return logits.argmax(-1)
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
