@@ -163,6 +163,10 @@ def verdict(c, r):
         wanted, what = needed_n(c['d_z'], ALPHA / m), f'one as small as observed, {size} {unit},'
     about = f'about n = {wanted}' if wanted else f'more than n = {MOST_SEEDS}'
     ruled_out = f'neither zero nor a difference of {margin:g} {unit} is ruled out ({interval})'
+    if low > -margin or high < margin:                      # one side is settled; both would have been equivalence
+        gone, left = ('better', 'worse') if low > -margin else ('worse', 'better')
+        ruled_out = (f'being {gone} by {margin:g} {unit} or more is ruled out, no difference and being {left} by as much '
+                     f'are not ({interval})')
     if c['p'] < ALPHA:
         ruled_out = (f'its interval by itself excludes zero ({alone}; p {p_text(c["p"])}), but not after correction '
                      f'over {m} comparisons ({interval}; {holm_p})')
@@ -321,17 +325,18 @@ def report(arms, r, may_differ=(), images=()):
            f'by means alone: no other arm is as good in both {r["label"]} and that cost and better in one.')
     yield bullets(f'on {text}: {", ".join(r["unbeaten"][cost]) or "-"}' for cost, text in COSTS.items())
 
-    yield '## Paired differences'
-    yield table(['Comparison', 'n', f'mean d ({unit})', '%', '95% interval', 'simultaneous', 'p', 'p (Holm)', 'sign-flip p',
-                 'its floor', 'sign-flip p (Holm)', 'verdict'], {
-        name: [c['n'], num(c['mean'], 4, True), num(c['percent'], 2, True), interval_text(c['low'], c['high']),
-               interval_text(c['low_all'], c['high_all']), *(p_text(c[key]) for key in (
-                   'p', 'p_holm', 'sign_flip', 'floor', 'sign_flip_holm')), c['verdict']] for name, c in have.items()})
-    yield (f'p: paired t test, two-sided. Holm: over {m} comparison(s). Sign-flip: permutation test, floor 2/2^n, up to '
-           f'{MOST_FLIPPED} pairs. Every single difference ({unit}):')
-    by_seed = {name: dict(zip(c['seeds'], c['d'])) for name, c in have.items()}
-    yield table(['Seed', *have], {seed: [num(d.get(seed), 4, True) for d in by_seed.values()]
-                                  for seed in sorted(set().union(*by_seed.values()))})
+    if have:
+        yield '## Paired differences'
+        yield table(['Comparison', 'n', f'mean d ({unit})', '%', '95% interval', 'simultaneous', 'p', 'p (Holm)',
+                     'sign-flip p', 'its floor', 'sign-flip p (Holm)', 'verdict'], {
+            name: [c['n'], num(c['mean'], 4, True), num(c['percent'], 2, True), interval_text(c['low'], c['high']),
+                   interval_text(c['low_all'], c['high_all']), *(p_text(c[key]) for key in (
+                       'p', 'p_holm', 'sign_flip', 'floor', 'sign_flip_holm')), c['verdict']] for name, c in have.items()})
+        yield (f'p: paired t test, two-sided. Holm: over {m} comparison(s). Sign-flip: permutation test, floor 2/2^n, up to '
+               f'{MOST_FLIPPED} pairs. Every single difference ({unit}):')
+        by_seed = {name: dict(zip(c['seeds'], c['d'])) for name, c in have.items()}
+        yield table(['Seed', *have], {seed: [num(d.get(seed), 4, True) for d in by_seed.values()]
+                                      for seed in sorted(set().union(*by_seed.values()))})
 
     if several:
         yield '## Effect sizes'

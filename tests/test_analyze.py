@@ -57,6 +57,8 @@ def verdict_of(tmp_path, d, margin=0.01, arms=('lora',)):
     ([0.0003, -0.0002, 0.0001, -0.0004, 0.0002], 'equivalent', 'within 0.01 nats (TOST'),
     ([0.0030, 0.0031, 0.0028, 0.0033, 0.0029], 'equivalent', 'though measurably higher'),
     ([0.03, -0.02, 0.01, -0.04, 0.02], 'undecided', 'neither zero nor a difference of 0.01 nats is ruled out'),
+    ([0.02, -0.004, 0.012, 0.0, 0.006], 'undecided', 'being better by 0.01 nats or more is ruled out, no difference and'),
+    ([-0.02, 0.004, -0.012, 0.0, -0.006], 'undecided', 'being worse by 0.01 nats or more is ruled out, no difference and'),
     ([0.0, 0.0, 0.0], 'equivalent', 'all 3 paired differences from baseline are 0.0000 nats; was it the same network?'),
     ([0.25, 0.25, 0.25], 'undecided', 'all 3 paired differences from baseline are +0.2500 nats, so there is no spread'),
     ([0.02], 'not tested', '(n = 1): one pair has no standard deviation'),
@@ -100,7 +102,9 @@ def test_differences_equal_up_to_rounding_give_no_t_statistic():
 def test_one_seed_gives_no_sd_no_interval_and_no_effect_size_and_says_why(tmp_path):
     text = report_of(save(tmp_path, *experiment(seeds=[0])))
     assert 'lora - baseline: not tested (n = 1): one pair has no standard deviation' in text
+    alone = report_of(save(tmp_path / 'alone', result()))
     assert '## Effect sizes' not in text and '## Equivalence' not in text         # rather than empty tables
+    assert '## Paired differences' in text and '## Paired differences' not in alone and 'nothing to compare' in alone
     rows = section(text, 'Results').split('Cache B/token')[1]
     assert '| lora | 1 |' in rows and ' ± ' not in rows
 
