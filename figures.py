@@ -114,7 +114,13 @@ def figure_forest(arms, r):
         ax.plot([c['low_all'], c['high_all']], [i, i], color=colour, lw=1)
         ax.plot(c['d'], [i + 0.24] * c['n'], '.', color=colour, ms=4, alpha=0.7)
         ax.plot(c['mean'], i, 'o', color=colour, ms=8, mec='white')
+    # wide enough for every pair and for the comparison with most of them; the intervals of few run off the frame
+    most = max(drawn.values(), key=lambda c: c['n'])
+    ends = [-r['margin'], r['margin'], most['low'], most['high'], most['low_all'], most['high_all']]
+    ends = [x for x in [*ends, *(x for c in drawn.values() for x in c['d'])] if x is not None]
+    room = 0.05 * (max(ends) - min(ends))
     ax.set(yticks=range(len(drawn)), yticklabels=drawn, ylim=(len(drawn) - 0.5, -0.5),
+           xlim=(min(ends) - room, max(ends) + room),
            xlabel=f'difference in {r["label"]} ({r["unit"]}), lower is better')
     right = ax.secondary_yaxis('right')
     right.set_yticks(range(len(drawn)), [f'{c["verdict"]}, n = {c["n"]}' for c in drawn.values()])
