@@ -489,6 +489,16 @@ def test_arms_of_one_size_stand_close_together_in_the_figure_of_the_cache(tmp_pa
     assert np.ptp(places) > 0 and np.abs(places - 0.5).max() < 0.05
 
 
+def test_the_forest_holds_every_pair_and_is_not_stretched_by_the_intervals_of_two(tmp_path):
+    pytest.importorskip('matplotlib', reason='a figure')
+    runs = experiment(range(8), {'baseline': 0, 'lora': 0.02}) + [result('mla', seed, 4 + seed / 20) for seed in range(2)]
+    arms, r = analysed(save(tmp_path, *runs))
+    low, high = figures.figure_forest(arms, r).axes[0].get_xlim()
+    known, few = r['comparisons']['lora - baseline'], r['comparisons']['mla - baseline']
+    assert all(low < d < high for c in (known, few) for d in c['d']) and low < -r['margin'] < r['margin'] < high
+    assert low < known['low_all'] < known['high_all'] < high and few['low_all'] < low and high < few['high_all']
+
+
 def test_options_beside_the_runs_hold_unless_the_command_line_says_otherwise(tmp_path):
     folder = planned(tmp_path / 'laptop', 3)
     flags = ['--contrasts=lora:mqa,mqa:baseline', '--margin=0.03']
