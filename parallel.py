@@ -42,7 +42,8 @@ def sharded(config, seed, device, dtype, compile):
         fully_shard(layer, mesh=mesh, mp_policy=narrow)
     fully_shard(model, mesh=mesh)
     for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):        # the routers' selection bias, zeros
+        # the routers' selection bias: MixtureOfExperts keeps these zeros through to_empty()
+        for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros_like(buffer, device=device))
     model.to_empty(device=device)
     for name, p in model.named_parameters():                # one after the other the very numbers of one process

@@ -141,8 +141,7 @@ name = name or network['attn']
 folder = RunFolder(folder_of(out_dir, experiment, name, seed))
 try:
     network = ModelConfig(**network)                        # tells of bad sizes now
-    corpus = data.Corpus(data.prepare(os.path.expanduser(dataset), tokenizer, asked['vocab_size'],
-                                      os.path.expanduser(data_root), say, text_field),
+    corpus = data.Corpus(data.prepare(dataset, tokenizer, asked['vocab_size'], data_root, say, text_field),
                          max_train_tokens, max_val_tokens, network.block_size)
 except ValueError as error:
     fail(error)
