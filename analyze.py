@@ -470,16 +470,12 @@ def as_json(r):
     return json.dumps(json.loads(exact, parse_float=lambda text: float(f'{float(text):.12g}')), indent=1) + '\n'
 
 
-def folder_of(runs):
-    return runs if os.path.isdir(runs) else os.path.dirname(runs) or '.'
-
-
 def options_of(runs, arguments):
     """The flags in options.json beside the runs, but for those that the command line gives."""
-    file = Path(folder_of(os.path.expanduser(runs)), 'options.json')
+    file = Path(os.path.expanduser(runs), 'options.json')
     try:
         options = [str(flag) for flag in json.loads(file.read_text(encoding='utf-8'))]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError, TypeError) as error:
         fail(f'{file}: must be a list of flags ({error})')
@@ -517,7 +513,7 @@ def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, pl
     r = (compare_rates(arms, metric) if rates
          else compare(arms, baseline, metric, margin, arms_of(contrasts, arms, planned)))
 
-    folder, title = out or folder_of(runs), os.path.basename(os.path.abspath(folder_of(runs)))
+    folder, title = out or runs, os.path.basename(os.path.abspath(runs))
     pictures = draw({name: complete(arm) for name, arm in arms.items()}, r, folder) if plots else []
     images = {f'![{caption}]({file})': png for file, caption, png in pictures}
     blocks = [f'# {title}: {r["label"]}' + ' by learning rate' * rates,
@@ -542,7 +538,7 @@ def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, pl
 if __name__ == '__main__':
     # -----------------------------------------------------------------------------
     # what to read
-    runs = 'out/laptop'         # a folder with result.json or <name>-s<seed>.json at any depth, or one file
+    runs = 'out/laptop'         # a folder with result.json or <name>-s<seed>.json at any depth
     # what to claim
     baseline = 'baseline'       # the name that the others are compared against
     contrasts = []              # planned comparisons FIRST:SECOND,...; none: each arm against the baseline

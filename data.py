@@ -80,13 +80,13 @@ def fingerprint(path, files):
 def split(text, spans):
     """Documents text[start:end] of the spans, (n, 2) -> {'train': spans, 'val': spans}.
 
-    In their order documents go to val while they fit into 5% of the bytes. A lone one is cut behind a line end, if
-    there is one inside, so that about its last 5% are val.
+    In their order documents go to val while they fit into 5% of the bytes. A lone one is cut where its last 5% begin, or
+    behind a line end if its last tenth has one.
     """
     if len(spans) == 1:
         start, end = spans[0].tolist()
         at = start + int((end - start) * (1 - VAL_SHARE))
-        line = text.find(b'\n', at, end - 1) + 1 or text.rfind(b'\n', start, end - 1) + 1
+        line = text.find(b'\n', at, end - 1) + 1 or text.rfind(b'\n', 2 * at - end, at) + 1
         while not line and text[at] & 0xC0 == 0x80:             # not within a character
             at -= 1
         return {'train': np.array([[start, line or at]]), 'val': np.array([[line or at, end]])}

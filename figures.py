@@ -212,10 +212,11 @@ def draw(arms, r, folder):
     """-> [(file, caption, PNG)]. Without matplotlib: of those that are in the folder, and a line on stderr."""
     possible, pictures = FIGURES_OF_RATES if 'rates' in r else FIGURES, []
     try:
-        import matplotlib.figure      # noqa: F401
+        import matplotlib.figure
     except ImportError:
         print('analyze.py: no figures drawn without matplotlib; pip install matplotlib', file=sys.stderr)
         return [(file, caption, path.read_bytes()) for file, caption, _ in possible if (path := Path(folder, file)).exists()]
+    matplotlib.rcParams['text.parse_math'] = False              # an arm's name may hold a $
     for file, caption, make in possible:
         if figure := make(arms, r):
             figure.savefig(png := io.BytesIO(), format='png', metadata={'Software': None})

@@ -300,11 +300,12 @@ def read_run(file):
 
 def load(path, baseline=None):
     """Every run at or below the path -> {arm: {seed: run}}: baseline first, then from the largest cache down."""
-    if not os.path.exists(path):
-        there = [folder for folder in (Path('out', path), Path('results', path)) if folder.exists()]
-        fail(f'{path}: no such folder or file; ' + (f'did you mean {" or ".join(map(str, there))}?' if there else
-                                                    'train.py makes runs, reproduce.sh all of them'))
-    files = [path] if os.path.isfile(path) else sorted(
+    if not os.path.isdir(path):
+        there = [Path(path).parent] if os.path.isfile(path) else [
+            folder for folder in (Path('out', path), Path('results', path)) if folder.is_dir()]
+        fail(f'{path}: no such folder; ' + (f'did you mean {" or ".join(map(str, there))}?' if there else
+                                            'train.py makes runs, reproduce.sh all of them'))
+    files = sorted(
         os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
         if name == 'result.json' or re.search(r'-s\d+\.json$', name))
     arms, first = {}, {}

@@ -410,6 +410,7 @@ def test_disagreeing_runs_exit_2_and_with_force_stand_in_the_report(tmp_path):
 @pytest.mark.parametrize('arguments, words', [
     (['nowhere'], ['nowhere', 'no such folder']),
     (['laptop-first'], ['laptop-first', 'did you mean results/laptop-first?']),
+    (['results/laptop-first/lora-s0.json'], ['no such folder', 'did you mean results/laptop-first?']),
     (['{}', '--margin=0'], ['margin', 'above 0']),
     (['{}', '--baseline=basline'], ['basline', 'baseline']),
     (['{}', '--metric=loss'], ['metric']),
@@ -579,7 +580,8 @@ def test_the_page_holds_the_whole_report_and_its_pictures_and_fetches_nothing(tm
 @pytest.mark.parametrize('runs', [[result('baseline', 0)], [result('baseline', 0, history=[])],
                                   [result('baseline', 0, status='diverged', final=None)],
                                   [result('baseline', 0), result('lora', 1)],
-                                  [result('baseline', 0, final__expert_load=[]), result('lora', 0)]])
+                                  [result('baseline', 0, final__expert_load=[]), result('lora', 0)],
+                                  [result('baseline', 0), result('$_$', 0)]])       # no formula
 def test_figures_and_report_survive_runs_with_little_in_them(tmp_path, runs):
     pytest.importorskip('matplotlib', reason='no figures without matplotlib')
     arms, r = analysed(save(tmp_path, *runs))

@@ -101,7 +101,9 @@ def test_the_split_does_not_depend_on_names_or_order_and_a_new_document_moves_fe
 def test_a_single_text_is_cut_near_its_end_and_loses_nothing(tmp_path, single):
     (train,), (val,) = split([single], tmp_path)
     assert train + val == single and train and val
-    assert '\n' not in single.strip() or train.endswith('\n')
+    # an early line end is no place to cut: 'ab' was to train, and 97 x to validate
+    assert len(val) <= len(single) / 10 + 1
+    assert '\n' not in single[-len(single) // 10:-1] or train.endswith('\n')
 
 
 def test_a_file_is_split_at_its_end_of_text_lines(tmp_path):
