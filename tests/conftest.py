@@ -4,6 +4,7 @@ import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')              # many small tensors, two test processes: more threads are slower
 
 import gc
+import importlib
 import json
 import math
 import random
@@ -13,8 +14,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import numpy as np
 import pytest
+
+for module in forked.PRELOADED:
+    importlib.import_module(module)
+gc.freeze()                                                 # `train` collects after every run: not the imports, again and again
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -35,7 +41,7 @@ def corpus(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp('corpus'), random.Random(0)
     who, does, what = ('the cat', 'a dog', 'every bird', 'no fish'), ('sees', 'hears', 'follows'), ('the moon', 'a stone', 'water')
     for i in range(20):
-        lines = [f'{rng.choice(who)} {rng.choice(does)} {rng.choice(what)}.' for _ in range(80)]
+        lines = [f'{rng.choice(who)} {rng.choice(does)} {rng.choice(what)}.' for _ in range(40)]
         (folder / f'text{i:02}.txt').write_text(f'text number {i}\n' + '\n'.join(lines) + '\n')
     return folder
 

@@ -16,11 +16,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PRELOADED = ['torch', 'torch._dynamo', 'torch.distributed.checkpoint.state_dict', 'torch.distributed.fsdp', 'numpy']
 
 
-def child(arguments, cwd, streams):
-    """What `python arguments...` does, with stdout and stderr going to two files."""
+def child(arguments, cwd, streams, environment):
+    """What `python arguments...` does, with stdout and stderr going to the ends of two files."""
     os.chdir(cwd)
+    os.environ.update(environment)
     for number, path in enumerate(streams, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = open(1, 'w', encoding='utf-8'), open(2, 'w', encoding='utf-8', buffering=1)
     sys.argv, sys.path[:0] = arguments, ['' if arguments[0] == '-c' else str(Path(arguments[0]).resolve().parent)]
     if arguments[0] == '-c':
@@ -29,11 +30,11 @@ def child(arguments, cwd, streams):
         runpy.run_path(arguments[0], run_name='__main__')
 
 
-def start(arguments, cwd=REPOSITORY, streams=(os.devnull, os.devnull)):
+def start(arguments, cwd=REPOSITORY, streams=(os.devnull, os.devnull), **environment):
     """-> multiprocessing.Process, started."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=child, args=([str(argument) for argument in arguments], str(cwd), streams))
+    process = context.Process(target=child, args=([str(argument) for argument in arguments], str(cwd), streams, environment))
     process.start()
     return process
 

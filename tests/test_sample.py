@@ -322,7 +322,7 @@ def test_a_prompt_from_a_file_or_standard_input_is_taken_as_it_stands(lively, sa
     assert piped.out == direct.out and piped.code == 0
 
 
-def test_each_line_of_a_file_is_a_prompt_whose_texts_are_what_they_are_alone(lively, sample, tmp_path):
+def test_each_line_of_a_file_is_a_prompt_whose_texts_are_what_they_are_alone(lively, sample, tmp_path, monkeypatch):
     prompts = [PROMPT, 'class \u00e9\u2028 import', '  ' + 'return x * 12345 # then ' * 12, '\U0001f600 ']
     (tmp_path / 'prompts').write_bytes('\r\n'.join(['', *prompts[:2], ' ', *prompts[2:], '']).encode())
     arguments = lively, '--max_new_tokens=70', '--num_samples=2', *ON_CPU
@@ -334,8 +334,8 @@ def test_each_line_of_a_file_is_a_prompt_whose_texts_are_what_they_are_alone(liv
     cut, statistics = run.err.splitlines()                  # one of them is longer than the context, and that is said
     assert cut == f'prompt 3 has {tokens[2]} tokens; the model sees the last {BLOCK}'
     assert statistics.startswith(f'prompts: {sum(min(n, BLOCK) for n in tokens)} tokens')
-    piped = ended(python('sample.py', *arguments, '--prompt=LINES:-', stdin=subprocess.PIPE), f'{PROMPT}\n'.encode())
-    assert piped.out == alone[0]
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(f'{PROMPT}\n'.encode())))
+    assert sample(*arguments, '--prompt=LINES:-').out == alone[0]
 
 
 def test_paths_may_begin_at_home(trained, sample, monkeypatch, tmp_path):
