@@ -22,6 +22,11 @@ for module in forked.PRELOADED:
     importlib.import_module(module)
 gc.freeze()                                                 # `train` collects after every run: not the imports, again and again
 
+# nohup and a shell's & let signals be ignored, also by what the tests start: here they are not, however the suite is started
+for name, handler in {'SIGINT': signal.default_int_handler, 'SIGHUP': signal.SIG_DFL}.items():
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), handler)
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
