@@ -78,7 +78,10 @@ if path.suffix != '.json':
     fail(f'--out={out}: give a FILE.json')
 try:                                                            # told now, not after an hour of measuring
     path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not path.exists()
     path.open('ab').close()
+    if fresh:
+        path.unlink()                                           # what is refused below leaves nothing
 except OSError as error:
     fail(f'{path} cannot be written to ({error.strerror}); go elsewhere with --out=FILE.json')
 

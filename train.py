@@ -82,8 +82,8 @@ def end(kind, error, trace):
         write_result('interrupted', f'{kind.__name__}: {error}'.partition('\n')[0])
     if 'out_of_memory' in globals() and out_of_memory(error):
         less = max(1, micro_batch_size // 2)
-        fail(f'out of memory in step {step + 1} at --micro_batch_size={micro_batch_size}; less changes no number (at 1, '
-             f'take a smaller model); to go on: {command_to_go_on(overwrite, micro_batch_size=less)}' if begun else
+        fail(f'out of memory after step {step} at --micro_batch_size={micro_batch_size}; less changes no number (at 1, take '
+             f'a smaller model); to go on: {command_to_go_on(overwrite, micro_batch_size=less)}' if begun else
              'out of memory before the first step: take a smaller model')
     sys.__excepthook__(kind, error, trace)
 

@@ -89,12 +89,14 @@ def program(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def refused(program, capfd):
-    """refused(*words, **knobs): bench.py ends with one line that has these words."""
+def refused(program, capfd, tmp_path):
+    """refused(*words, **knobs): bench.py ends with one line that has these words, and leaves no file behind."""
     def check(*words, **knobs):
+        before = set(tmp_path.rglob('*'))
         with pytest.raises(SystemExit) as end:
             program('__main__', **knobs)
         one_line(SimpleNamespace(code=end.value.code, err=capfd.readouterr().err), *words)
+        assert set(tmp_path.rglob('*')) == before
     return check
 
 

@@ -315,7 +315,7 @@ def test_out_of_memory_is_one_line_with_the_way_on_and_the_result_says_that_the_
     with monkeypatch.context() as m:
         m.setattr(LanguageModel, 'forward', failing_at(9, torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')))
         run = train(micro_batch_size=3)                     # two micro-batches an update
-    one_line(run, 'out of memory', 'at --micro_batch_size=3; less changes no number', 'to go on: ', '--micro_batch_size=1\n')
+    one_line(run, 'out of memory after step 4 ', 'at --micro_batch_size=3; less changes no number', 'to go on: ', '--micro_batch_size=1\n')
     result = written(run.folder)
     assert result['status'] == 'interrupted' and 'out of memory' in result['error'] and result['final']['step'] == 3
     done = train(micro_batch_size=1, resume=True)
