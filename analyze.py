@@ -37,21 +37,25 @@ MEASURED = [*METRICS, 'val_perplexity', 'peak_memory_gb', 'max_violation', 'rout
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparison
 
-def compare(arms, baseline, metric, margin, contrasts=()):
+def compare(arms, baseline, metric, margin, contrasts=(), pairs=0):
     """{arm: {seed: run}} -> every number and verdict of the report, as one dict that JSON can hold.
 
     contrasts: pairs of arms. If there are any, they are the family that is tested, those included that wait for their
     runs, so that no verdict is taken back when these come; what else there is against the baseline is only described.
-    If there are none, every arm with two pairs against the baseline is in the family.
+    If there are none, every arm with two pairs against the baseline is in the family. pairs: how many pairs of seeds a
+    comparison was planned to have. It waits for them, without a verdict and in Holm at a p of 1: to look after each pair
+    and stop where it suits finds a difference that is not there far more often than p says.
     """
     again, finals = f'{baseline}-again', {name: complete(arm) for name, arm in arms.items()}
     values = {name: {seed: run['final'][metric] for seed, run in runs.items()} for name, runs in finals.items()}
     against = [(name, baseline) for name in arms if name != baseline]
     planned = list(contrasts) or [pair for pair in against if pair[0] != again]         # A/A is no hypothesis
-    pairs = {(a, b): sorted(set(values.get(a, ())) & set(values.get(b, ()))) for a, b in [*planned, *against]}
-    family = [f'{a} - {b}' for a, b in planned if contrasts or len(pairs[a, b]) > 1]
+    shared = {(a, b): sorted(set(values.get(a, ())) & set(values.get(b, ()))) for a, b in [*planned, *against]}
+    family = [f'{a} - {b}' for a, b in planned if contrasts or len(shared[a, b]) > 1]
+    diverged = {name: [seed for seed, run in arm.items() if run['status'] == 'diverged'] for name, arm in arms.items()}
     r = {'schema': 2, 'baseline': baseline, 'again': again, 'metric': metric, 'margin': margin, 'family': family,
-         'tests': max(1, len(family)), 'contrasts': bool(contrasts), **METRICS[metric], 'arms': {}, 'comparisons': {}}
+         'tests': max(1, len(family)), 'contrasts': bool(contrasts), 'pairs': pairs, **METRICS[metric],
+         'arms': {}, 'comparisons': {}}
     every_seed = set().union(*arms.values())
     for name, arm in arms.items():
         runs, model = finals[name], first(arm)['model']
@@ -63,13 +67,17 @@ def compare(arms, baseline, metric, margin, contrasts=()):
             **{key: summary([run['final'][key] for run in runs.values() if run['final'][key] is not None])
                for key in MEASURED},
             'early': early(runs.values()), 'extremes': extremes(runs.values())}
-    for (a, b), seeds in pairs.items():
+    for (a, b), seeds in shared.items():
         c = paired([values[a][seed] for seed in seeds], [values[b][seed] for seed in seeds], margin, r['tests'])
         if (a, b) not in planned:
             c.update(dict.fromkeys(('low_all', 'high_all', 'p', 'sign_flip', 'floor', 'tost')))
-        r['comparisons'][f'{a} - {b}'] = {'arms': [a, b], 'planned': (a, b) in planned, 'seeds': seeds, **c}
+        lost = {name: diverged[name] for name in (a, b) if diverged.get(name)}
+        to_come = max(0, pairs - len({*seeds}.union(*lost.values()))) if (a, b) in planned else 0
+        r['comparisons'][f'{a} - {b}'] = {'arms': [a, b], 'planned': (a, b) in planned, 'seeds': seeds,
+                                          'to_come': to_come, 'diverged': lost, **c}
     for key in ('p', 'sign_flip', 'tost'):
-        adjusted = dict(zip(family, holm([r['comparisons'][name][key] for name in family])))
+        tested = (r['comparisons'][name] for name in family)
+        adjusted = dict(zip(family, holm([None if c['to_come'] else c[key] for c in tested])))
         for name, c in r['comparisons'].items():
             c[f'{key}_holm'] = adjusted.get(name)
     for c in r['comparisons'].values():
@@ -118,6 +126,9 @@ def verdict(c, r):
 
     descriptive   not in the family: nothing is claimed
     not tested    no pair, or one
+    undecided     pairs that were planned are still to come
+    undecided     runs diverged, and the pairs that are left are of runs that went well; unless the arm that diverged
+                  has the measurably higher loss as well
     equivalent    TOST puts the true difference within the margin (Holm p < 0.05), or every d_i is exactly 0. First:
                   one inside the margin is not worth having, even when measurably not zero; the sentence says so
     better/worse  the paired t test rejects zero (Holm p < 0.05)
@@ -140,13 +151,21 @@ def verdict(c, r):
     if n < 2:
         why = 'one pair has no standard deviation, so no interval, no test and no effect size'
         return 'not tested', f'{name} - {base}: not tested (n = {n}): {why if n else "no complete pair"}.'
+    so_far = f'{num(c["mean"], 4, True)} {unit} ({"simultaneous " * (m > 1)}95% interval {interval_text(low, high)})'
+    if c['to_come']:
+        return 'undecided', (f'{name}: undecided against {base}: {n} of {r["pairs"]} planned pairs, so far {so_far}; a '
+                             f'verdict waits for the other {c["to_come"]}.')
+    how, size, holm_p = 'lower' if c['mean'] < 0 else 'higher', num(abs(c['mean'])), f'Holm p {p_text(c["p_holm"])}'
+    measurable = c['p_holm'] is not None and c['p_holm'] < ALPHA
+    if c['diverged'] and not (measurable and [*c['diverged']] == [name if how == 'higher' else base]):
+        why = ' and '.join(f'{arm} diverged with seed(s) {spans(seeds)}' for arm, seeds in c['diverged'].items())
+        return 'undecided', (f'{name}: undecided against {base}: {why}, and the {n} pairs that are left, {so_far}, are of '
+                             'runs that went well.')
     if c['constant']:
         word, why = (('undecided', ', so there is no spread to test them against.') if c['mean']
                      else ('equivalent', '; was it the same network?'))
         all_same = f'all {n} paired differences from {base} are {num(c["mean"], 4, True)} {unit}'
         return word, f'{name}: {word}: {all_same}{why}'
-    how, size, holm_p = 'lower' if c['mean'] < 0 else 'higher', num(abs(c['mean'])), f'Holm p {p_text(c["p_holm"])}'
-    measurable = c['p_holm'] < ALPHA
     interval = f'{"simultaneous " * (m > 1)}95% interval {interval_text(low, high)}, n = {n} pairs'
     if c['tost_holm'] < ALPHA:
         return 'equivalent', (f'{name}: equivalent to {base}: within {margin:g} {unit} (TOST with Holm, p '
@@ -299,7 +318,12 @@ def report(arms, r, may_differ=(), images=()):
     what = 'planned contrasts' if r['contrasts'] else f'comparisons with {base}'
     family = 'One comparison at most is tested: nothing is corrected.' if m == 1 else (
         f'The {m} {what} are one family: p values are corrected over it by Holm, simultaneous intervals by Bonferroni, '
-        'so that all hold at once with 95%. Holm may reject zero where such an interval still includes it.')
+        'so that all hold at once with 95%. Holm may reject zero where such an interval still includes it, and call '
+        'equivalent where it leaves the margin. Tests of zero and of equivalence are corrected each by themselves: that '
+        f'any verdict is wrong has a probability of at most {2 * ALPHA:.0%}.')
+    if r['pairs']:
+        family += (f' The plan has {r["pairs"]} pairs a comparison: with fewer it waits for its verdict, and counts in Holm '
+                   'at a p of 1.')
     yield (f'The margin, the smallest difference worth having, is {margin:g} ({unit}); lower is better. A '
            f'difference is the first arm minus the second within pairs of one seed. p values are judged at {ALPHA:g}. '
            + family)
@@ -322,7 +346,8 @@ def report(arms, r, may_differ=(), images=()):
                num(x['params_active'] / 1e6, 3), num(x['kv_cache_bytes_per_token_16bit'], 0)] for name, x in a.items()})
     memory = {str(run['final'].get('peak_memory_kind')) for arm in arms.values() for run in complete(arm).values()}
     yield (f'Memory: {" and ".join(sorted(memory)) or "unknown"}. Cache: all layers, at 2 bytes a number. Unbeaten, '
-           f'by means alone: no other arm is as good in both {r["label"]} and that cost and better in one.')
+           f'by means alone, each over the arm\'s own seeds: no other arm is as good in both {r["label"]} and that cost and '
+           'better in one.')
     yield bullets(f'on {text}: {", ".join(r["unbeaten"][cost]) or "-"}' for cost, text in COSTS.items())
 
     if have:
@@ -389,7 +414,10 @@ def compare_rates(arms, metric):
     for name, arm in arms.items():
         losses = [run['final'][metric] for run in complete(arm).values()]
         rate, found = first(arm)['config']['learning_rate'], summary(losses)['mean'] if losses else first(arm)['status']
-        rates.setdefault(name.partition('@')[0], {})[rate] = found
+        grid = rates.setdefault(name.partition('@')[0], {})
+        if rate in grid:
+            fail(f'{name}: another name has this arm at {rate:g} too; keep one of them in the folder')
+        grid[rate] = found
     rates = {arm: dict(sorted(grid.items())) for arm, grid in rates.items()}
     return {'schema': 2, 'metric': metric, **METRICS[metric], 'rates': rates}
 
@@ -410,6 +438,8 @@ def report_rates(arms, r, images=()):
         if 0 < len(done := complete(arm)) < len(seeds):
             rest = ''.join(f'; seed {seed} {run["status"]}' for seed, run in arm.items() if seed not in done)
             lines.append(f'{name}: the mean is of seed(s) {spans(done)} alone{rest}.')
+    if machines := differing([run for arm in arms.values() for run in arm.values()], 'environment', 'device_name'):
+        lines.append(f'environment.device_name differs: {machines}.')
     yield table(['Configuration', *(f'{rate:g}' for rate in every)], rows)
     yield (f'{r["label"].capitalize()} ({r["unit"]}) after {first(first(arms))["config"]["max_steps"]} updates, seed(s) '
            f'{spans(seeds)}; the best of each in bold.')
@@ -494,7 +524,7 @@ def arms_of(contrasts, arms, planned=False):
     return pairs
 
 
-def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, plots, out, options=(), planned=False):
+def main(runs, baseline, metric, margin, contrasts, pairs, may_differ, rates, force, plots, out, options=(), planned=False):
     """options: the flags that made the report, which shows them. planned: the contrasts come from options.json."""
     if margin <= 0:
         fail(f'--margin={margin:g}: must be above 0, it is the smallest difference worth having')
@@ -511,7 +541,7 @@ def main(runs, baseline, metric, margin, contrasts, may_differ, rates, force, pl
     if problems and not force:
         fail(f'{runs}: not comparable (--force=True reports all the same): ' + ' | '.join(problems))
     r = (compare_rates(arms, metric) if rates
-         else compare(arms, baseline, metric, margin, arms_of(contrasts, arms, planned)))
+         else compare(arms, baseline, metric, margin, arms_of(contrasts, arms, planned), pairs))
 
     folder, title = out or runs, os.path.basename(os.path.abspath(runs))
     pictures = draw({name: complete(arm) for name, arm in arms.items()}, r, folder) if plots else []
@@ -542,6 +572,7 @@ if __name__ == '__main__':
     # what to claim
     baseline = 'baseline'       # the name that the others are compared against
     contrasts = []              # planned comparisons FIRST:SECOND,...; none: each arm against the baseline
+    pairs = 0                   # pairs of seeds that a comparison is planned to have: with fewer it gets no verdict yet
     metric: Literal['val_loss', 'val_bits_per_byte'] = 'val_loss'   # the number compared
     margin = 0.01               # smallest difference worth having, in the metric's unit; choose it first
     may_differ = []             # knobs in which arms may differ besides the variant's, as in learning_rate,d_ff

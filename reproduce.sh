@@ -103,5 +103,6 @@ options= words='margin contrasts may_differ'
 for word in $words; do
     [ -z "$(value "$word")" ] || options="$options${options:+, }\"--$word=$(value "$word")\""
 done
+[ -n "$search" ] || options="$options${options:+, }\"--pairs=$(value seeds | wc -w | tr -d ' ')\""
 echo "[$options]" > "$folder/options.json"
 "$PYTHON" analyze.py "$folder"

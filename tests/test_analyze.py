@@ -29,9 +29,9 @@ def cli(*arguments, **environment):
                           env={**os.environ, **environment})
 
 
-def analysed(folder, baseline='baseline', metric='val_loss', margin=0.01, contrasts=()):
+def analysed(folder, baseline='baseline', metric='val_loss', margin=0.01, contrasts=(), pairs=0):
     arms = load(str(folder), baseline)
-    return arms, analyze.compare(arms, baseline, metric, margin, contrasts)
+    return arms, analyze.compare(arms, baseline, metric, margin, contrasts, pairs)
 
 
 def report_of(folder, **options):
@@ -90,6 +90,40 @@ def test_undecided_names_an_n_above_the_present_one(tmp_path):
         c = verdict_of(tmp_path / str(i), d)
         assert c['verdict'] == 'undecided' and (c['needed_n'] <= len(d)) == (i == 1)
         assert int(c['sentence'].split('about n = ')[1].split()[0]) > len(d)
+
+
+def test_a_comparison_waits_for_its_planned_pairs_and_takes_back_no_verdict_of_another_when_they_come(tmp_path):
+    """From this project: after six of eight pairs two arms were `equivalent` and two others `worse`; both were taken back."""
+    rng = np.random.default_rng(0)
+    runs = [result(name, seed, 3 + shift + rng.normal(0, 0.002)) for name, seeds, shift in
+            (('baseline', 8, 0), ('gqa', 8, 0.0033), ('mqa', 6, 0.5)) for seed in range(seeds)]
+    contrasts, folder = [('gqa', 'baseline'), ('mqa', 'baseline')], save(tmp_path, *runs)
+    early, (arms, waiting) = (analysed(folder, contrasts=contrasts, pairs=pairs) for pairs in (0, 8))
+    c = early[1]['comparisons']['mqa - baseline']
+    assert c['verdict'] == 'worse' and c['p_holm'] < 1e-6
+    c, gqa = (waiting['comparisons'][f'{name} - baseline'] for name in ('mqa', 'gqa'))
+    assert c['verdict'] == 'undecided' and c['p_holm'] is c['tost_holm'] is c['sign_flip_holm'] is None and c['p'] < 1e-6
+    assert '6 of 8 planned pairs' in c['sentence'] and c['sentence'].endswith('a verdict waits for the other 2.')
+    assert gqa['p_holm'] == pytest.approx(2 * gqa['p']) and early[1]['comparisons']['gqa - baseline']['p_holm'] == gqa['p']
+    assert 'The plan has 8 pairs a comparison' in '\n'.join(analyze.report(arms, waiting))
+    last = [result('mqa', seed, 3 + rng.normal(0, 0.002)) for seed in (6, 7)]
+    c = analysed(save(tmp_path, *last), contrasts=contrasts, pairs=8)[1]['comparisons']['mqa - baseline']
+    assert c['n'] == 8 and c['to_come'] == 0 and c['p_holm'] is not None and 'planned pairs' not in c['sentence']
+
+
+@pytest.mark.parametrize('shift, lost, verdict', [
+    (-0.05, ['lora'], 'undecided'), (0.0, ['lora'], 'undecided'), (0.05, ['lora'], 'worse'),
+    (-0.05, ['baseline'], 'better'), (0.05, ['baseline'], 'undecided'), (0.05, ['lora', 'baseline'], 'undecided')])
+def test_runs_that_diverged_leave_no_verdict_in_favour_of_their_arm(tmp_path, shift, lost, verdict):
+    runs = [result(name, seed, 4 + seed / 100 + (name == 'lora') * (shift + d))
+            for seed, d in enumerate([0.0003, -0.0002, 0.0001, -0.0004, 0.0002]) for name in ('baseline', 'lora')]
+    runs += [result(name, seed, 4.0, status='diverged' if name in lost else 'complete', error='loss is NaN')
+             for name in ('baseline', 'lora') for seed in (5, 7)]
+    c = analysed(save(tmp_path, *runs), pairs=7)[1]['comparisons']['lora - baseline']
+    assert (c['n'], c['to_come'], c['verdict']) == (5, 0, verdict)
+    if verdict == 'undecided':
+        assert all(f'{name} diverged with seed(s) 5, 7' in c['sentence'] for name in lost)
+        assert 'the 5 pairs that are left' in c['sentence'] and 'of runs that went well' in c['sentence']
 
 
 def test_differences_equal_up_to_rounding_give_no_t_statistic():
@@ -310,6 +344,12 @@ def test_the_best_rate_of_each_arm_is_marked_and_an_edge_is_said(tmp_path):
     runs = [result('baseline@0.001', 100, config__learning_rate=0.001), result(
         'baseline@0.002', 100, config__learning_rate=0.002, config__max_steps=50)]
     assert 'config.max_steps' in cli(save(tmp_path / 'other', *runs), '--rates=True').stderr
+    twice = save(tmp_path / 'twice', *(result(name, 100, config__learning_rate=0.006) for name in ('mqa@6e-3', 'mqa@0.006')))
+    assert 'mqa@6e-3: another name has this arm at 0.006 too' in cli(twice, '--rates=True').stderr
+    mixed = save(tmp_path / 'mixed', *(result(f'mqa@{rate}', 100, config__learning_rate=rate, environment__device_name=cpu)
+                                       for rate, cpu in ((0.003, 'Intel Xeon'), (0.006, 'AMD EPYC'))))
+    done = cli(mixed, '--rates=True', '--may_differ=device_name', '--plots=False').stdout
+    assert '- environment.device_name differs: "Intel Xeon" (mqa@0.003 seed 100) against "AMD EPYC" (' in done
 
 
 def test_a_metric_that_a_run_lacks_is_refused(tmp_path):

@@ -66,7 +66,7 @@ def test_seeds_are_outside_arms_inside_extras_last_and_then_the_report(place):
                         '--resume=auto --device=cpu')
     assert calls[-1] == 'analyze.py out/tried'
     assert json.loads((place / 'out/tried/options.json').read_text()) == [
-        '--margin=0.03', '--contrasts=lora:baseline,extra:baseline', '--may_differ=learning_rate']
+        '--margin=0.03', '--contrasts=lora:baseline,extra:baseline', '--may_differ=learning_rate', '--pairs=2']
 
 
 def test_rates_are_searched_on_a_seed_that_does_not_count_with_fewer_steps(place):
@@ -121,7 +121,7 @@ def test_a_plan_without_arms_or_without_a_file_runs_nothing(place):
     (place / 'config/empty.plan').write_text('config config/x.py\nexperiment tried\nseeds 0\nmargin 0.1\n')
     (place / 'out/tried').mkdir(parents=True)
     assert run(place, PLAN='config/empty.plan')[1] == []
-    assert json.loads((place / 'out/tried/options.json').read_text()) == ['--margin=0.1']
+    assert json.loads((place / 'out/tried/options.json').read_text()) == ['--margin=0.1', '--pairs=1']
     status, runs, _, err = run(place, PLAN='config/none.plan')
     assert status == 2 and runs == [] and 'no plan config/none.plan' in err
 
