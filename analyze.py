@@ -17,6 +17,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -438,8 +439,9 @@ def report_rates(arms, r, images=()):
         if 0 < len(done := complete(arm)) < len(seeds):
             rest = ''.join(f'; seed {seed} {run["status"]}' for seed, run in arm.items() if seed not in done)
             lines.append(f'{name}: the mean is of seed(s) {spans(done)} alone{rest}.')
-    if machines := differing([run for arm in arms.values() for run in arm.values()], 'environment', 'device_name'):
-        lines.append(f'environment.device_name differs: {machines}.')
+    machines = Counter(run['environment']['device_name'] for arm in arms.values() for run in arm.values())
+    if len(machines) > 1:
+        lines.append(f'Not all on one machine: {", ".join(f"{n} runs on {name}" for name, n in machines.items())}.')
     yield table(['Configuration', *(f'{rate:g}' for rate in every)], rows)
     yield (f'{r["label"].capitalize()} ({r["unit"]}) after {first(first(arms))["config"]["max_steps"]} updates, seed(s) '
            f'{spans(seeds)}; the best of each in bold.')
