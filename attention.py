@@ -24,7 +24,7 @@ import kernels
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * gain over the last dim (Zhang & Sennrich 2019, arXiv 1910.07467), computed in the gain's float32."""
+    """x / rms(x) * gain over the last dim (Zhang & Sennrich 2019, arXiv 1910.07467), computed in float32 at least."""
 
     def __init__(self, width, eps=1e-6):
         super().__init__()

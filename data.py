@@ -30,6 +30,7 @@ from tokenizer import PATTERN, DataError, Tokenizer, check_tokenizer, checksum, 
 
 FORMAT = 1                       # of meta.json
 VAL_SHARE = 0.05                 # of the bytes
+FINGERPRINTED = 64e6             # bytes of a corpus that are read to see whether it has changed: about 0.1 s
 
 # Of the standard library, what names begin with that are passed over: tests, and what this machine put there
 NOT_STDLIB = r'\.|(test|tests|idle_test|site-packages|dist-packages|__pycache__)$|config-|_sysconfigdata|(site|user)customize'
@@ -66,11 +67,15 @@ def corpus_files(kind, path):
 
 
 def fingerprint(path, files):
-    """Changes whenever a file is added, removed, resized or written to; reads no contents."""
-    base, digest = path if path.is_dir() else path.parent, hashlib.sha256()
+    """Changes whenever a file is added, removed, resized or written to, by size and time: archives may give two texts one
+    time, so the first files, up to FINGERPRINTED bytes, are read as well."""
+    base, digest, left = path if path.is_dir() else path.parent, hashlib.sha256(), FINGERPRINTED
     for file in files:
         try:
             state = f'{file.stat().st_size} {file.stat().st_mtime_ns}'
+            left -= file.stat().st_size
+            if left >= 0:
+                state += hashlib.sha256(file.read_bytes()).hexdigest()
         except OSError:
             state = 'unreadable'
         digest.update(os.fsencode(f'{file.relative_to(base).as_posix()} {state}\n'))

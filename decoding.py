@@ -81,7 +81,8 @@ class LayerCache:
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0, trunk=None, static=False):
     """Yield max_new_tokens times the next token of every prompt, an int64 tensor (B,) on the CPU.
 
-    prompts: B lists of token ids, at least one each, of any lengths; each gets the logits it would get alone.
+    prompts: B lists of token ids, at least one each, of any lengths; each gets the logits it would get alone, until the
+    longest fills the cache, and but for `dynamic` scaling, whose angles follow the size of the cache that all share.
     temperature 0 (below 1e-6) takes the largest logit; else a draw from softmax(logits / temperature) over the top_k
     largest (None: all) and, of these, the fewest that together have probability top_p (nucleus sampling, Holtzman et al.
     2020, arXiv 1904.09751), by one CPU generator seeded with `seed`. A full cache (block_size tokens) is rebuilt from its
@@ -116,13 +117,15 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
 
 def choose(logits, temperature, top_k, top_p, generator):
     """logits (B, V) -> the next token of every row, (B,): see generate."""
-    if temperature < 1e-6:                                      # logits / temperature could overflow
+    if temperature < 1e-6 or top_k == 1:                        # logits / temperature could overflow
         return logits.argmax(-1)
-    if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_k is not None and top_k < logits.size(-1):           # as many of equal ones, which bfloat16 has often
+        largest, which = logits.topk(top_k)
+        logits = torch.full_like(logits, -math.inf).scatter(1, which, largest)
     p = (logits / temperature).softmax(-1)
     if top_p is not None:
         ranked, order = p.sort(descending=True, stable=True)
         before = ranked.cumsum(-1) - ranked                                         # what the likelier tokens have together
+        before[:, 0] = -1.0                                                         # it stays, be top_p 0 in float32
         p = torch.zeros_like(p).scatter(1, order, ranked.masked_fill(before >= top_p, 0.0))
     return torch.multinomial(p, 1, generator=generator).squeeze(1)

@@ -25,7 +25,7 @@ TEXT_ENDINGS = ('.txt', '.md', '.rst', '.tex', '.html', '.py', '.c', '.h', '.cpp
 ROW_ENDINGS = ('.jsonl', '.ndjson', '.parquet')
 SEPARATOR = re.compile(rf'(?m)^{re.escape(EOT)}[ \t\r]*(?:\n|\Z)')
 BLOCK = 2**21                                                   # characters of a text file in memory at a time
-ODD = {'inline': EOT + ' stands {:,} times beside other text, where it is text: only lines of it alone end documents.',
+ODD = {'inline': EOT + ' stands {:,} times where it is text: only in a text file, as a line of its own, does it end documents.',
        'like json': '{:,} files look like JSON lines and were read as plain text: name them .jsonl.'}
 
 

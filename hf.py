@@ -291,6 +291,11 @@ def write_config(c, eot=None):
         share = (c.qk_rope_head_dim + 0.5) / (c.qk_nope_head_dim + c.qk_rope_head_dim)      # it rounds down
         rope |= {'partial_rotary_factor': share, 'original_max_position_embeddings': original,
                  'llama_4_scaling_beta': 0.0}
+    if name == 'DeepseekV2ForCausalLM' and (c.kv_lora_rank % 2 or c.qk_nope_head_dim % 2):
+        raise ValueError(f'kv_lora_rank={c.kv_lora_rank} and qk_nope_head_dim={c.qk_nope_head_dim} must be even in a {name}: '
+                         'theirs turns pairs of numbers where they lie')
+    if name == 'DeepseekV3ForCausalLM' and c.n_expert == 1 and c.n_dense_layer < c.n_layer:
+        raise ValueError(f'n_expert=1 cannot be said in a {name}: theirs judges a group of experts by its best two')
     understood = read_config(fields)[1]                         # all must come back, but what is said in another way
     other = ['attn'] + ['d_ff_dense'] * (not c.n_dense_layer) + ['norm_topk_prob'] * (c.top_k == 1)
     for knob, value in vars(c).items():
@@ -403,7 +408,7 @@ def to_folder(model, tokenizer, path):
 
     path must not exist, or be empty; it appears when everything is written. -> the class in transformers
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().resolve()
     family, fields = write_config(model.config, tokenizer and tokenizer.eot)
     plan = layout(model.config, family, model.state_dict())
     files = {'config.json': fields | {'dtype': str(model.embed.weight.dtype).removeprefix('torch.')}}
@@ -414,7 +419,7 @@ def to_folder(model, tokenizer, path):
             'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': model.config.block_size,
             'eos_token': EOT if tokenizer.eot is not None else None, 'clean_up_tokenization_spaces': False,
             'split_special_tokens': True}}      # <|endoftext|> within a text is ordinary text, here as there
-    aside = path.with_name(f'{path.name}.{os.getpid()}.part')               # nobody else's
+    aside = path.parent / f'{path.name}.{os.getpid()}.part'                 # nobody else's
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(f'{path} is there already; name a new folder')

@@ -60,12 +60,13 @@ def by_hand(x):
 # Norm
 
 def rms_norm(x, weight, eps):
-    """x (..., C) / sqrt(mean(x^2) + eps) * weight (C,), computed in the weight's dtype -> (..., C) in x's."""
+    """x (..., C) / sqrt(mean(x^2) + eps) * weight (C,), computed in float32 at least -> (..., C) in x's dtype."""
+    dtype = wide(weight.dtype)
     if not _fast['rms_norm']:
-        x_wide = x.to(weight.dtype)
+        x_wide = x.to(dtype)
         return (x_wide * (x_wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(x.dtype)
     if by_hand(x) and torch.is_grad_enabled():
-        return RMSNormByHand.apply(x.to(weight.dtype), weight, eps).to(x.dtype)
+        return RMSNormByHand.apply(x.to(dtype), weight.to(dtype), eps).to(x.dtype)
     # GPUs have one kernel for it
     return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 

@@ -89,6 +89,7 @@ class ModelConfig:
                 and self.top_k <= self.top_k_group * size,
                 f'n_expert ({self.n_expert}) in n_expert_group ({self.n_expert_group}) equal groups, of which a '
                 f'token may use top_k_group ({self.top_k_group}), must leave room for top_k ({self.top_k})')
+        require(self.norm_eps >= 0, f'norm_eps must be 0 or more, not {self.norm_eps}')
         require(self.rope_theta > 1, f'rope_theta must be above 1, not {self.rope_theta}')
         require(0 < self.rope_beta_slow <= self.rope_beta_fast, f'rope_beta_slow ({self.rope_beta_slow}) must be above 0 '
                                                                 f'and at most rope_beta_fast ({self.rope_beta_fast})')

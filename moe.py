@@ -86,7 +86,8 @@ class MixtureOfExperts(nn.Module):
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)         # .to(), .bfloat16(), ...: the bias moves, but stays float32
         if bias is not None:
-            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+            moved = self.e_score_correction_bias
+            self.e_score_correction_bias = moved.float() if bias.is_meta else bias.to(moved.device)
         return self
 
     def forward(self, x, with_balance=True):

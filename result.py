@@ -71,6 +71,7 @@ class RunFolder:
             if writer:                                      # or a later --resume=True would find what was there before
                 self.checkpoint.unlink(missing_ok=True)
                 self.best_file.unlink(missing_ok=True)
+                shutil.rmtree(self.path / 'tensorboard', ignore_errors=True)
             return None
         if self.result.exists():
             try:

@@ -46,7 +46,8 @@ class Tracker:
                 id=hashlib.sha256(key.encode()).hexdigest()[:16], resume='allow')
         else:
             from torch.utils.tensorboard import SummaryWriter
-            self.run = SummaryWriter(folder / 'tensorboard')
+            done = result['history'][-1]['step'] if result['history'] else 0       # what came after it is done again
+            self.run = SummaryWriter(folder / 'tensorboard', purge_step=done + 1)
             self.run.add_text('config', '```\n' + json.dumps(config, indent=1) + '\n```')
 
     def log(self, record, figures=None):

@@ -559,6 +559,16 @@ def test_one_text_by_two_paths_is_described_alike(tmp_path):
     assert facts[0] == facts[1]
 
 
+def test_two_texts_of_one_name_size_and_time_are_not_taken_for_each_other(tmp_path):
+    folders = []
+    for place, letter in (('a', 'x'), ('b', 'y')):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / 'input.txt').write_text(f'{letter} is a letter\n' * 50)
+        os.utime(tmp_path / place / 'input.txt', (1e9, 1e9))            # as archives have it
+        folders.append(prepare(str(tmp_path / place / 'input.txt'), 'bytes', 0, tmp_path / 'root', silent))
+    assert ord('y') in Corpus(folders[1], block_size=8).train and folders[0] != folders[1]
+
+
 def test_something_else_in_the_place_of_the_folder_is_not_removed(texts, tmp_path):
     folder = prepare(str(texts), 'bytes', 0, tmp_path, silent)
     (folder / 'meta.json').rename(folder / 'thesis.doc')

@@ -68,6 +68,15 @@ def test_tokens_are_drawn_with_the_probabilities_of_temperature_top_k_and_top_p(
     assert (abs(counts - n * p) <= 4.5 * np.sqrt(n * p * (1 - p)) + 1e-9).all()
 
 
+def test_no_more_than_top_k_are_drawn_from_where_logits_are_equal_and_the_likeliest_always_stays():
+    logits = torch.tensor([[1.0, 2, 2, 2, 2, 0]]).expand(400, 6)        # in bfloat16 equal ones are common
+    draw = lambda **options: choose(logits, **{'temperature': 1.0, 'top_k': None, 'top_p': None,
+                                               'generator': torch.Generator().manual_seed(0), **options}).unique()
+    assert len(draw(top_k=2)) == 2 and len(draw(top_k=3)) == 3 and set(draw(top_k=4).tolist()) == {1, 2, 3, 4}
+    assert draw(top_k=1).tolist() == draw(temperature=0.0).tolist() == [1]
+    assert draw(top_p=1e-50).tolist() == [1]                            # 0 in float32
+
+
 def test_text_follows_its_seed_and_its_knobs():
     model, prompts = random_model('lora'), [[1, 2, 3]] * 40
     first = generated(model, prompts, 2, temperature=1.5, top_k=9, top_p=0.9, seed=4)

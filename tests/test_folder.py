@@ -102,7 +102,9 @@ def test_a_finished_run_is_kept_unless_told_otherwise(place, capsys):
             opened(path, resume=resume)
         assert end.value.code == 0 and 'complete already' in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
-    assert opened(path, overwrite=True, seed=5)[0] is None and not (path / 'checkpoint.pt').exists()
+    (path / 'tensorboard').mkdir()                          # with the curves of the run that is thrown away
+    assert opened(path, overwrite=True, seed=5)[0] is None
+    assert not (path / 'checkpoint.pt').exists() and not (path / 'tensorboard').exists()
 
 
 def test_a_finished_run_whose_checkpoint_is_gone_is_not_replaced_by_one_from_the_beginning(place, capsys):

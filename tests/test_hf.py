@@ -289,11 +289,26 @@ def same_logits_as_its_peer(config, folder):
     ('norm_topk_prob', dict(norm_topk_prob=False)), ('routed_scaling_factor', dict(routed_scaling_factor=2.0)),
     ('top_k', dict(top_k=1)),
     ('n_dense_layer', dict(n_dense_layer=1)), ('n_expert_group', dict(n_expert_group=2, top_k_group=2)),
-    ('n_expert_group', dict(attn='mla', n_expert_group=2, top_k_group=2))])
+    ('n_expert_group', dict(attn='mla', n_expert_group=2, top_k_group=2)),
+    # what transformers 5.23 crashes with
+    ('kv_lora_rank=7', dict(attn='mla', norm_topk_prob=False, kv_lora_rank=7)),
+    ('qk_nope_head_dim=5', dict(attn='mla', norm_topk_prob=False, qk_nope_head_dim=5)),
+    ('n_expert=1', dict(attn='mla', router='sigmoid', n_expert=1, top_k=1))])
 def test_what_no_family_has_is_refused_by_the_name_of_the_knob(knob, knobs, tmp_path):
     with pytest.raises(ValueError, match=knob) as error:
         hf.to_folder(LanguageModel(ModelConfig(**{**SIZES, **knobs})), None, tmp_path / 'x')
     assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_an_empty_folder_is_filled_whatever_it_is_called_and_a_full_one_left_alone(tmp_path, monkeypatch):
+    model = LanguageModel(ModelConfig(**SIZES))
+    (tmp_path / 'empty').mkdir()
+    monkeypatch.chdir(tmp_path / 'empty')
+    hf.to_folder(model, None, '.')
+    assert (tmp_path / 'empty/config.json').exists() and [p.name for p in tmp_path.iterdir()] == ['empty']
+    for full in (tmp_path / 'empty', '/'):
+        with pytest.raises(ValueError, match='is there already; name a new folder'):
+            hf.to_folder(model, None, full)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

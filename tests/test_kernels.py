@@ -295,6 +295,17 @@ def test_use_switches_each_computation_by_its_name_and_no_other(monkeypatch):
     assert {name: operations(name) for name in kernels.NAMES} == ran['fast']
 
 
+@pytest.mark.parametrize('with_grad', [True, False])
+@pytest.mark.parametrize('form', ['plain', 'fast'])
+def test_gains_in_bfloat16_as_published_weights_have_them_round_the_result_once(form, with_grad):
+    x, gain = exact(40, 96), exact(96, seed=2)
+    kernels.use(form)
+    with torch.set_grad_enabled(with_grad):
+        y = kernels.rms_norm(x.bfloat16(), gain.bfloat16(), 1e-6)
+    reference = F.rms_norm(x, gain.shape, gain, 1e-6)
+    assert y.dtype == BF16 and ((y.double() - reference).abs() <= 2 ** -8 * reference.abs()).all()
+
+
 @pytest.mark.parametrize('form, exceptions, words', [('quick', {}, 'quick'), ('fast', dict(norm='plain'), 'norm'),
                                                      ('plain', dict(linear=True), 'linear')], ids=str)
 def test_a_form_or_a_name_that_there_is_not_is_refused_in_one_line_and_changes_nothing(form, exceptions, words):

@@ -2,6 +2,7 @@
 import errno
 import mmap
 import os
+import subprocess
 import sys
 
 import pytest
@@ -79,6 +80,21 @@ def test_the_environment_needs_neither_git_nor_proc(monkeypatch, tmp_path):
     monkeypatch.setenv('GIT_COMMIT', 'abc')                     # on a copy without .git
     assert machine.environment(torch.device('cpu'))['git_commit'] == 'abc'
     assert isinstance(bare['device_name'], str)
+
+
+def test_the_commit_is_not_that_of_a_repository_that_it_is_only_copied_into(monkeypatch, tmp_path):
+    git = lambda *words: subprocess.run(['git', '-C', tmp_path, '-c', 'user.name=x', '-c', 'user.email=x', *words], check=True,
+                                        capture_output=True, text=True).stdout.strip()
+    git('init')
+    git('commit', '--allow-empty', '-m', 'theirs')
+    (tmp_path / 'machine.py').write_text('')
+    monkeypatch.setattr(machine, '__file__', str(tmp_path / 'machine.py'))
+    monkeypatch.setenv('GIT_COMMIT', 'abc')
+    found = machine.environment(torch.device('cpu'))
+    assert (found['git_commit'], found['git_dirty']) == ('abc', None)
+    git('add', 'machine.py')
+    found = machine.environment(torch.device('cpu'))
+    assert (found['git_commit'], found['git_dirty']) == (git('rev-parse', 'HEAD'), True)
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='nothing tells')

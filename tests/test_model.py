@@ -317,7 +317,7 @@ BAD = [(dict(vocab_size=0), 'vocab_size'), (dict(block_size=0), 'block_size'), (
        (dict(n_expert_group=0), 'n_expert_group'), (dict(top_k_group=0), 'top_k_group'),
        (dict(n_expert_group=3), 'n_expert_group'), (dict(n_expert_group=2, top_k_group=3), 'top_k_group'),
        (dict(n_expert_group=4), 'top_k_group'), (SIGMOID, 'n_expert_group'),
-       (dict(rope_theta=1.0), 'rope_theta'), (dict(rope_original_context=0), 'rope_original_context'),
+       (dict(norm_eps=-1.0), 'norm_eps'), (dict(norm_eps=math.nan), 'norm_eps'), (dict(rope_theta=1.0), 'rope_theta'), (dict(rope_original_context=0), 'rope_original_context'),
        (dict(rope_beta_slow=0), 'rope_beta_slow'), (dict(rope_beta_slow=33), 'rope_beta_fast'),
        (dict(n_embd=30), 'n_embd'), (dict(n_head=0), 'n_head'), (dict(n_embd=0), 'n_embd'), (dict(attn='lroa'), 'lora'),
        (dict(attn='gqa', n_kv_head=3), 'n_kv_head'), (dict(attn='gqa', n_kv_head=0), 'n_kv_head'),

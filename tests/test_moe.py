@@ -319,3 +319,11 @@ def test_the_worked_example_tells_the_truth():
         entropy, most = re.search(r'entropy (\S+) of at most (\S+)', text).groups()
         assert 0 < float(entropy) < float(most) == pytest.approx(math.log(4), abs=1e-3)
     assert 'one update: ' + ', '.join(f'{0.001 * np.sign(4 - n):+.3f}' for n in load) in text
+
+
+def test_a_layer_on_meta_gets_memory_and_its_selection_bias_stays_float32():
+    with torch.device('meta'):
+        layer = MixtureOfExperts(ModelConfig(n_embd=8, n_head=1, head_dim=2, d_ff=12, n_expert=6, router='sigmoid'))
+    layer = layer.bfloat16().to_empty(device='cpu')
+    assert layer.gate_proj.device.type == layer.e_score_correction_bias.device.type == 'cpu'
+    assert (layer.gate_proj.dtype, layer.e_score_correction_bias.dtype) == (BF16, F32)

@@ -39,6 +39,13 @@ def test_one_step_is_weight_decay_and_an_update_of_adamws_size():
     assert (update * p.grad).sum() > 0
 
 
+def test_a_parameter_without_a_gradient_stays_as_it_is():
+    moving, frozen = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    moving.grad = torch.eye(2)
+    Muon([moving, frozen], lr=0.1).step()
+    assert torch.equal(frozen, torch.ones(2, 2)) and not torch.equal(moving, frozen)
+
+
 def test_momentum_is_nesterovs():
     p = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
     first, second = torch.tensor([[[3.0, 0.0], [0.0, 1.0]], [[0.0, 2.0], [1.0, 0.0]]], dtype=torch.float64)

@@ -22,6 +22,7 @@ import torch
 import data
 import hf
 import machine
+import tracker
 from configurator import configure, run_knobs
 from conftest import REPOSITORY, TINY, flags, one_line
 from model import LanguageModel, ModelConfig
@@ -679,6 +680,17 @@ def test_tensorboard_reads_back_the_numbers_of_the_result(train):
     assert 'config/text_summary' in events.Tags()['tensors']
 
 
+def test_tensorboard_shows_no_step_twice_of_a_run_that_goes_on_from_an_older_checkpoint(tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    for history, steps in (([], range(1, 8)), ([{'step': 4}], range(5, 9))):        # killed in step 8, saved after 4
+        track = tracker.Tracker('tensorboard', tmp_path, {'config': {}, 'history': history})
+        for step in steps:
+            track.log({'step': step, 'loss': float(step)})
+    events = EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
+    assert [e.step for e in events.Scalars('loss')] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def log_records(content):
     """wandb's file: 7 bytes of its own, then LevelDB's log: blocks of 32 KiB of (crc 4, length 2, type 1, bytes)."""
     at, whole = 7, b''
@@ -714,7 +726,6 @@ def test_wandb_offline_keeps_the_numbers_of_the_result(train, monkeypatch):
 
 
 def test_a_tracker_that_fails_says_so_once_and_the_run_goes_on(train, monkeypatch):
-    import tracker
     monkeypatch.setattr(tracker.Tracker, 'start', lambda *a: None)
     monkeypatch.setattr(tracker.Tracker, 'send', lambda *a: (_ for _ in ()).throw(ConnectionError('the service is away')))
     monkeypatch.setattr(tracker, 'check', lambda kind: None)
