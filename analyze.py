@@ -320,8 +320,8 @@ def report(arms, r, may_differ=(), images=()):
     family = 'One comparison at most is tested: nothing is corrected.' if m == 1 else (
         f'The {m} {what} are one family: p values are corrected over it by Holm, simultaneous intervals by Bonferroni, '
         'so that all hold at once with 95%. Holm may reject zero where such an interval still includes it, and call '
-        'equivalent where it leaves the margin. Tests of zero and of equivalence are corrected each by themselves: that '
-        f'any verdict is wrong has a probability of at most {2 * ALPHA:.0%}.')
+        'equivalent where it leaves the margin. Tests of zero and of equivalence are corrected each by themselves: '
+        f'the probability that any verdict is wrong is at most {2 * ALPHA:.0%}.')
     if r['pairs']:
         family += (f' The plan has {r["pairs"]} pairs a comparison: with fewer it waits for its verdict, and counts in Holm '
                    'at a p of 1.')

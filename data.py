@@ -30,7 +30,7 @@ from tokenizer import PATTERN, DataError, Tokenizer, check_tokenizer, checksum, 
 
 FORMAT = 1                       # of meta.json
 VAL_SHARE = 0.05                 # of the bytes
-FINGERPRINTED = 64e6             # bytes of a corpus that are read to see whether it has changed: about 0.1 s
+FINGERPRINTED = 64e6             # bytes of a corpus that are read, at every start, to see whether it has changed
 
 # Of the standard library, what names begin with that are passed over: tests, and what this machine put there
 NOT_STDLIB = r'\.|(test|tests|idle_test|site-packages|dist-packages|__pycache__)$|config-|_sysconfigdata|(site|user)customize'

@@ -117,7 +117,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
 
 def choose(logits, temperature, top_k, top_p, generator):
     """logits (B, V) -> the next token of every row, (B,): see generate."""
-    if temperature < 1e-6 or top_k == 1:                        # logits / temperature could overflow
+    if temperature < 1e-6 or top_k == 1:                        # nothing to draw; logits / temperature could overflow
         return logits.argmax(-1)
     if top_k is not None and top_k < logits.size(-1):           # as many of equal ones, which bfloat16 has often
         largest, which = logits.topk(top_k)

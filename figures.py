@@ -201,7 +201,8 @@ def figure_rates(arms, r):
     return figure
 
 
-FIGURES = [('cache.png', 'loss against bytes of cache per token, at 2 bytes a number, each arm over its own seeds', figure_cache),
+FIGURES = [('cache.png', 'loss against bytes of cache per token, at 2 bytes a number; each arm over its own seeds',
+            figure_cache),
            ('forest.png', 'paired differences with 95% intervals and the margin', figure_forest),
            ('curves.png', 'validation loss during training, and its paired difference', figure_curves),
            ('training.png', 'training loss', figure_training)]

@@ -86,7 +86,7 @@ class MixtureOfExperts(nn.Module):
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)         # .to(), .bfloat16(), ...: the bias moves, but stays float32
         if bias is not None:
-            moved = self.e_score_correction_bias
+            moved = self.e_score_correction_bias        # from meta there are no numbers to bring along
             self.e_score_correction_bias = moved.float() if bias.is_meta else bias.to(moved.device)
         return self
 

@@ -41,7 +41,9 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):                           # torch's loader of optimizer states passes None
         for group in self.param_groups:
             lr, momentum = group['lr'], group['momentum']
-            for p in (p for p in group['params'] if p.grad is not None):
+            for p in group['params']:
+                if p.grad is None:                          # frozen
+                    continue
                 if 'momentum_buffer' not in self.state[p]:
                     self.state[p]['momentum_buffer'] = torch.zeros_like(p)
                 m = self.state[p]['momentum_buffer']
