@@ -278,13 +278,11 @@ def variants(n_embd, n_head):
         # DeepSeek's attention inside the baseline's head sizes: nope + rope = v = d
         'lora': lora,
         # ... and what the report added: content width that does not pay for the rotary part, RoPE scaling, bias
-        'enhanced': {**lora, 'qk_nope_head_dim': d, 'rope_scaling': 'linear', 'rope_factor': 2.0,
-                     'attention_bias': True},
+        'enhanced': {**lora, 'qk_nope_head_dim': d, 'rope_scaling': 'linear', 'rope_factor': 2.0, 'attention_bias': True},
         # DeepSeek-V2-Lite's recipe, the published model whose heads are C / H wide as here (2048 wide, 16 heads of 128):
         # no query bottleneck, r = C / 4, nope = v = d, rope = d / 2
         'mla': {**lora, 'q_lora_rank': 0, 'kv_lora_rank': C // 4, 'qk_nope_head_dim': d,
-                'qk_rope_head_dim': 2 * round(d / 4)},
-    }
+                'qk_rope_head_dim': 2 * round(d / 4)}}
 
 
 def lay_over_row(config):
