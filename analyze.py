@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -30,8 +31,7 @@ from stats import ALPHA, MOST_FLIPPED, MOST_SEEDS, POWER, correlation, holm, nee
 
 METRICS = {'val_loss': {'label': 'validation loss', 'unit': 'nats'},        # final.<metric>; lower is better
            'val_bits_per_byte': {'label': 'validation bits per byte', 'unit': 'bits/byte'}}
-COSTS = {'params_total': 'parameters', 'params_active': 'active parameters',
-         'kv_cache_bytes_per_token_16bit': 'cache'}                 # model.<cost>
+COSTS = 'params_total', 'params_active', 'kv_cache_bytes_per_token_16bit'      # model.<cost>
 MEASURED = [*METRICS, 'val_perplexity', 'peak_memory_gb', 'max_violation', 'router_entropy', 'balance_loss', 'z_loss']
 
 
@@ -41,18 +41,18 @@ MEASURED = [*METRICS, 'val_perplexity', 'peak_memory_gb', 'max_violation', 'rout
 def compare(arms, baseline, metric, margin, contrasts=(), pairs=0):
     """{arm: {seed: run}} -> every number and verdict of the report, as one dict that JSON can hold.
 
-    contrasts: pairs of arms. If there are any, they are the family that is tested, those included that wait for their
-    runs, so that no verdict is taken back when these come; what else there is against the baseline is only described.
-    If there are none, every arm with two pairs against the baseline is in the family. pairs: how many pairs of seeds a
-    comparison was planned to have. It waits for them, without a verdict and in Holm at a p of 1: to look after each pair
-    and stop where it suits finds a difference that is not there far more often than p says.
+    contrasts: pairs of arms. If there are any, they alone are tested, as one family; those without runs yet count too, so
+    that no verdict changes when they come. If there are none, every arm is tested against the baseline that has two
+    pairs, or may still get them. pairs: how many pairs of seeds a comparison was planned to have. Until they are there it
+    has no verdict and counts in Holm as p = 1: whoever looks after each pair and stops when it suits finds differences
+    that are not there far more often than p says.
     """
     again, finals = f'{baseline}-again', {name: complete(arm) for name, arm in arms.items()}
     values = {name: {seed: run['final'][metric] for seed, run in runs.items()} for name, runs in finals.items()}
     against = [(name, baseline) for name in arms if name != baseline]
     planned = list(contrasts) or [pair for pair in against if pair[0] != again]         # A/A is no hypothesis
     shared = {(a, b): sorted(set(values.get(a, ())) & set(values.get(b, ()))) for a, b in [*planned, *against]}
-    family = [f'{a} - {b}' for a, b in planned if contrasts or len(shared[a, b]) > 1]
+    family = [f'{a} - {b}' for a, b in planned if contrasts or pairs or len(shared[a, b]) > 1]
     diverged = {name: [seed for seed, run in arm.items() if run['status'] == 'diverged'] for name, arm in arms.items()}
     r = {'schema': 2, 'baseline': baseline, 'again': again, 'metric': metric, 'margin': margin, 'family': family,
          'tests': max(1, len(family)), 'contrasts': bool(contrasts), 'pairs': pairs, **METRICS[metric],
@@ -83,7 +83,6 @@ def compare(arms, baseline, metric, margin, contrasts=(), pairs=0):
             c[f'{key}_holm'] = adjusted.get(name)
     for c in r['comparisons'].values():
         c['verdict'], c['sentence'] = verdict(c, r)
-    r['unbeaten'] = {cost: unbeaten(r, cost) for cost in COSTS}
     return r
 
 
@@ -114,24 +113,16 @@ def extremes(runs):
     return [float(ranked.max()), float(ranked.min())]
 
 
-def unbeaten(r, cost):
-    """Arms that no other beats on the metric AND the cost (as good in both, better in one), by means."""
-    points = {name: (arm[r['metric']]['mean'], arm[cost]) for name, arm in r['arms'].items()
-              if arm['values'] and name != r['again']}
-    return [name for name, (loss, price) in points.items()
-            if not any(x <= loss and y <= price and (x, y) != (loss, price) for x, y in points.values())]
-
-
 def verdict(c, r):
     """(verdict, one sentence), by the first of these that holds, so that each comparison gets exactly one:
 
     descriptive   not in the family: nothing is claimed
     not tested    no pair, or one
     undecided     pairs that were planned are still to come
-    undecided     runs diverged, and the pairs that are left are of runs that went well; unless the arm that diverged
-                  has the measurably higher loss as well
-    equivalent    TOST puts the true difference within the margin (Holm p < 0.05), or every d_i is exactly 0. First:
-                  one inside the margin is not worth having, even when measurably not zero; the sentence says so
+    undecided     runs diverged, so the pairs that are left are those that went well; but not if the arm that diverged is
+                  measurably worse even so
+    equivalent    TOST puts the true difference within the margin (Holm p < 0.05), or every d_i is exactly 0. Asked before
+                  better and worse: inside the margin a difference is not worth having, even if it is surely not zero
     better/worse  the paired t test rejects zero (Holm p < 0.05)
     undecided     neither; with the n that would find, at 80% power, a difference of the margin or, with that many
                   pairs already, one of the size observed
@@ -141,7 +132,7 @@ def verdict(c, r):
     (name, base), n, m, unit, margin = c['arms'], c['n'], r['tests'], r['unit'], r['margin']
     alone, low, high = interval_text(c['low'], c['high']), c['low_all'], c['high_all']
     if not c['planned'] and name == r['again'] and n:
-        same = 'from the machine alone' if any(c['d']) else 'the same to the last bit'
+        same = 'from the machine alone' if any(c['d']) else 'the same to 12 digits'
         return 'descriptive', (f'{name} repeats {n} seed(s) of {base}: largest difference '
                                f'{num(max(map(abs, c["d"])))} {unit}, {same}.')
     if not c['planned']:
@@ -152,7 +143,8 @@ def verdict(c, r):
     if n < 2:
         why = 'one pair has no standard deviation, so no interval, no test and no effect size'
         return 'not tested', f'{name} - {base}: not tested (n = {n}): {why if n else "no complete pair"}.'
-    so_far = f'{num(c["mean"], 4, True)} {unit} ({"simultaneous " * (m > 1)}95% interval {interval_text(low, high)})'
+    within = f'{"simultaneous " * (m > 1)}95% interval {interval_text(low, high)}'
+    so_far, interval = f'{num(c["mean"], 4, True)} {unit} ({within})', f'{within}, n = {n} pairs'
     if c['to_come']:
         return 'undecided', (f'{name}: undecided against {base}: {n} of {r["pairs"]} planned pairs, so far {so_far}; a '
                              f'verdict waits for the other {c["to_come"]}.')
@@ -167,7 +159,6 @@ def verdict(c, r):
                      else ('equivalent', '; was it the same network?'))
         all_same = f'all {n} paired differences from {base} are {num(c["mean"], 4, True)} {unit}'
         return word, f'{name}: {word}: {all_same}{why}'
-    interval = f'{"simultaneous " * (m > 1)}95% interval {interval_text(low, high)}, n = {n} pairs'
     if c['tost_holm'] < ALPHA:
         return 'equivalent', (f'{name}: equivalent to {base}: within {margin:g} {unit} (TOST with Holm, p '
                               f'{p_text(c["tost_holm"])}; {interval})'
@@ -185,8 +176,8 @@ def verdict(c, r):
     ruled_out = f'neither zero nor a difference of {margin:g} {unit} is ruled out ({interval})'
     if low > -margin or high < margin:                      # one side is settled; both would have been equivalence
         gone, left = ('better', 'worse') if low > -margin else ('worse', 'better')
-        ruled_out = (f'being {gone} by {margin:g} {unit} or more is ruled out, no difference and being {left} by as much '
-                     f'are not ({interval})')
+        ruled_out = (f'{gone} by {margin:g} {unit} or more is ruled out; no difference, or {left} by as much, is still '
+                     f'possible ({interval})')
     if c['p'] < ALPHA:
         ruled_out = (f'its interval by itself excludes zero ({alone}; p {p_text(c["p"])}), but not after correction '
                      f'over {m} comparisons ({interval}; {holm_p})')
@@ -276,7 +267,7 @@ def caveats(arms, r):
     if len(steps) > 1 and (fall := float(np.mean(losses[:, -2] - losses[:, -1]))) > 0:
         yield (f'{base} was still improving at the end: {num(fall)} nats between its evaluations at steps '
                f'{steps[-2]} and {steps[-1]}. A longer budget can change the order.')
-    warmup, budget = runs[0]['config'].get('warmup_steps', 0), runs[0]['config']['max_steps']
+    warmup, budget = runs[0]['config']['warmup_steps'], runs[0]['config']['max_steps']
     if warmup >= budget:
         yield f'The learning rate was still rising at the end: {warmup} updates of warm-up, {budget} in all.'
     for field in ('environment.git_commit environment.device_name environment.torch environment.threads '
@@ -290,6 +281,8 @@ def caveats(arms, r):
         yield f'The source changed between the runs: {", ".join(changed)}.'
     if dirty := [run for run in runs if run['environment'].get('git_dirty')]:
         yield f'From a working tree with uncommitted changes: {who(dirty)}.'
+    if moved := [run for run in runs if run.get('earlier_environments')]:
+        yield f'Begun on another machine or from other sources, as their files say (earlier_environments): {who(moved)}.'
     if runs[0]['schema'] == 1:
         yield f'Result files of schema 1: {SCHEMAS[1]}.'
     yield 'n counts seeds. One corpus, model size and budget stand behind them all.'
@@ -319,12 +312,13 @@ def report(arms, r, may_differ=(), images=()):
     what = 'planned contrasts' if r['contrasts'] else f'comparisons with {base}'
     family = 'One comparison at most is tested: nothing is corrected.' if m == 1 else (
         f'The {m} {what} are one family: p values are corrected over it by Holm, simultaneous intervals by Bonferroni, '
-        'so that all hold at once with 95%. Holm may reject zero where such an interval still includes it, and call '
-        'equivalent where it leaves the margin. Tests of zero and of equivalence are corrected each by themselves: '
-        f'the probability that any verdict is wrong is at most {2 * ALPHA:.0%}.')
+        'so that all hold at once with 95%. Holm finds a little more than these intervals: a difference where one still '
+        'includes zero, equivalence where one leaves the margin. Tests of zero and of equivalence are corrected each by '
+        f'themselves: if differences are normally distributed, the probability that any verdict is wrong is at most '
+        f'{2 * ALPHA:.0%}.')
     if r['pairs']:
         family += (f' The plan has {r["pairs"]} pairs a comparison: with fewer it waits for its verdict, and counts in Holm '
-                   'at a p of 1.')
+                   'as p = 1.')
     yield (f'The margin, the smallest difference worth having, is {margin:g} ({unit}); lower is better. A '
            f'difference is the first arm minus the second within pairs of one seed. p values are judged at {ALPHA:g}. '
            + family)
@@ -346,10 +340,7 @@ def report(arms, r, may_differ=(), images=()):
                mean_sd(x['val_bits_per_byte'], 4), mean_sd(x['peak_memory_gb'], 2), num(x['params_total'] / 1e6, 3),
                num(x['params_active'] / 1e6, 3), num(x['kv_cache_bytes_per_token_16bit'], 0)] for name, x in a.items()})
     memory = {str(run['final'].get('peak_memory_kind')) for arm in arms.values() for run in complete(arm).values()}
-    yield (f'Memory: {" and ".join(sorted(memory)) or "unknown"}. Cache: all layers, at 2 bytes a number. Unbeaten, '
-           f'by means alone, each over the arm\'s own seeds: no other arm is as good in both {r["label"]} and that cost and '
-           'better in one.')
-    yield bullets(f'on {text}: {", ".join(r["unbeaten"][cost]) or "-"}' for cost, text in COSTS.items())
+    yield f'Memory: {" and ".join(sorted(memory)) or "unknown"}. Cache: all layers, at 2 bytes a number.'
 
     if have:
         yield '## Paired differences'
@@ -388,8 +379,8 @@ def report(arms, r, may_differ=(), images=()):
     yield table(['Configuration', 'n', 'first, at step', 'last, at step', 'r'], {
         name: [e['first']['n'], *(f'{mean_sd(e[key], 4)}, {step}' for key, step in zip(('first', 'last'), e['steps'])),
                num(e['r'], 2, True)] for name, x in a.items() if (e := x['early'])})
-    yield ('Validation loss, and its correlation over seeds. An r near 1 beside a large sd: the seeds were sorted early, as '
-           'where leaving a plateau is a matter of luck, and the end shows who left it first.')
+    yield ('Validation loss, and its correlation over seeds. Where r is near 1 and the sd large, the start decided: some '
+           'seeds left a plateau earlier than others, by luck, and kept their lead.')
 
     yield '## Expert balance'
     yield table(['Configuration', 'n', 'busiest / even', 'idlest / even', 'largest excess', 'router entropy (nats)',
@@ -503,7 +494,8 @@ def as_json(r):
 
 
 def options_of(runs, arguments):
-    """The flags in options.json beside the runs, but for those that the command line gives."""
+    """The flags in options.json beside the runs, but for those that the command line gives, and for a margin in the unit of
+    another metric."""
     file = Path(os.path.expanduser(runs), 'options.json')
     try:
         options = [str(flag) for flag in json.loads(file.read_text(encoding='utf-8'))]
@@ -512,6 +504,10 @@ def options_of(runs, arguments):
     except (OSError, ValueError, TypeError) as error:
         fail(f'{file}: must be a list of flags ({error})')
     given = {argument.partition('=')[0] for argument in arguments}
+    theirs, ours = ([flag for flag in [*flags, '--metric=val_loss'] if flag.startswith('--metric=')][0]
+                    for flags in (options, [*arguments, *options]))
+    if theirs != ours:
+        given.add('--margin')
     return [flag for flag in options if flag.partition('=')[0] not in given]
 
 
@@ -530,6 +526,8 @@ def main(runs, baseline, metric, margin, contrasts, pairs, may_differ, rates, fo
     """options: the flags that made the report, which shows them. planned: the contrasts come from options.json."""
     if margin <= 0:
         fail(f'--margin={margin:g}: must be above 0, it is the smallest difference worth having')
+    if pairs < 0:
+        fail(f'--pairs={pairs}: must be 0 (no plan) or more')
     runs, out = os.path.expanduser(runs), os.path.expanduser(out)
     may_wait = planned and not any(flag.startswith('--baseline=') for flag in options)
     arms = load(runs, None if rates or may_wait else baseline)
@@ -559,11 +557,15 @@ def main(runs, baseline, metric, margin, contrasts, pairs, may_differ, rates, fo
              'report.html': page(blocks, images)}
     files = {name: content.encode('utf-8', 'backslashreplace') for name, content in texts.items()}
     files |= {name: png for name, _, png in pictures}
+    aside = Path(folder, 'report.tmp')                      # on a full disk the last report stays as it was
     try:
         os.makedirs(folder, exist_ok=True)
         for name, content in files.items():
-            Path(folder, name).write_bytes(content)
+            aside.write_bytes(content)
+            aside.replace(Path(folder, name))
     except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
         fail(f'{error.filename or folder}: no report written ({error.strerror}); --out=FOLDER goes elsewhere')
 
 

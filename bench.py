@@ -15,6 +15,7 @@ quotients within a round. Prints Markdown; writes it, and JSON with every single
 """
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Literal
 
 from configurator import as_text, configure, fail, rewrite, run_knobs, say
@@ -45,7 +46,7 @@ new_tokens = 64                 # tokens decoded after the prompt, one at a time
 
 # Machine
 device = 'auto'                 # auto: cuda, else cpu; or one of them by name
-compile: bool | None = None     # torch.compile in train, of both libraries; none: on GPUs
+compile: bool | None = None     # train: torch.compile, of both libraries; none: on GPUs
 matrix_size = 0                 # the machine's matrix product is n x n x n; 0: 2048, on a GPU 8192
 out = ''                        # FILE.json, Markdown goes beside it; empty: out/bench/<task>.json
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,14 +75,11 @@ if any(tokens_in_update % n for n in contexts):
     fail(f'--contexts={as_text(config["contexts"])}: each must divide the {tokens_in_update} tokens of an update; '
          f'--batch_size={-(-contexts[-1] // contexts[0])} may do')
 path = Path(os.path.expanduser(out) or f'out/bench/{task}.json')
-if path.suffix != '.json':
+if path.suffix != '.json' or path.is_dir():
     fail(f'--out={out}: give a FILE.json')
 try:                                                            # told now, not after an hour of measuring
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    path.open('ab').close()
-    if fresh:
-        path.unlink()                                           # what is refused below leaves nothing
+    TemporaryFile(dir=path.parent).close()                      # leaves nothing
 except OSError as error:
     fail(f'{path} cannot be written to ({error.strerror}); go elsewhere with --out=FILE.json')
 
@@ -110,7 +108,7 @@ if cuda:
     torch.set_float32_matmul_precision('high')
 else:
     kernels.keep_freed_memory()
-compile = choose_compile(compile, device)
+compile = task == 'train' and choose_compile(compile, device)
 if compile:     # the variants share code: beyond 8 graphs of a function the rest would run eagerly
     torch._dynamo.config.recompile_limit = 128
 matrix_size = matrix_size or (8192 if cuda else 2048)
@@ -148,7 +146,8 @@ def take_turns(sides):
                 if i >= 0:
                     row['seconds'].setdefault(measure, []).append(seconds)
     machine, *rows = [row for row, _ in sides]
-    return machine | {f'gflops_{d}': rate(2e-9 * matrix_size ** 3, s) for d, s in machine['seconds'].items()}, rows
+    work = 2e-9 * matrix_size ** 3
+    return machine | {f'gflops_{d}': spread(work / s for s in all_) for d, all_ in machine['seconds'].items()}, rows
 
 
 def use_kernels(row):
@@ -193,11 +192,6 @@ def spread(values):
     return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
 
 
-def rate(work, seconds):
-    """Work per second."""
-    return spread(work / s for s in seconds)
-
-
 def compare(rows, measure):
     """Adds to each row its tokens per second, and how many times as fast it is as others of the same sizes, by name."""
     for row in rows:
@@ -214,7 +208,7 @@ def compare(rows, measure):
         row[f'{measure}_speed'] = {
             name: spread(theirs / ours for ours, theirs in zip(row['seconds'][measure], found[0]['seconds'][measure]))
             for name, found in others.items() if found and found[0] is not row}
-        row[f'{measure}_tokens_per_second'] = rate(row['tokens'][measure], row['seconds'][measure])
+        row[f'{measure}_tokens_per_second'] = spread(row['tokens'][measure] / s for s in row['seconds'][measure])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

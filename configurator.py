@@ -12,7 +12,7 @@ A program keeps its knobs as plain variables between two ruler lines (comments o
     configure(globals())
 
 The block is read, not executed, a knob a line, and is its own documentation: a comment line at the knobs' own
-indentation titles a section, one indented deeper goes on with the comment above it. The type is that of the default; an
+indentation titles a section, one indented deeper continues the comment above it. The type is that of the default; an
 annotation adds None or choices. The fields of ModelConfig in model.py are knobs of train.py in the same way.
 
 Config files are `name = literal` lines (numbers may be calculated: 4 * 1024, 10**6), not executed either. The text of a
@@ -49,8 +49,8 @@ ELSEWHERE = {
 
 def fail(message):
     """Ends the program as every bad input ends it: one line on stderr, exit status 2."""
-    if os.environ.get('LOCAL_RANK', '0') != '0':            # of several processes the first speaks, and its end ends
-        time.sleep(10)                                      # the others, but for what one of them alone has met
+    if os.environ.get('LOCAL_RANK', '0') != '0':            # the first of several processes speaks and torchrun ends
+        time.sleep(10)                                      # the others; what one alone has met it says later
     say(f'{os.path.basename(sys.argv[0])}: ' + ' '.join(str(message).splitlines()), file=sys.stderr)
     raise SystemExit(2)
 
@@ -60,7 +60,8 @@ def say(line, file=None):
     terminal), what follows goes nowhere."""
     if file is None and os.environ.get('RANK', '0') != '0':
         return
-    file = file or sys.stdout
+    if (file := file or sys.stdout) is None:                # closed by who started us (>&-)
+        return
     try:
         print(('\r' + 79 * ' ' + '\r') * file.isatty() + line, file=file, flush=True)
     except OSError:
@@ -276,9 +277,9 @@ def configure(namespace, more=None, positional=None, argv=None, given=None):
         if positional in flags or len(extra) > 1:
             fail(f'{positional} is given more than once ({" ".join(extra)}); keep one of them')
         flags[positional] = extra[0]
+    values.update(flags)
     if help_wanted:
         print_help(knobs, values, namespace['__doc__'], positional or 'config/file.py ...')
-    values.update(flags)
     namespace.update({name: values[name] for name in own})
     given.update(flags)
     return values

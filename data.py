@@ -85,8 +85,8 @@ def fingerprint(path, files):
 def split(text, spans):
     """Documents text[start:end] of the spans, (n, 2) -> {'train': spans, 'val': spans}.
 
-    In their order documents go to val while they fit into 5% of the bytes. A lone one is cut where its last 5% begin, or
-    behind a line end if its last tenth has one.
+    In their order, each document that still fits into 5% of the bytes goes to val. A lone one is cut where its last 5%
+    begin, if possible at a line end in its last tenth.
     """
     if len(spans) == 1:
         start, end = spans[0].tolist()
@@ -108,12 +108,15 @@ def split(text, spans):
 def pieces(text, spans, what, log):
     """The documents' text, about a megabyte at a time -> (text, whether it ends a document).
 
-    It is cut in front of lines that are not indented: no chunk of PATTERN goes over that, but for blanks beyond ASCII.
+    It is cut in front of a blank, which no chunk of a tokenizer's pattern goes over, or where none is near, of a line that
+    is not indented.
     """
-    line_end, done, total, progress = re.compile(rb'\n(?=\S)'), 0, np.diff(spans).sum(), paced(log)
+    blank, line_end = re.compile(rb'[!-~](?= )'), re.compile(rb'\n(?=\S)')
+    done, total, progress = 0, np.diff(spans).sum(), paced(log)
     for start, end in map(np.ndarray.tolist, spans):
         while start < end:
-            found = line_end.search(text, start + 2**20, end)
+            at = start + 2**20
+            found = blank.search(text, at, min(at + 2**16, end)) or line_end.search(text, at, end)
             stop = found.end() if found else end
             yield text[start:stop].decode(), stop == end
             done, start = done + stop - start, stop
@@ -245,8 +248,11 @@ def named_vocabulary(source, tokenizer, log):
 def adopt(source, tokenizer, vocabulary, remarks, folder):
     """nanoGPT's train.bin and val.bin, used where they lie -> what meta.json says about them; writes vocab.json."""
     paths, V = [source / 'train.bin', source / 'val.bin'], vocabulary.vocab_size if vocabulary else 0
-    dtype, other = [id_type(path, V) for path in paths]
-    entries = {path.stem: {'path': str(path), **scan(path, dtype)} for path in paths}
+    try:
+        dtype, other = [id_type(path, V) for path in paths]
+        entries = {path.stem: {'path': str(path), **scan(path, dtype)} for path in paths}
+    except OSError as error:
+        raise DataError(f'{error.filename} cannot be read ({error.strerror})') from None
     if other != dtype:
         raise DataError(f'{source}: train.bin is made of {dtype}, val.bin of {other}')
     largest = max(entry['largest_id'] for entry in entries.values())

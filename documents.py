@@ -1,7 +1,7 @@
 """Files -> documents: text, rows of JSON or Parquet, gzip, in little memory. data.py makes tokens of them.
 
 A document is a text file, the stretch between two lines of just <|endoftext|> in one, or one row's text. What cannot be
-read is named, file and line; what is left out is counted.
+read is named, file and line; copies and files of other endings are counted.
 """
 
 import codecs
@@ -24,7 +24,7 @@ from tokenizer import EOT, DataError
 TEXT_ENDINGS = ('.txt', '.md', '.rst', '.tex', '.html', '.py', '.c', '.h', '.cpp', '.js', '.ts', '.java', '.go', '.rs')
 ROW_ENDINGS = ('.jsonl', '.ndjson', '.parquet')
 SEPARATOR = re.compile(rf'(?m)^{re.escape(EOT)}[ \t\r]*(?:\n|\Z)')
-BLOCK = 2**21                                                   # characters of a text file in memory at a time
+BLOCK = 2**21                                                   # characters of a text file in memory at a time, or a line
 ODD = {'inline': EOT + ' stands {:,} times where it is text: only in a text file, as a line of its own, does it end documents.',
        'like json': '{:,} files look like JSON lines and were read as plain text: name them .jsonl.'}
 
@@ -49,7 +49,7 @@ def ending(path):
 def list_files(folder, endings=TEXT_ENDINGS + ROW_ENDINGS, skip=r'\.'):
     """-> (files, sorted; remarks; problems), the latter two a sentence each.
 
-    skip: what the names of files and folders begin with that are passed over. Linked folders are visited, each once.
+    skip: names of files and folders that begin like this are passed over. Linked folders are visited, each once.
     """
     found, closed, seen, remarks = [], [], set(), []
     for parent, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
@@ -79,9 +79,9 @@ def list_files(folder, endings=TEXT_ENDINGS + ROW_ENDINGS, skip=r'\.'):
 def read_documents(files, remarks, problems, text_field, skip_bad_files, spool, log):
     """Appends the documents of all files to the binary file `spool`; in memory are 48 bytes of each.
 
-    files, remarks, problems: list_files(). -> spans (n, 2), where each document starts and ends; the remarks. Their order
-    is that of their SHA-256: arbitrary, so that the first N tokens are a fair sample, yet the same everywhere. Copies are
-    left out: one could end up on either side of a split. DataError if there are problems, unless skip_bad_files leaves
+    files, remarks, problems: list_files(). -> spans (n, 2), start and end of each document, in the order of the documents'
+    SHA-256; the remarks. That order is arbitrary, so that the first N tokens are a fair sample, yet the same everywhere.
+    Copies are left out: one could end up on either side of a split. DataError if there are problems, unless skip_bad_files leaves
     out all of a broken file.
     """
     log(f'  reading {len(files):,} files')
@@ -127,9 +127,10 @@ def read_documents(files, remarks, problems, text_field, skip_bad_files, spool, 
 def read_file(path, text_field, odd, problems):
     """A file -> (stretch of text, whether it ends a document). ValueError says why it cannot be read to its end."""
     try:
-        yield from (rows if ending(path) in ROW_ENDINGS else texts)(path, text_field, odd, problems)
+        yield from rows(path, text_field, problems) if ending(path) in ROW_ENDINGS else texts(path, odd)
     except UnicodeDecodeError as error:
-        raise ValueError(f'not {error.encoding.upper()} text; convert it (iconv -f ITS_ENCODING -t utf-8)') from None
+        raise ValueError(f'not {error.encoding.upper()} text; convert it (iconv -f ITS_ENCODING -t utf-8), or unpack it: '
+                         'of packed files only .gz is read') from None
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f'cannot be read ({getattr(error, "strerror", None) or error})') from None
 
@@ -141,7 +142,7 @@ def opened(path, errors='strict'):
     return io.TextIOWrapper(file, encoding, errors, newline='\n')
 
 
-def texts(path, text_field, odd, problems):
+def texts(path, odd):
     with opened(path) as file:
         block = ''.join(file.readlines(BLOCK))                  # whole lines, lest a separator be cut in two
         if block.count('\0') > len(block) / 4:
@@ -155,11 +156,11 @@ def texts(path, text_field, odd, problems):
     yield '', True
 
 
-def rows(path, text_field, odd, problems):
+def rows(path, text_field, problems):
     """Broken rows are left out and told of as one problem."""
     number, broken, first = 0, 0, None
-    reader = parquet_rows if ending(path) == '.parquet' else json_rows
-    for number, (where, row) in enumerate(reader(path, text_field), 1):
+    found = parquet_rows(path, text_field) if ending(path) == '.parquet' else json_rows(path)
+    for number, (where, row) in enumerate(found, 1):
         try:
             if row is None:
                 raise ValueError('not a JSON object')
@@ -184,7 +185,7 @@ def parse(line):
         return None
 
 
-def json_rows(path, text_field):
+def json_rows(path):
     with opened(path, 'surrogateescape') as lines:              # a bad byte breaks its row alone
         yield from ((f'line {number:,}', parse(line)) for number, line in enumerate(lines, 1) if line.strip())
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from result import VARIANT
 from stats import summary
 
+CACHE_KNOBS = {'attn', 'n_kv_head', 'kv_lora_rank'}     # knobs of an attention that make its cache larger or smaller
 MOST_DRAWN = 12                             # arms in a figure; the tables hold all of them
 COLOURS = ['#444444', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']
 
@@ -68,9 +70,10 @@ def log_axis(ax, values):
 
 
 def figure_curves(arms, r):
-    figure, (left, right) = canvas(8, 4, 1, 2)
-    base, something = arms[r['baseline']], False
-    for name, style in styles(r).items():
+    drawn, base, something = styles(r), arms[r['baseline']], False
+    figure, axes = canvas(8, 4, 1, 2 if len(drawn) > 1 else 1)
+    left, right = axes[0], axes[-1]                         # of one arm there are no differences
+    for name, style in drawn.items():
         steps, losses = curve(arms[name].values())
         something |= len(steps) > 1
         if steps:
@@ -79,26 +82,12 @@ def figure_curves(arms, r):
         steps, losses = curve([arms[name][seed] for seed in both] + [base[seed] for seed in both])
         if steps:
             band(right, steps, losses[:len(both)] - losses[len(both):], style, name)
-    right.axhline(0, color='#444444', lw=1)
+    if right is not left:
+        right.axhline(0, color='#444444', lw=1)
+        right.set(xlabel='optimizer updates', ylabel=f'loss minus {r["baseline"]} (nats)', title='Difference within pairs')
     left.set(xlabel='optimizer updates', ylabel='validation loss (nats)', title='Mean and 95% interval')
-    right.set(xlabel='optimizer updates', ylabel=f'loss minus {r["baseline"]} (nats)', title='Difference within pairs')
     legend(figure, left)
     return figure if something else None
-
-
-def figure_training(arms, r):
-    """Mean over runs, each point the mean of 5% of the log lines up to it: single batches are noisy."""
-    figure, (ax,) = canvas(8, 4)
-    for name, style in styles(r).items():
-        steps, losses = curve(arms[name].values(), 'train_loss')
-        width, start = 1 + len(steps) // 20, len(steps) // 5         # its fall from the start would hide what follows
-        if len(steps) > 1:
-            smooth = np.convolve(losses[:, start:].mean(0), np.full(width, 1 / width), 'valid')
-            ax.plot(steps[start + width - 1:], smooth, **style, lw=1.5, label=name)
-    ax.set(xlabel='optimizer updates, after the first fifth', ylabel='training loss (nats)',
-           title='Mean over runs, smoothed over 5% of the updates')
-    legend(figure, ax)
-    return figure if ax.lines else None
 
 
 def figure_forest(arms, r):
@@ -132,34 +121,44 @@ def figure_forest(arms, r):
 
 
 def figure_cache(arms, r):
-    """Loss against the cache; of each class of attention the best arms of their size are joined by a line."""
+    """Loss against the cache. A line joins arms that differ in its size alone; grey: the baseline's mean ± the margin."""
     drawn = {name: r['arms'][name] for name in styles(r)}
     if len(drawn) < 2:
         return None
     figure, (ax,) = canvas(8, 4.6)
     size = {name: arm['kv_cache_bytes_per_token_16bit'] for name, arm in drawn.items()}
-    kinds, named = dict.fromkeys(arm['attention_class'] for arm in drawn.values()), {}
-    for kind, colour, marker in zip(kinds, COLOURS[1:], 'oDs^vP'):
-        best = {}
-        for name in (name for name in drawn if drawn[name]['attention_class'] == kind):
-            beside = [other for other in drawn if size[other] == size[name]]    # arms of one size stand side by side
-            side = beside.index(name) - (len(beside) - 1) / 2
-            x, s = size[name] * 1.04 ** side, drawn[name][r['metric']]
-            ax.plot([x, x], [s['low'], s['high']], color=colour, lw=1.5)
-            ax.plot(x, s['mean'], marker, color=colour, ms=8, mec='white')
-            named[name] = x, s['mean'], side, colour
-            best[size[name]] = min(best.get(size[name], (x, s['mean'])), (x, s['mean']), key=lambda point: point[1])
-        ax.plot(*zip(*sorted(best.values())), color=colour, lw=2, alpha=0.4, zorder=1)
-        label = {'MultiHeadAttention': 'heads, shared or not', 'LatentAttention': 'latents'}.get(kind, kind)
+    looks = dict(zip(dict.fromkeys(arm['attention_class'] for arm in drawn.values()), zip(COLOURS[1:], 'oDs^vP')))
+    rest, lines, named = sorted({*VARIANT, 'd_ff'} - CACHE_KNOBS), {}, {}
+    for name, arm in drawn.items():
+        beside = [other for other in drawn if size[other] == size[name]]        # arms of one size stand side by side
+        side = beside.index(name) - (len(beside) - 1) / 2
+        x, s, (colour, marker) = size[name] * 1.04 ** side, arm[r['metric']], looks[arm['attention_class']]
+        ax.plot([x, x], [s['low'], s['high']], color=colour, lw=1.5)
+        ax.plot(x, s['mean'], marker, color=colour, ms=8, mec='white')
+        named[name] = x, s['mean'], side, colour
+        config = next(iter(arms[name].values()))['config']
+        lines.setdefault((colour, *(config.get(knob) for knob in rest)), []).append((x, s['mean']))
+    for (colour, *_), points in lines.items():
+        if len(points) > 1:
+            ax.plot(*zip(*sorted(points)), color=colour, lw=2, alpha=0.4, zorder=1)
+    for kind, (colour, marker) in looks.items():
+        label = {'MultiHeadAttention': 'multi-head attention', 'LatentAttention': 'latent attention'}.get(kind, kind)
         ax.plot([], [], marker + '-', color=colour, label=label)
-    log_axis(ax, sorted(set(size.values())))
+    log_axis(ax, ticks := sorted(set(size.values())))
     ax.margins(0.2, 0.1)
-    if max(size.values()) < 2 * min(size.values()):         # or arms of one size would stand as far apart as the axis is long
-        ax.set_xlim(min(size.values()) / 2, 2 * max(size.values()))
-    ax.set(xlabel='cache, bytes per token (all layers, 2 bytes a number)', ylabel=f'{r["label"]} ({r["unit"]})')
+    if ticks[-1] < 2 * ticks[0]:                            # or arms of one size would stand as far apart as the axis is long
+        ax.set_xlim(ticks[0] / 2, 2 * ticks[-1])
     n = [len(arm['values']) for arm in drawn.values()]
-    n = ' to '.join(map(str, sorted({min(n), max(n)})))
-    ax.set_title(f'Mean and 95% interval, n = {n} seeds; lines join the best of each size', fontsize=10)
+    title, x_label = f'Mean and 95% interval, n = {" to ".join(map(str, sorted({min(n), max(n)})))} seeds', ''
+    if base := drawn.get(r['baseline']):
+        middle, whole = base[r['metric']]['mean'], max(1, size[r['baseline']])
+        ax.axhspan(middle - r['margin'], middle + r['margin'], color='#999999', alpha=0.2, lw=0, zorder=0)
+        ax.set_xticks(ticks, [f'{x:g}\n{x / whole:.0%}' for x in ticks])
+        title += f'; grey: {r["baseline"]} ± {r["margin"]:g} {r["unit"]}, the margin'
+        x_label = f'; below: in % of {r["baseline"]}\'s'
+    ax.set(xlabel='cache, bytes per token (all layers, 2 bytes a number)' + x_label,
+           ylabel=f'{r["label"]} ({r["unit"]}), lower is better')
+    ax.set_title(title, fontsize=10)
     legend(figure, ax)
     name_points(figure, ax, named)
     return figure
@@ -168,7 +167,7 @@ def figure_cache(arms, r):
 def name_points(figure, ax, named):
     """{name: (x, y, side, colour)}: each name at the first place around its point where it covers no point and no name.
 
-    side: below or above 0 if neighbours are to the right or to the left, where nobody would know whose name it is.
+    side: below 0 if a neighbour stands to the right, above 0 if to the left; no name goes to that side.
     """
     from matplotlib.transforms import Bbox
     figure.draw_without_rendering()
@@ -201,11 +200,10 @@ def figure_rates(arms, r):
     return figure
 
 
-FIGURES = [('cache.png', 'loss against bytes of cache per token, at 2 bytes a number; each arm over its own seeds',
-            figure_cache),
+FIGURES = [('cache.png', 'loss against bytes of cache per token, at 2 bytes a number, each arm over its own seeds; lines join arms '
+            'that differ in that alone', figure_cache),
            ('forest.png', 'paired differences with 95% intervals and the margin', figure_forest),
-           ('curves.png', 'validation loss during training, and its paired difference', figure_curves),
-           ('training.png', 'training loss', figure_training)]
+           ('curves.png', 'validation loss during training, and its paired difference', figure_curves)]
 FIGURES_OF_RATES = [('rates.png', 'each arm at each learning rate', figure_rates)]
 
 

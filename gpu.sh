@@ -5,7 +5,7 @@
 #   ./gpu.sh                            for BUDGET=570 seconds at most (0: to the end); exit status 75: call again
 #   OUT=FOLDER ./gpu.sh                 JSON, Markdown and logs go there (out/gpu-results)
 #   ./gpu.sh --dataset=/data/code       flags go to every training run
-#   REHEARSE=1 ./gpu.sh                 every stage at a size of seconds, on the CPU: out/rehearsal
+#   REHEARSE=1 ./gpu.sh                 every stage at a size of seconds, on the CPU: out/rehearsal-results
 #
 # A stage that ended well leaves OUT/done/STAGE and is skipped from then on; the next call tries again what failed or
 # was cut off: training runs go on from their checkpoints in out/gpu, finished ones stand in OUT/experiment and are not

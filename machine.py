@@ -96,7 +96,7 @@ def environment(device):
     """Where and with what something was run, for a result file. $GIT_COMMIT names the commit of a copy without .git."""
     ours = git('ls-files', '--error-unmatch', Path(__file__).name)      # not a repository that this one is only copied into
     changes = ours and git('status', '--porcelain', '--untracked-files=no')
-    return {'device_name': device_name(device), 'threads': torch.get_num_threads(), 'torch': torch.__version__,
+    return {'device_name': device_name(device), 'threads': torch.get_num_threads(), 'torch': str(torch.__version__),
             'python': platform.python_version(), 'platform': platform.platform(),
             'git_commit': ours and git('rev-parse', 'HEAD') or os.environ.get('GIT_COMMIT'),
             'git_dirty': None if changes is None else bool(changes)}

@@ -29,12 +29,17 @@ value() {       # the value of one of the plan's words
     sed 's/#.*//' "$PLAN" | awk -v word="$1" '$1 == word { $1 = ""; print substr($0, 2) }'
 }
 [ -r "$PLAN" ] || { echo "reproduce.sh: no plan $PLAN; PLAN=FILE names one" >&2; exit 2; }
+for word in $(sed 's/#.*//' "$PLAN" | awk '{ print $1 }'); do
+    case " config experiment seeds rates rates_seed rates_steps margin contrasts may_differ arm extra " in *" $word "*) ;;
+        *) echo "reproduce.sh: $PLAN: no such word as $word, see the head of this script" >&2; exit 2 ;; esac
+done
+[ -z "$search" ] || [ -n "$(value rates)" ] || { echo "reproduce.sh: $PLAN has no rates" >&2; exit 2; }
 experiment=$(value experiment)
 [ -z "$search" ] || experiment=$experiment-rates
 [ "$JOBS" -ge 1 ] 2> /dev/null || { echo "reproduce.sh: JOBS=$JOBS must be a number from 1 on" >&2; exit 2; }
 [ -z "$KEEP" ] || mkdir -p "$KEEP" || exit 2
 for arm in $ARMS; do
-    [[ $'\n'$(value arm; value extra) == *$'\n'"$arm "* ]] || { echo "reproduce.sh: $PLAN has no arm $arm" >&2; exit 2; }
+    [[ $'\n'$(value arm; [ -n "$search" ] || value extra) == *$'\n'"$arm "* ]] || { echo "reproduce.sh: $PLAN has no arm $arm" >&2; exit 2; }
 done
 
 runs() {        # every run in its order: name, seed, learning rate, flags
@@ -76,8 +81,8 @@ reap() {        # look after the runs until fewer than $1 are going
         sleep 0.2
     done
 }
-# A signal is handed on, and what is going on is waited for until it has saved. So is Ctrl-C: it reaches the runs by itself,
-# but those that are still loading ignore it, as all that a script starts with & does
+# A signal is passed on, and the script waits until the runs have saved. So is Ctrl-C: it reaches the runs by itself, but they
+# ignore it while they load, as all that a script starts with & does
 hand_on() { failed=$1; kill -TERM ${pids[@]+"${pids[@]}"} 2> /dev/null; }
 trap 'hand_on 130' INT
 trap 'hand_on 143' TERM HUP

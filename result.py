@@ -1,4 +1,4 @@
-"""What a run's folder holds. train.py writes it, analyze.py reads it and compares; only checkpoints need torch.
+"""What a run's folder holds. train.py writes it, analyze.py reads it and compares; only writing it needs torch.
 
     folder = RunFolder('out/laptop/lora-s0')
     checkpoint = folder.open(config, data, resume='auto')       # what to go on from; or one line and the end
@@ -28,8 +28,8 @@ SCHEMAS = {1: 'every weight N(0, 0.02), router losses averaged over the layers',
 SCHEMA = max(SCHEMAS)                               # of the result.json and checkpoint.pt that are written
 STATUSES = ('running', 'complete', 'interrupted', 'diverged')
 NAME_LENGTH = 60                                    # of a run's name, at most: what fits a table
-# May differ between a run and its continuation: these change no number but by rounding, or say where things lie. The
-# data's hashes must agree, whatever it is called
+# May differ between a run and its continuation: these change numbers by rounding at most, or only say where things lie. The
+# data may have another name, not another hash
 INDIFFERENT = {'resume', 'overwrite', 'out_dir', 'data_root', 'micro_batch_size', 'log_interval', 'checkpoint_interval',
                'eval_interval', 'compile', 'shard', 'tracker', 'dataset', 'text_field', 'extended_at'}
 
@@ -69,6 +69,7 @@ class RunFolder:
             self.lock()
         if overwrite:
             if writer:                                      # or a later --resume=True would find what was there before
+                self.result.unlink(missing_ok=True)
                 self.checkpoint.unlink(missing_ok=True)
                 self.best_file.unlink(missing_ok=True)
                 shutil.rmtree(self.path / 'tensorboard', ignore_errors=True)
@@ -213,7 +214,7 @@ def read_weights(path, given):
 
     PATH: a run's folder, a checkpoint file, or a Hugging Face folder. same_vocabulary(tokenizer): whether a Tokenizer,
     or None where token files have none, gives the ids of these weights. given: {knob: value} of flags and config
-    files; they must say what is read, but for what has no weights: context and rotary positions.
+    files; they must agree with what is read, except context and rotary positions, which have no weights.
     """
     import hf
     import numpy as np
@@ -230,6 +231,7 @@ def read_weights(path, given):
     except ValueError as error:
         fail(f'--init_from: {error}')
     network, digest = vars(model.config), hashlib.sha256()
+    trained = network['block_size']
     for file in files:
         digest.update(np.memmap(file, mode='r'))
     for knob, value in given.items():
@@ -237,6 +239,8 @@ def read_weights(path, given):
             if not knob.startswith(('rope_', 'block_size')):
                 fail(f'--{knob}={value} is not what {path} has: {network[knob]}')
             network[knob] = value
+    if network['rope_scaling'] in ('dynamic', 'yarn'):      # stretch from the context that the weights know
+        network['rope_original_context'] = network['rope_original_context'] or trained
     return network, model.state_dict(), same_vocabulary, digest.hexdigest()
 
 
@@ -249,8 +253,8 @@ FIELDS = {field: kind for kind, fields in {         # final.* are needed in comp
     'a line of text': 'name config.optimizer config.dtype model.attention_class data.dataset data.tokenizer '
                       'data.train_sha256 data.val_sha256 environment.device_name environment.torch',
     'a whole number': 'config.seed config.n_layer config.n_head config.n_embd config.d_ff config.n_expert config.top_k '
-                      'config.block_size config.batch_size config.max_steps data.vocab_size data.train_tokens '
-                      'data.val_tokens environment.world_size',
+                      'config.block_size config.batch_size config.max_steps config.warmup_steps data.vocab_size '
+                      'data.train_tokens data.val_tokens environment.world_size',
     'a number': 'config.learning_rate model.params_total model.params_active model.kv_cache_bytes_per_token_16bit '
                 'data.uniform_loss data.unigram_loss final.val_loss final.val_accuracy',
     'a number or null': 'environment.threads final.val_perplexity final.val_bits_per_byte final.peak_memory_gb '

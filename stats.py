@@ -24,7 +24,7 @@ def root(f, low, high, rounds=60):
 
 
 def t_tail(t, df):
-    """P(T > t) of Student's t, whole df, to 1e-15: Abramowitz & Stegun 26.7.3 (odd df), 26.7.4 (even)."""
+    """P(T > t) of Student's t, whole df, to 1e-13: Abramowitz & Stegun 26.7.3 (odd df), 26.7.4 (even)."""
     theta, odd = math.atan(abs(t) / math.sqrt(df)), df % 2
     sin, cos = math.sin(theta), math.cos(theta)
     term = cos if odd else 1.0
@@ -66,7 +66,7 @@ def noncentral_t_cdf(t, df, ncp):
 
 
 def ncp_interval(t, df):
-    """The noncentralities that an observed t does not reject (Steiger & Fouladi 1997); / sqrt(n): d_z's."""
+    """The 95% interval of the noncentrality behind a t (Steiger & Fouladi 1997); divided by sqrt(n), that of d_z."""
     reach = 20 * math.sqrt(1 + t * t / (2 * df))
     return [root(lambda ncp: p - noncentral_t_cdf(t, df, ncp), t - reach, t + reach, 50)
             for p in (1 - ALPHA / 2, ALPHA / 2)]
@@ -144,7 +144,7 @@ def correlation(x, y):
     """Pearson's r of two lists, or None where it has none: fewer than three pairs, or a list that is one number."""
     if len(x) < 3 or not summary(x)['sd'] or not summary(y)['sd']:
         return None
-    return max(-1.0, min(1.0, float(np.corrcoef(x, y)[0, 1])))
+    return float(np.corrcoef(x, y)[0, 1])
 
 
 def paired(variant, base, margin, tests=1):

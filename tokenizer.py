@@ -67,7 +67,7 @@ class Tokenizer:
         return [i for piece in pieces for i in self.encoding.encode_ordinary(piece)]
 
     def decode_bytes(self, ids):
-        """list of ids -> bytes; eot shows as <|endoftext|>, an id beyond the vocabulary, which a wider model may choose, as
+        """list of ids -> bytes; eot shows as <|endoftext|>, an id beyond the vocabulary (a model may have more ids) as
         nothing. A token may end within a character."""
         return b''.join([self.shown[i] for i in ids if i < self.vocab_size])
 

@@ -49,8 +49,8 @@ bias_update_rate = 0.001        # sigmoid: step of the selection bias after each
 
 # Machine
 device = 'auto'                 # auto: cuda, else mps, else cpu; or one of them by name (cuda:1, ...)
-dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the products; auto: bfloat16 where the processor computes in
-                                # it, on a CPU (AVX512-BF16, AMX) from a width of 256; else float32
+dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the products; auto: bfloat16 if the processor computes in it
+                                # (a CPU with AVX512-BF16 or AMX only from a width of 256), else float32
 compile: bool | None = None     # torch.compile; none: on GPUs
 plain_kernels = False           # every computation of kernels.py in its plain form: slower; for double backward, for doubt
 shard = False                   # several GPUs: split parameters and optimizer over them (FSDP2); otherwise copies (DDP)
@@ -61,7 +61,7 @@ name = ''                       # of the arm, in tables and folder names; empty:
 out_dir = ''                    # empty: out/<experiment>/<name>-s<seed>
 eval_interval = 10              # updates between evaluations of the whole validation split; one always comes last
 checkpoint_interval = 0         # updates between checkpoints; 0: at evaluations
-log_interval = 0                # updates between log lines; 0: so that a run has at most 200
+log_interval = 0                # updates between log lines; 0: at most 200, and one at each evaluation
 tracker: Literal['', 'wandb', 'tensorboard'] = ''   # show the numbers there too; an installed package
 resume: Literal['auto'] | bool = False  # go on from the checkpoint; auto: if there is one, and else start
 overwrite = False               # throw away what the folder holds
@@ -281,6 +281,8 @@ result = {'schema': SCHEMA, 'status': 'running', 'name': name,
           'environment': {**environment(device), 'world_size': world_size,
                           'source_sha256': {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
                                             for p in sorted(Path(__file__).resolve().parent.glob('*.py'))}}}
+before = checkpoint.get('environments', []) if checkpoint else []           # of a run that goes on: where it has been
+result['earlier_environments'] = [environment for environment in before if environment != result['environment']]
 history, final, step, step_seconds, seconds_before = [], None, 0, [], 0.0       # step: updates done
 if checkpoint:
     history, final, step, step_seconds, seconds_before = (
@@ -315,6 +317,7 @@ def save_checkpoint():
             'schema': SCHEMA, 'config': config, 'model_config': vars(network), 'data': described, 'model': weights,
             'optimizer': moments, 'step': step, 'history': history, 'final': final, 'step_seconds': step_seconds,
             'seconds_total': seconds_before + time.perf_counter() - start, 'started': result['started'],
+            'environments': [*result['earlier_environments'], result['environment']],
             'tokenizer': corpus.tokenizer.state() if corpus.tokenizer else None})
 
 
@@ -332,10 +335,10 @@ def diverge(cause):
 say(f'{name}, seed {seed}: {facts["attention_class"]}, {facts["params_total"] / 1e6:.1f}M parameters, '
     f'{facts["params_active"] / 1e6:.1f}M active per token, {facts["params_attention"] / 1e6:.2f}M in attention; '
     f'cache {facts["kv_cache_bytes_per_token"]:,} bytes a token in {dtype}')
-text, times = described, max_steps * batch_size * block_size / described['train_tokens']
-say(f'data: {text["dataset"]} in {text["vocab_size"]:,} tokens ({text["tokenizer"]}); {text["train_tokens"]:,} for '
-    f'training, seen {times:.2f} times; {text["val_tokens"]:,} for validation')
-say(f'a uniform guess costs {text["uniform_loss"]:.3f} nats a token, one by frequency {text["unigram_loss"]:.3f}')
+times = max_steps * batch_size * block_size / described['train_tokens']
+say(f'data: {described["dataset"]} in {described["vocab_size"]:,} tokens ({described["tokenizer"]}); '
+    f'{described["train_tokens"]:,} for training, seen {times:.2f} times; {described["val_tokens"]:,} for validation')
+say(f'a uniform guess costs {described["uniform_loss"]:.3f} nats a token, one by frequency {described["unigram_loss"]:.3f}')
 say(f'{max_steps} updates of {batch_size} x {block_size} tokens on {result["environment"]["device_name"]}'
     f'{f" x {world_size}" if world_size > 1 else ""}, {dtype}{", compiled" if compile else ""} -> {folder.path}/')
 if step:
@@ -365,7 +368,7 @@ def ask_to_stop(number, frame):
     signal.signal(number, signal.SIG_DFL)                   # a second one ends the process at once
 
 
-signal.signal(signal.SIGINT, ask_to_stop)                   # though scripts have it ignored by what they start with &
+signal.signal(signal.SIGINT, ask_to_stop)                   # what a script starts with & ignores it otherwise
 signal.signal(signal.SIGTERM, ask_to_stop)
 if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:         # ignored under nohup
     signal.signal(signal.SIGHUP, ask_to_stop)               # the terminal was closed

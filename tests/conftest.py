@@ -168,7 +168,7 @@ def result(name='baseline', seed=0, loss=4.0, **changes):
             'attn': name.removesuffix('-again'), 'name': name, 'seed': seed, 'dataset': 'stdlib',
             'tokenizer': 'bpe', 'n_layer': 4, 'n_head': 4, 'n_kv_head': 4, 'n_embd': 128, 'd_ff': 256,
             'n_expert': 4, 'top_k': 2,
-            'block_size': 128, 'batch_size': 8, 'micro_batch_size': 8, 'max_steps': 100,
+            'block_size': 128, 'batch_size': 8, 'micro_batch_size': 8, 'max_steps': 100, 'warmup_steps': 10,
             'learning_rate': 1e-3, 'optimizer': 'adamw', 'device': 'cpu', 'dtype': 'float32',
             'compile': False, 'q_lora_rank': None,
             'rope_theta': 10000.0, 'rope_factor': 1.0, 'out_dir': 'out', 'experiment': 'laptop'},

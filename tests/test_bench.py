@@ -62,7 +62,7 @@ def sizes(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def decode(tmp_path_factory):
-    return measure(tmp_path_factory.mktemp('decode'), task='decode', variants='gqa,lora', prompts='24,8')
+    return measure(tmp_path_factory.mktemp('decode'), task='decode', variants='gqa,lora', prompts='24,8', compile=True)
 
 
 @pytest.fixture(scope='module')
@@ -366,6 +366,10 @@ def test_each_kernel_takes_turns_at_being_plain(plain):
         else:
             fast = find(plain, plain='none', mode=row['mode'])
             same_ratio(row['decode_speed']['to fast'], row['seconds']['decode'], fast['seconds']['decode'])
+
+
+def test_decoding_is_not_compiled_and_does_not_say_so(decode):
+    assert decode['config']['compile'] is False and 'compiled' not in decode['markdown']
 
 
 def test_in_its_turn_a_kernel_alone_is_plain_and_afterwards_fast_again(program, monkeypatch):

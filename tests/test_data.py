@@ -17,12 +17,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import regex
 from conftest import REPOSITORY, message_of, silent, text
 
 import data
 from data import Corpus, DataError, prepare
 from documents import read_documents
-from tokenizer import Tokenizer, make_tokenizer, read_characters
+from tokenizer import PATTERN, Tokenizer, make_tokenizer, read_characters
 
 
 @pytest.fixture
@@ -116,6 +117,17 @@ def test_a_file_is_split_at_its_end_of_text_lines(tmp_path):
     inline.write_text('about <|endoftext|> in a line\n' * 30)
     assert Corpus(prepare(str(inline), 'bytes', 0, tmp_path / 'root', silent),
                   block_size=4).meta['train']['documents'] == 1
+
+
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize('source', ['def f(x):\n    return x  # a line\n\n\n' * 40_000, 'one line, and no end of it; ' * 50_000])
+def test_text_is_cut_where_no_chunk_of_a_tokenizer_goes_over_also_where_lines_never_end(source):
+    pieces = [piece for piece, _ in data.pieces(source.encode(), np.array([[0, len(source)]]), 'x', silent)]
+    assert len(pieces) == 2 and ''.join(pieces) == source and len(pieces[0]) < 2**20 + 2**16
+    for pattern in (PATTERN, GPT2):
+        assert [chunk for piece in pieces for chunk in regex.findall(pattern, piece)] == regex.findall(pattern, source)
 
 
 # ---- the embedded corpus -----------------------------------------------------------------------------------
@@ -388,6 +400,13 @@ def test_what_cannot_be_ids_is_refused(tmp_path, content, part):
         assert names == ['val.bin'] and 'val.bin' in message or part in message and 'train.bin' in message
 
 
+def test_a_token_file_that_cannot_be_read_is_named_and_not_the_place_of_the_result(tmp_path):
+    source = nanogpt(tmp_path / 'x', [1] * 50, [2] * 50)
+    (source / 'train.bin').unlink()
+    (source / 'train.bin').mkdir()
+    assert 'x/train.bin cannot be read (Is a directory)' in refused(prepare, str(source), 'bpe', 4096, tmp_path / 'root', silent)
+
+
 def test_characters_are_not_taken_for_bytes(tmp_path):
     source = nanogpt(tmp_path / 'x', list(range(65)) * 50, list(range(65)) * 50)
     assert 'no text' in refused(prepare, str(source), 'bytes', 0, tmp_path / 'root', silent)
@@ -421,7 +440,7 @@ def test_a_prepared_folder_can_be_given_as_the_dataset_with_no_other_tokenizer(p
     (lambda p: p.write_bytes(b''), 'too little'),
     (lambda p: p.write_bytes(b' \n\n'), 'too little'), (lambda p: p.write_bytes(b'x'), 'too little'),
     (lambda p: (p.mkdir(), (p / 'a.jsonl').write_text('{"text": "\u4e2d"}\n' * 9)), 'too little'),
-    (lambda p: p.write_bytes(b'caf\xe9'), 'not UTF-8'),
+    (lambda p: p.write_bytes(b'caf\xe9'), 'not UTF-8'), (lambda p: p.write_bytes(b'BZh91AY\xff'), 'of packed files only .gz is read'),
     (lambda p: (p.mkdir(), (p / 'a.txt').write_bytes(b'\xff\xfa')), 'a.txt: not UTF-8'),
     (lambda p: p.write_bytes(b'\xff\xfea'), 'not UTF-16'),
     (lambda p: p.write_bytes('some text'.encode('utf-16-le')), 'zero bytes'),

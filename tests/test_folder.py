@@ -104,7 +104,7 @@ def test_a_finished_run_is_kept_unless_told_otherwise(place, capsys):
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
     (path / 'tensorboard').mkdir()                          # with the curves of the run that is thrown away
     assert opened(path, overwrite=True, seed=5)[0] is None
-    assert not (path / 'checkpoint.pt').exists() and not (path / 'tensorboard').exists()
+    assert [p.name for p in path.iterdir()] == ['.lock']    # killed now, it must not pass for the finished run
 
 
 def test_a_finished_run_whose_checkpoint_is_gone_is_not_replaced_by_one_from_the_beginning(place, capsys):
@@ -341,6 +341,9 @@ def test_weights_to_start_from_come_with_their_hash_network_and_vocabulary(tmp_p
     assert same_vocabulary(known) and not same_vocabulary(byte_tokenizer(97, 98)) and not same_vocabulary(None)
     changed = read_weights(tmp_path, {'block_size': 64, 'rope_theta': 5.0, 'attn': 'mla', 'kv_lora_rank': None, 'vocab_size': 9})[0]
     assert changed == {**vars(config), 'block_size': 64, 'rope_theta': 5.0}
+    for scaling in ('dynamic', 'yarn'):                     # they stretch from the context that the weights know
+        longer = read_weights(tmp_path, {'block_size': 1024, 'rope_scaling': scaling, 'rope_factor': 2.0})[0]
+        assert longer['rope_original_context'] == config.block_size
     for knob, value in (('attn', 'baseline'), ('n_layer', 6), ('kv_lora_rank', 8)):         # the first two are defaults
         assert f'--{knob}={value} is not what' in refusal(capsys, read_weights, tmp_path, {knob: value})
     assert 'is not there' in refusal(capsys, read_weights, tmp_path / 'nowhere', {})

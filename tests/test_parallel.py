@@ -2,7 +2,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPOSITORY  # noqa: F401  (puts the scripts on the path)
 from torch.distributed.tensor import DTensor
 
 import parallel

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
@@ -89,6 +88,20 @@ def test_a_typo_runs_nothing_and_is_one_line(place, env, words):
     assert status == 2 and not calls and err.count('\n') == 1 and words in err
 
 
+@pytest.mark.parametrize('old, new, arguments, words', [
+    ('margin ', 'margn ', (), 'no such word as margn'), ('contrasts', 'contrast', (), 'no such word as contrast'),
+    ('rates  ', '#', ('rates',), 'has no rates')])
+def test_a_word_that_plans_do_not_have_would_change_the_claim_and_runs_nothing(place, old, new, arguments, words):
+    (place / 'config/laptop.plan').write_text(PLAN.replace(old, new))
+    status, runs, calls, err = run(place, *arguments)
+    assert status == 2 and not calls and err.count('\n') == 1 and words in err
+
+
+def test_extras_take_no_part_in_the_search_for_rates(place):
+    status, runs, calls, err = run(place, 'rates', ARMS='extra')
+    assert status == 2 and not calls and err.count('\n') == 1 and 'has no arm extra' in err
+
+
 def test_a_result_that_could_not_be_kept_stops_the_rest_and_none_that_was_cut_off_passes_for_one(place):
     (place / 'cp').write_text('#!/bin/sh\nprintf { > "$2"; exit 1\n')
     (place / 'cp').chmod(0o755)
@@ -149,4 +162,4 @@ def test_plans_that_are_shipped_name_files_that_exist_and_arms_once():
         assert len(names) == len(set(names)) and (REPOSITORY / value['config'][0]).exists()
         pairs = value.get('contrasts', [''])[0].split(',')
         assert all(name in names for pair in pairs if pair for name in pair.split(':'))
-    assert plans and isinstance(plans[0], Path)
+    assert plans

@@ -118,12 +118,13 @@ def test_an_aa_arm_must_be_the_baselines_network(tmp_path):
 def test_other_source_files_or_commits_are_a_caveat_not_a_refusal(tmp_path):
     runs = experiment(range(3))
     runs[-1]['environment'].update(git_commit='def', git_dirty=True, source_sha256={'model.py': '22'})
+    runs[-2]['earlier_environments'] = [{**runs[-2]['environment'], 'device_name': 'another'}]
     folder = save(tmp_path, *runs)
     assert disagreements(load(folder, 'baseline'), 'baseline') == []
     arms = load(folder, 'baseline')
     text = '\n'.join(analyze.report(arms, analyze.compare(arms, 'baseline', 'val_loss', 0.01)))
     assert 'environment.git_commit differs' in text and 'source changed between the runs: model.py' in text
-    assert 'uncommitted changes: enhanced seed 2' in text
+    assert 'uncommitted changes: enhanced seed 2' in text and '(earlier_environments): lora seed 2.' in text
 
 
 def test_the_same_name_and_seed_twice_is_refused_naming_both_files(tmp_path, capsys):

@@ -119,7 +119,8 @@ def test_a_run_whose_optimizer_holds_another_model_is_refused(train, monkeypatch
 def test_the_result_file_has_the_fields_of_its_schema(train):
     result = result_of(train(attn='mla'))
     assert set(result) == {'schema', 'status', 'name', 'started', 'finished', 'error', 'config', 'model', 'data', 'environment',
-                           'history', 'final', 'best'}
+                           'earlier_environments', 'history', 'final', 'best'}
+    assert result['earlier_environments'] == []
     assert result['schema'] == SCHEMA
     knobs = [*run_knobs()[0], *run_knobs()[1]]
     assert set(knobs) <= set(result['config']) and len(knobs) > 50          # every knob, with the row applied:
@@ -292,6 +293,16 @@ def test_a_resume_may_change_what_changes_no_number(train, interrupted):
     changed = result_of(train('run', resume=True, micro_batch_size=2, log_interval=2, checkpoint_interval=5))
     assert changed['final']['val_loss'] == pytest.approx(alone['final']['val_loss'], rel=1e-5)
     assert changed['config']['micro_batch_size'] == 2
+
+
+def test_a_run_that_goes_on_elsewhere_tells_where_it_has_been(train, interrupted, monkeypatch):
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(machine, 'device_name', lambda device: 'another processor')
+        assert interrupted('run').code == 130
+        assert interrupted('run', at=3, resume=True).code == 130
+    result = result_of(train('run', resume=True))
+    assert [e['device_name'] for e in result['earlier_environments']] == ['another processor']
+    assert result['environment']['device_name'] != 'another processor'
 
 
 def test_a_finished_run_that_is_extended_ends_in_the_bits_of_a_long_one_where_the_schedule_is_the_same(train):
