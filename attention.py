@@ -210,7 +210,7 @@ class LatentAttention(nn.Module):
         """Whether T new tokens should attend to S cached ones in the latent space: compares the multiply-adds a head needs.
 
         If 2r > dn + dv, absorbing pays for few new tokens: for S >> T, fewer than r (dn + dv) / (2r - dn - dv), which is
-        64 for `lora`, 96 for `mla` at C = 384, 170.7 at DeepSeek-V3's sizes. If not, it always does.
+        64 for `lora`, 96 for `mla` at C = 384, 170.7 at DeepSeek-V3's sizes. If 2r <= dn + dv, it always does.
         """
         if self.decode_mode != 'auto':
             return self.decode_mode == 'absorb'
@@ -323,6 +323,8 @@ def lay_over_row(config):
         require(config.rope_scaling == 'yarn',
                 f'rope_attention_factor means nothing to rope_scaling={config.rope_scaling}: only yarn has one')
         require(0 < amplitude < math.inf, f'rope_attention_factor must be above 0, not {amplitude}')
+    require(config.rope_scaling not in ('linear', 'yarn') or config.rope_factor > 1 or amplitude,
+            f'rope_scaling={config.rope_scaling} changes nothing at rope_factor=1: give --rope_factor=2, say')
 
 
 def require(holds, otherwise):

@@ -81,8 +81,8 @@ class LayerCache:
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0, trunk=None, static=False):
     """Yield max_new_tokens times the next token of every prompt, an int64 tensor (B,) on the CPU.
 
-    prompts: B lists of token ids, at least one each, of any lengths; each gets the logits it would get alone, until the
-    longest fills the cache, and but for `dynamic` scaling, whose angles follow the size of the cache that all share.
+    prompts: B lists of token ids, at least one each, of any lengths; each gets the logits it would get alone until the
+    longest fills the cache; not under `dynamic` scaling, whose angles follow the size of the cache that all share.
     temperature 0 (below 1e-6) takes the largest logit; else a draw from softmax(logits / temperature) over the top_k
     largest (None: all) and, of these, the fewest that together have probability top_p (nucleus sampling, Holtzman et al.
     2020, arXiv 1904.09751), by one CPU generator seeded with `seed`. A full cache (block_size tokens) is rebuilt from its
@@ -96,20 +96,18 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
                          f'top_p ({top_p}) above 0 and at most 1')
     size, device = model.config.block_size, model.embed.weight.device
     generator = torch.Generator().manual_seed(seed)
-    texts = [list(p)[-size:] for p in prompts]
-    cache = new = None
+    texts, cache = [list(p)[-size:] for p in prompts], None
+    capacity = min(size, max(map(len, texts)) + max_new_tokens)                     # of every cache: see static
     for _ in range(max_new_tokens):
-        if cache is None or cache.filled == cache.capacity:
-            if cache is not None:
-                texts = [t[-(size // 2 or 1):] for t in texts]
-            longest = max(map(len, texts))
-            starts = [longest - len(t) for t in texts]                          # empty slots to the left of short ones
-            tokens = torch.tensor([[0] * s + t for s, t in zip(starts, texts)], device=device)
-            cache = model.new_cache(len(texts), min(size, longest + max_new_tokens), starts, static)
-            logits = model.decode(tokens, cache, trunk)
+        if cache and cache.filled < capacity:
+            tokens = new.to(device).unsqueeze(1)
         else:
-            logits = model.decode(new.to(device).unsqueeze(1), cache, trunk)
-        new = choose(logits.float().cpu(), temperature, top_k, top_p, generator)
+            texts = [t[-(size // 2 or 1):] for t in texts] if cache else texts
+            longest = max(map(len, texts))
+            starts = [longest - len(t) for t in texts]                              # empty slots to the left of short ones
+            tokens = torch.tensor([[0] * s + t for s, t in zip(starts, texts)], device=device)
+            cache = model.new_cache(len(texts), capacity, starts, static)
+        new = choose(model.decode(tokens, cache, trunk).float().cpu(), temperature, top_k, top_p, generator)
         for text, token in zip(texts, new.tolist()):
             text.append(token)
         yield new
@@ -119,13 +117,13 @@ def choose(logits, temperature, top_k, top_p, generator):
     """logits (B, V) -> the next token of every row, (B,): see generate."""
     if temperature < 1e-6 or top_k == 1:                        # nothing to draw; logits / temperature could overflow
         return logits.argmax(-1)
-    if top_k is not None and top_k < logits.size(-1):           # as many of equal ones, which bfloat16 has often
+    if top_k is not None and top_k < logits.size(-1):           # exactly top_k, also among equal logits
         largest, which = logits.topk(top_k)
         logits = torch.full_like(logits, -math.inf).scatter(1, which, largest)
     p = (logits / temperature).softmax(-1)
     if top_p is not None:
         ranked, order = p.sort(descending=True, stable=True)
         before = ranked.cumsum(-1) - ranked                                         # what the likelier tokens have together
-        before[:, 0] = -1.0                                                         # it stays, be top_p 0 in float32
+        before[:, 0] = -1.0                                         # the likeliest stays, even if top_p rounds to 0
         p = torch.zeros_like(p).scatter(1, order, ranked.masked_fill(before >= top_p, 0.0))
     return torch.multinomial(p, 1, generator=generator).squeeze(1)

@@ -81,8 +81,8 @@ def read_documents(files, remarks, problems, text_field, skip_bad_files, spool, 
 
     files, remarks, problems: list_files(). -> spans (n, 2), start and end of each document, in the order of the documents'
     SHA-256; the remarks. That order is arbitrary, so that the first N tokens are a fair sample, yet the same everywhere.
-    Copies are left out: one could end up on either side of a split. DataError if there are problems, unless skip_bad_files leaves
-    out all of a broken file.
+    Copies are left out: one could end up on either side of a split. DataError if there are problems, unless skip_bad_files
+    leaves out all of a broken file.
     """
     log(f'  reading {len(files):,} files')
     spans, digests, odd, size, progress = array('q'), bytearray(), Counter(), 0, paced(log)

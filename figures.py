@@ -200,8 +200,8 @@ def figure_rates(arms, r):
     return figure
 
 
-FIGURES = [('cache.png', 'loss against bytes of cache per token, at 2 bytes a number, each arm over its own seeds; lines join arms '
-            'that differ in that alone', figure_cache),
+FIGURES = [('cache.png', 'loss against bytes of cache per token, at 2 bytes a number, each arm over its own seeds; lines join '
+            'arms that differ in that alone', figure_cache),
            ('forest.png', 'paired differences with 95% intervals and the margin', figure_forest),
            ('curves.png', 'validation loss during training, and its paired difference', figure_curves)]
 FIGURES_OF_RATES = [('rates.png', 'each arm at each learning rate', figure_rates)]

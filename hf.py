@@ -140,7 +140,7 @@ class Family(NamedTuple):
     model_type: str
     settled: dict       # our knobs that the family itself settles
     fields: dict        # its field: our knob
-    allowed: dict = {}  # its field: the values that can be expressed here. The first is meant by no field, and written
+    allowed: dict = {}  # its field: the values we can express; the first is what a missing one means and what we write
 
 
 FAMILIES = {
@@ -218,7 +218,7 @@ def read_config(fields):
     rope = {'rope_theta': left.pop('rope_theta', None)} | (
         left.pop('rope_scaling', None) or left.pop('rope_parameters', None) or {})
     knobs |= read_rope(rope, latent)
-    if knobs['rope_scaling'] == 'dynamic':                      # what theirs stretches from is called its maximum
+    if knobs['rope_scaling'] == 'dynamic':                      # their maximum is the context they stretch from
         left.setdefault('model_max_length', knobs['block_size'])
         knobs |= {'rope_original_context': knobs['block_size'], 'block_size': number(left, 'model_max_length', int)}
     for field in left.keys() - SILENT:
@@ -242,7 +242,7 @@ def read_rope(rope, latent):
         m, all_dim, amplitude = (knobs.get('rope_' + knob) for knob in ('mscale', 'mscale_all_dim', 'attention_factor'))
         if not (amplitude or m and all_dim or m is all_dim is None):
             raise ValueError(f'mscale={m} beside mscale_all_dim={all_dim}: transformers and DeepSeek differ')
-        if not latent:                                          # whose scores do not look at mscale_all_dim as well
+        if not latent:                                          # whose scores in transformers ignore mscale_all_dim
             amplitude = amplitude or yarn_mscale(factor, m or 1.0) / yarn_mscale(factor, all_dim or 0.0)
             knobs |= {'rope_attention_factor': amplitude, 'rope_mscale_all_dim': 0.0}
     if latent:
@@ -286,9 +286,9 @@ def write_config(c, eot=None):
         rope |= {field: getattr(c, knob) for field, knob in YARN.items()} | {
             'original_max_position_embeddings': original, 'attention_factor': amplitude}
     if name == 'Mistral4ForCausalLM':
-        if kind == 'default':                                   # with which it crashes
+        if kind == 'default':                                   # transformers crashes on it here
             rope |= {'rope_type': 'linear', 'factor': 1.0}
-        share = (c.qk_rope_head_dim + 0.5) / (c.qk_nope_head_dim + c.qk_rope_head_dim)      # it rounds down
+        share = (c.qk_rope_head_dim + 0.5) / (c.qk_nope_head_dim + c.qk_rope_head_dim)      # theirs rounds down
         rope |= {'partial_rotary_factor': share, 'original_max_position_embeddings': original,
                  'llama_4_scaling_beta': 0.0}
     if name == 'DeepseekV2ForCausalLM' and (c.kv_lora_rank % 2 or c.qk_nope_head_dim % 2):
@@ -296,7 +296,7 @@ def write_config(c, eot=None):
                          'theirs turns pairs of numbers where they lie')
     if name == 'DeepseekV3ForCausalLM' and c.n_expert == 1 and c.n_dense_layer < c.n_layer:
         raise ValueError(f'n_expert=1 cannot be said in a {name}: theirs judges a group of experts by its best two')
-    understood = read_config(fields)[1]                         # all must come back, but what is said in another way
+    understood = read_config(fields)[1]                         # every knob must come back, but those said otherwise
     other = ['attn'] + ['d_ff_dense'] * (not c.n_dense_layer) + ['norm_topk_prob'] * (c.top_k == 1)
     for knob, value in vars(c).items():
         if knob not in other and not knob.startswith('rope_') and value != getattr(understood, knob):
@@ -324,7 +324,7 @@ class Theirs(NamedTuple):
 
 RENAME = {'model.embed.': 'model.embed_tokens.', '.attn.': '.self_attn.', '.attn_norm.': '.input_layernorm.',
           '.moe_norm.': '.post_attention_layernorm.', '.mlp_norm.': '.post_attention_layernorm.',
-          '.moe.router.': '.mlp.gate.', '.moe.e_score_': '.mlp.gate.e_score_', '.moe.shared_': '.mlp.shared_experts.',
+          '.moe.router.': '.mlp.gate.', '.moe.e_score_': '.mlp.gate.e_score_', '.moe.shared.': '.mlp.shared_experts.',
           '.moe.': '.mlp.experts.'}
 MIXTRAL = {'.mlp.': '.block_sparse_moe.', 'gate_proj': 'w1', 'up_proj': 'w3', 'down_proj': 'w2'}
 
@@ -344,7 +344,7 @@ def layout(config, family, state, interleaved=True):
         head_of['kv_a_proj_with_mqa'] = halves(config.kv_lora_rank, config.qk_rope_head_dim)
     if config.kv_lora_rank is not None and not config.n_shared_expert:      # theirs has them all the same, of width 0
         none = state['norm.weight'].new_empty(0, config.n_embd)
-        state = state | {f'layers.{i}.moe.shared_{kind}_proj.weight': none.T if kind == 'down' else none
+        state = state | {f'layers.{i}.moe.shared.{kind}_proj.weight': none.T if kind == 'down' else none
                          for i in range(config.n_dense_layer, config.n_layer) for kind in ('gate', 'up', 'down')}
     for ours, tensor in state.items():
         name, head = ours if ours.startswith('lm_head') else 'model.' + ours, head_of.get(ours.split('.')[-2])
@@ -372,7 +372,7 @@ def from_folder(path, dtype=None, device=None):
     dtype: of all parameters; None: the widest in the files. The biases that choose experts stay float32. Quantised weights,
     as those of V3 and Kimi-K2 are published, are refused.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     with reading(path):
         fields = read_json(path / 'config.json')
         family, config, interleaved = read_config(fields)
@@ -408,12 +408,12 @@ def to_folder(model, tokenizer, path):
 
     path must not exist, or be empty; it appears when everything is written. -> the class in transformers
     """
-    path = Path(path).expanduser().resolve()
+    path = Path(os.path.expanduser(path)).resolve()
     family, fields = write_config(model.config, tokenizer and tokenizer.eot)
     plan = layout(model.config, family, model.state_dict())
     files = {'config.json': fields | {'dtype': str(model.embed.weight.dtype).removeprefix('torch.')}}
     if tokenizer is not None:
-        if tokenizer.vocab_size > model.config.vocab_size:      # fewer: as published ones
+        if tokenizer.vocab_size > model.config.vocab_size:      # fewer is fine: spare ids
             raise ValueError(f'the model has {model.config.vocab_size:,} tokens, its tokenizer {tokenizer.vocab_size:,}')
         files |= {'tokenizer.json': tokenizer_json(tokenizer), 'tokenizer_config.json': {
             'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': model.config.block_size,
@@ -493,7 +493,7 @@ class FolderTokenizer:
     """The tokenizer.json of a folder, by the package `tokenizers`. ends: the set of ids that end a text; eot: one of them."""
 
     def __init__(self, path):
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         file, said = path / 'tokenizer.json', {}
         if not file.is_file():
             raise ValueError(f'{path} has no tokenizer.json')

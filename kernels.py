@@ -11,7 +11,7 @@ Under it stands the fast form, with what it gains and why (what else was tried: 
     cross_entropy(x, weight, targets)   of the logits x weight^T, and how many are right             0%, but less memory
     experts(x, chosen, weights, ...)    a token's weighted sum of the SwiGLU networks that it chose  10%; a decoded token 19%
     linear(x, weight)                   x weight^T for the few rows of decoding                      a decoded token 6%
-    (mla in 2 layers of Experiment 1's width, float32, an AMD EPYC without AVX-512: results/bench/plain-train.md)
+    (mla in 2 layers of Experiment 1's width, float32, an AMD EPYC without AVX-512: results/bench/plain-*.md)
 
     use('plain')                            all of them plain: slower, but double backward and torch.func work
     use('fast', rms_norm='plain')           all fast but one
@@ -134,9 +134,9 @@ def fast_attention(q, k, v, scale, mask):
     """A CPU trains in blocks of queries (BlockedAttention); elsewhere torch's fused kernels, which want values as wide as
     keys: whichever is narrower is padded with zeros.
 
-    In values they stay zeros in the output and are cut off, in q and k they add nothing to a score. On a CPU that is 1.5
+    Added to values, zeros come out as zeros and are cut off; added to q and k, they change no score. On a CPU that is 1.4
     times as fast as torch's fallback, which builds the T x S matrix. A single query's heads that share a key become rows
-    of one matrix, so that each key is read once and not H / G times: 2.6 times as fast.
+    of one matrix, so that each key is read once and not H / G times: 2 to 2.7 times as fast (results/README.md).
     """
     (B, H, T, _), G, causal = q.shape, k.size(1), isinstance(mask, str)
     if causal and by_hand(q) and torch.is_grad_enabled() and T > 1:
@@ -166,8 +166,8 @@ class BlockedAttention(torch.autograd.Function):
     probabilities are in q's dtype, gradients add up in float32.
 
     torch's kernel for CPUs has no faster backward in bfloat16 than in float32, and needs values padded to the keys' width:
-    4 x 8 heads x 512, one thread, forward and backward, ms: bfloat16 36 against 45 (48 wide), 44 against 57 (80 wide with
-    values of 48), 18 against 39 (one key head); float32 41 against 47, 54 against 77, 38 against 43.
+    4 x 8 heads x 512, one thread of a Xeon with AMX, forward and backward, ms: bfloat16 36 against 45 (48 wide), 44 against
+    57 (80 wide with values of 48), 18 against 39 (one key head); float32 41 against 47, 54 against 77, 38 against 43.
     The probabilities are kept for the backward where they are small, and made again where T^2 would outgrow the rest.
     """
 
@@ -313,8 +313,8 @@ def fast_experts(x, chosen, weights, gate, up, down, dtype):
         h = F.silu(F.grouped_mm(rows, gate, offs=ends)) * F.grouped_mm(rows, up, offs=ends)
         y = Gather.apply(F.grouped_mm(h, down, offs=ends), inverse, order)          # (M, C), the copies of each row in line
         return (y.unflatten(0, (N, k)) * weights.unsqueeze(-1)).sum(1)
-    return ExpertsByHand.apply(x, weights.flatten(), gate, up, down, [in_dtype(p, dtype) for p in (gate, up, down)],
-                               order, load.tolist(), torch.is_grad_enabled())
+    return experts_by_hand(x, weights.flatten(), gate, up, down, [in_dtype(p, dtype) for p in (gate, up, down)],
+                           order, load.tolist(), torch.is_grad_enabled())
 
 
 def occurrences(chosen, n):
@@ -328,7 +328,7 @@ def grouped_serves(x, gate, dtype):
 
     It takes no float64 and only strides that are multiples of 16 bytes; and torch.compile knows it in bfloat16 alone
     (the shape rule, torch._meta_registrations of 2.13, refuses float32, which the kernel itself takes). Where it does
-    not serve there, load.tolist() breaks the graph, and the experts run eagerly.
+    not serve there, the experts run eagerly (experts_by_hand).
     """
     compiling = torch.compiler.is_compiling()
     few = len(x) <= 4 * FEW_ROWS and not (torch.is_grad_enabled() or WEIGHTS_FIRST)
@@ -362,8 +362,8 @@ class ExpertsByHand(torch.autograd.Function):
     For the backward only g = gate x and u = up x are kept. With h = silu(g) u, y = w down h:
         dh = w down^T dy      du = dh silu(g)      dg = dh u silu'(g)      dx = up^T du + gate^T dg
         dw = dy . (down h) = dh . h / w = du . u / w = x . (up^T du) / w
-    The last saves keeping the output, and is C wide, not F. Where w underflowed to 0, so did its derivative by the
-    router's logit.
+    The last form needs no stored output and sums over C numbers, not F. Where w underflowed to 0, so did its derivative by
+    the router's logit.
     """
 
     @staticmethod
@@ -384,14 +384,14 @@ class ExpertsByHand(torch.autograd.Function):
         space = x_low.new_empty(max(sizes), gate.size(1))               # for h, of every network in turn
         for e, s in spans:
             own = s if with_grad else slice(sizes[e])
-            rows, h = x_low.index_select(0, rows_of[s]), space[:sizes[e]]       # (n, C), in a third of the time of x[...]
+            rows, h = x_low.index_select(0, rows_of[s]), space[:sizes[e]]       # (n, C), sooner than by x[...]
             linear(rows, gate[e], out=g[own])
             linear(rows, up[e], out=u[own])
             torch.ops.aten.silu.out(g[own], out=h).mul_(u[own])         # (n, F)
             y.index_add_(0, rows_of[s], linear(h, down[e]) * w[s])
         ctx.save_for_backward(x_low, *low, g, u, w, order, rows_of)
         ctx.sizes, ctx.spans, ctx.copies = sizes, spans, len(weights)
-        return y.clone() if torch.compiler.is_compiling() else y        # see ChunkedCrossEntropy
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -420,6 +420,9 @@ class ExpertsByHand(torch.autograd.Function):
         return dx, d_weights[:-1], d_gate, d_up, d_down, None, None, None, None
 
 
+# Not compiled: the sizes would be constants there, and every batch has others
+experts_by_hand = torch.compiler.disable(ExpertsByHand.apply)
+
 # In bfloat16 a network's rows are filled up with rows of weight 0 to a multiple of this: oneDNN generates code for every new
 # number of rows, which takes as long as several products, and is slow with odd ones
 ROWS_AT_ONCE = 128
@@ -431,7 +434,7 @@ def product_into(out, a, b):
 
 
 def experts_of_one(x, chosen, weights, gate, up, down):
-    """Decoding's path for a single row x (1, C) on a CPU: nothing to sort, 0.7 of the time."""
+    """Decoding's path for a single row x (1, C) on a CPU: nothing to sort."""
     y = torch.zeros_like(x, dtype=weights.dtype)
     for e, weight in zip(chosen[0].tolist(), weights[0].tolist()):
         h = F.silu(linear(x, gate[e])).mul_(linear(x, up[e]))
@@ -442,8 +445,8 @@ def experts_of_one(x, chosen, weights, gate, up, down):
 def in_dtype(p, dtype):
     """A parameter in `dtype`, cast once per update however many micro-batches: an update makes the copy stale.
 
-    Fused optimizers leave no trace on a parameter's version counter, so the steps of all optimizers are counted here. What
-    writes into p.data by itself leaves none either, and is not seen before the next step.
+    Fused optimizers leave no trace on a parameter's version counter, so the steps of all optimizers are counted here. Nor
+    does code that writes into p.data: that is not seen before the next step.
     """
     if p.dtype == dtype:
         return p.detach()
@@ -490,7 +493,7 @@ def keep_freed_memory():
     """With glibc: keep what is freed for the next update instead of handing it back to the system.
 
     Tensors above 32 MB (the experts' gradients, from 16 experts on) are otherwise fresh pages in every update, and the
-    first touch of a page costs more than what is computed on it: 1.4 times the time at 32 experts, at the same peak.
+    first touch of a page costs more than what is computed on it: 1.4 times the time at 32 experts (results/README.md).
     """
     try:
         mallopt = ctypes.CDLL('libc.so.6').mallopt

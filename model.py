@@ -27,7 +27,7 @@ from moe import MixtureOfExperts, SwiGLU
 class ModelConfig:
     """Every knob of the network, once: train.py takes them as flags, result.py their defaults, from this very text.
 
-    A knob whose default is None belongs to the attention variant: its row fills it in. ValueError for what is no model.
+    A knob whose default is None belongs to the attention variant: what its row names is filled in. ValueError for no model.
     """
     # What is compared
     attn: str = 'baseline'                  # attention variant: baseline, gqa, mqa, lora, enhanced, mla; see attention.py
@@ -239,12 +239,12 @@ class LanguageModel(nn.Module):
 
     def parameter_counts(self):
         """-> dict: params_total, params_active (without routed experts that a token does not visit), params_attention, ..."""
-        config, groups = self.config, dict.fromkeys(('embedding', 'attention', 'experts', 'shared', 'router', 'norm'), 0)
+        # the first of these that is in a parameter's name says what it counts as
+        parts = {'embed.': 'embedding', 'lm_head.': 'embedding', '.attn.': 'attention', '.router.': 'router',
+                 '.moe.shared.': 'shared', '.mlp.': 'shared', '.moe.': 'experts', 'norm.': 'norm'}
+        config, groups = self.config, dict.fromkeys(parts.values(), 0)
         for name, p in self.named_parameters():
-            group = ('embedding' if name.startswith(('embed.', 'lm_head.')) else 'attention' if '.attn.' in name else
-                     'router' if '.router.' in name else 'shared' if '.moe.shared_' in name or '.mlp.' in name else
-                     'experts' if '.moe.' in name else 'norm')
-            groups[group] += p.numel()
+            groups[next(group for part, group in parts.items() if part in name)] += p.numel()
         total = sum(groups.values())
         idle = groups['experts'] // config.n_expert * (config.n_expert - config.top_k)
         return {'params_total': total, 'params_active': total - idle, **{f'params_{k}': v for k, v in groups.items()}}

@@ -74,11 +74,8 @@ class MixtureOfExperts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(E, width, C))
         self.up_proj = nn.Parameter(torch.empty(E, width, C))
         self.down_proj = nn.Parameter(torch.empty(E, C, width))
-        self.n_shared_expert = config.n_shared_expert
-        if self.n_shared_expert:            # always on, ungated: one network, n_shared_expert times as wide
-            self.shared_gate_proj = nn.Linear(C, self.n_shared_expert * width, bias=False)
-            self.shared_up_proj = nn.Linear(C, self.n_shared_expert * width, bias=False)
-            self.shared_down_proj = nn.Linear(self.n_shared_expert * width, C, bias=False)
+        # always on, ungated: one network, n_shared_expert times as wide
+        self.shared = SwiGLU(C, config.n_shared_expert * width) if config.n_shared_expert else None
         # float32 whatever the model's dtype: steps of 0.001 are lost in bfloat16. None for the softmax router.
         self.register_buffer('e_score_correction_bias', torch.zeros(E) if self.kind == 'sigmoid' else None)
 
@@ -95,9 +92,7 @@ class MixtureOfExperts(nn.Module):
         chosen, weights, routing = self.route(x, with_balance)
         y = kernels.experts(x.view(B * T, C), chosen.flatten(0, 1), weights.flatten(0, 1),
                             self.gate_proj, self.up_proj, self.down_proj).view(B, T, C)
-        if self.n_shared_expert:
-            y = y + self.shared_down_proj(F.silu(self.shared_gate_proj(x)) * self.shared_up_proj(x))
-        return y, routing
+        return (y if self.shared is None else y + self.shared(x)), routing
 
     def route(self, x, with_balance=True):
         """x (B, T, C) -> chosen (B, T, k) expert ids, weights (B, T, k), Routing or (where decoding needs none) None."""

@@ -14,7 +14,8 @@ def orthogonalise(g, steps=5):
     """About U V^T for each matrix of g (..., rows, cols), by Newton-Schulz iteration: all singular values near 1.
 
     The quintic's coefficients are Muon's: steep at 0, so that 5 steps suffice; they leave singular values within about
-    0.7 to 1.2, which serves as well as exactly 1. In bfloat16 on a GPU, in float32 on a CPU.
+    0.7 to 1.2 (of a square matrix a few of the smallest lower), which serves as well as exactly 1. In bfloat16 on a GPU, in
+    float32 on a CPU.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.bfloat16() if g.is_cuda else g

@@ -1,7 +1,7 @@
 """Several processes, one GPU each: torchrun --nproc_per_node=4 train.py ...
 
-Each computes its rows of every batch; gradients are added up. Copies of the model (DistributedDataParallel), or with
---shard=True each process holds a part of every parameter and of the optimizer (FSDP2, Zhao et al., arXiv 2304.11277).
+Each computes its rows of every batch; gradients are added up. Each holds a copy of the model (DistributedDataParallel) or,
+with --shard=True, a part of every parameter and of the optimizer (FSDP2, Zhao et al., arXiv 2304.11277).
 """
 import os
 from types import SimpleNamespace
@@ -41,12 +41,10 @@ def sharded(config, seed, device, dtype, compile):
         fully_shard(wide, mesh=mesh, reshard_after_forward=False)
         fully_shard(layer, mesh=mesh, mp_policy=narrow)
     fully_shard(model, mesh=mesh)
-    for module in model.modules():
-        # the routers' selection bias: MixtureOfExperts keeps these zeros through to_empty()
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros_like(buffer, device=device))
     model.to_empty(device=device)
-    for name, p in model.named_parameters():                # one after the other the very numbers of one process
+    for buffer in model.buffers():                          # the routers' selection bias
+        buffer.zero_()
+    for name, p in model.named_parameters():                # one at a time, the same numbers as in one process
         whole = torch.empty(p.shape)
         LanguageModel.init_weights(SimpleNamespace(named_parameters=lambda: [(name, whole)]), seed)
         part = distribute_tensor(whole.to(device), mesh, p.placements, src_data_rank=None)

@@ -36,7 +36,7 @@ mla_decode: Literal['auto', 'expand', 'absorb'] = 'auto'    # latent attention: 
 device = 'auto'                 # auto: cuda, else mps, else cpu; or one of them by name (cuda:1, ...)
 dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'      # of weights and cache; auto: bfloat16 on a GPU that computes
                                 # in it, else float32
-compile: bool | None = None     # torch.compile, over a cache whose shape never changes; none: on GPUs
+compile: bool | None = None     # torch.compile, once for each size of cache (prompt and new tokens); none: on GPUs
 # ---------------------------------------------------------------------------------------------------------------------
 configure(globals(), positional='run')      # before torch is imported, so that a typo is answered at once
 
@@ -83,7 +83,7 @@ try:
 except OSError as error:
     fail(f'--prompt={prompt} cannot be read ({error.strerror})')
 except UnicodeError as error:
-    fail(f'the prompt is not UTF-8 text ({error.reason})')
+    fail(f'the prompt or --stop is not UTF-8 text ({error.reason})')
 if not prompts:
     fail(f'--prompt={prompt}: every line of it is blank')
 
@@ -119,14 +119,14 @@ try:
             raise ValueError(f'{path} has no tokenizer, so there is no text: its run was given tokens of an unknown '
                              'vocabulary; train it with --tokenizer=NAME')
         tokenizer = fetch_tokenizer(name, lambda line: None)            # out of reach in training, maybe not by now
-    if tokenizer.vocab_size > model.config.vocab_size:      # fewer is well: published models have ids without a token
+    if tokenizer.vocab_size > model.config.vocab_size:      # fewer is fine: published models have spare ids
         raise ValueError(f'{path} has {model.config.vocab_size:,} tokens, its tokenizer {tokenizer.vocab_size:,}')
 except ValueError as error:
     fail(error)
 ends = getattr(tokenizer, 'ends', {tokenizer.eot})
 
 if dtype == 'auto' and device.type == 'cpu':
-    dtype = 'float32'                                       # bfloat16 decodes no faster there (results/bench/decode.md)
+    dtype = 'float32'                                       # bfloat16 is no faster, unless expanded (results/bench/decode.md)
 dtype = getattr(torch, choose_dtype(dtype, device, model.config.n_embd))
 model = model.eval().to(device).for_decoding(dtype)
 block_size = model.config.block_size

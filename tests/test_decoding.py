@@ -127,3 +127,11 @@ def test_decoding_with_a_static_cache_is_captured_once_and_writes_the_same_text(
         eager = generated(model, prompts, 12, temperature=0, static=True)
         assert generated(model, prompts, 12, temperature=0, static=True, trunk=trunk) == eager
         assert graphs.frame_count == 2                      # one graph for the prompt, one for all tokens after it
+
+
+def test_a_cache_that_is_built_anew_is_as_large_as_the_first(monkeypatch):
+    model, capacities = random_model('mla'), []
+    size, new_cache = model.config.block_size, model.new_cache
+    monkeypatch.setattr(model, 'new_cache', lambda *a: (capacities.append(a[1]), new_cache(*a))[1])
+    generated(model, [[1] * (size - 4)], 10, temperature=0)
+    assert capacities == [size, size]                       # another size would be compiled anew

@@ -309,6 +309,9 @@ def test_an_empty_folder_is_filled_whatever_it_is_called_and_a_full_one_left_alo
     for full in (tmp_path / 'empty', '/'):
         with pytest.raises(ValueError, match='is there already; name a new folder'):
             hf.to_folder(model, None, full)
+    monkeypatch.chdir(tmp_path)
+    hf.to_folder(model, None, '~nobody-here/mine')          # no such home: a folder of that name, as the shell takes it
+    assert hf.from_folder('~nobody-here/mine').config == model.config and (tmp_path / '~nobody-here/mine').is_dir()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """model.py: what a model costs is counted in closed form, its first and last losses are what theory and a memorised
-batch say, its text is what the full forward would write, compiling changes nothing.
+batch say, compiling changes nothing.
 
 The closed forms are written out below from the equations of attention and experts, not read off the module. Attention,
 experts and the loss by themselves are held to their equations in test_attention.py, test_moe.py and test_kernels.py.
@@ -333,6 +333,7 @@ BAD = [(dict(vocab_size=0), 'vocab_size'), (dict(block_size=0), 'block_size'), (
        (dict(rope_scaling='ntk'), 'rope_scaling'), (dict(rope_factor=0.5), 'rope_factor'),
        (dict(rope_factor=math.nan), 'rope_factor'), (dict(rope_factor=math.inf), 'rope_factor'),
        (dict(rope_factor=2.0), 'rope_factor (2.0) means nothing to rope_scaling=default'),
+       (dict(rope_scaling='linear'), 'changes nothing at rope_factor=1'), (dict(rope_scaling='yarn'), 'changes nothing at rope_factor=1'),
        (dict(rope_attention_factor=1.2, rope_scaling='linear'), 'rope_attention_factor means nothing to rope_scaling=linear'),
        *((dict(rope_attention_factor=x, rope_scaling='yarn'), 'rope_attention_factor must be above 0')
          for x in (0.0, -1.0, math.nan, math.inf)),
@@ -448,6 +449,16 @@ def test_a_training_step_captured_in_float32_gives_the_eager_losses_and_gradient
     """The experts stay outside of the graphs: torch.compile knows their grouped product in bfloat16 alone."""
     model = random_model('mla', F32, n_layer=1, n_shared_expert=1)
     check_compiled(model, torch.compile(model, backend='eager'), 1e-5, seeds=2)
+
+
+def test_in_float32_no_batch_is_captured_anew_whatever_it_sends_to_which_expert(dynamo):
+    model, graphs, counts = random_model('mla', F32, n_layer=1), dynamo('eager'), []
+    compiled = torch.compile(model, backend=graphs)
+    for seed in range(4):
+        tokens = torch.randint(model.config.vocab_size, (2, 17), generator=torch.Generator().manual_seed(seed))
+        compiled(tokens[:, :-1], tokens[:, 1:]).nll.backward()
+        counts.append(graphs.frame_count)
+    assert counts[1:] == counts[:1] * 3
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'c++'))), reason='torch.compile needs a C++ compiler')

@@ -62,7 +62,7 @@ def reference_experts(layer, x, knobs):
         chosen, weights = reference_choice(layer, layer.router.weight @ token, knobs)
         y = sum(w * network(token, *(stack[e] for stack in stacks)) for e, w in zip(chosen, weights))
         if knobs.get('n_shared_expert'):
-            y = y + network(token, *(getattr(layer, f'shared_{part}_proj').weight for part in ('gate', 'up', 'down')))
+            y = y + network(token, *(getattr(layer.shared, f'{part}_proj').weight for part in ('gate', 'up', 'down')))
         rows.append(y)
     return torch.stack(rows).view(x.shape)
 
@@ -216,7 +216,7 @@ def test_the_balance_loss_has_the_values_worked_out_by_hand():
         p = torch.zeros(1, 5, 8, dtype=F64)
         p[..., 2:2 + k] = 1 / k
         assert balance_of(p, k) == pytest.approx(8 / k, rel=1e-13)
-    collapsed = torch.tensor([0.7, 0.1, 0.1, 0.1], dtype=F64).expand(1, 5, 4)       # moe.py's own example
+    collapsed = torch.tensor([0.7, 0.1, 0.1, 0.1], dtype=F64).expand(1, 5, 4)
     assert balance_of(collapsed, 1) == pytest.approx(2.8, rel=1e-13)
     turn_about = torch.eye(4, dtype=F64)[None]                              # every expert once: even load
     assert balance_of(turn_about, 1) == pytest.approx(1.0, abs=1e-13)

@@ -1,4 +1,4 @@
-"""muon.py: the orthogonalised update against a singular value decomposition, and who owns which parameter."""
+"""muon.py: the orthogonalised update against a singular value decomposition."""
 import pytest
 import torch
 
