@@ -76,7 +76,7 @@ if any(tokens_in_update % n for n in contexts):
          f'--batch_size={-(-contexts[-1] // contexts[0])} may do')
 path = Path(os.path.expanduser(out) or f'out/bench/{task}.json')
 if path.suffix != '.json' or path.is_dir():
-    fail(f'--out={out}: give a FILE.json')
+    fail(f'--out={out}: give a FILE.json that is no directory')
 try:                                                            # told now, not after an hour of measuring
     path.parent.mkdir(parents=True, exist_ok=True)
     TemporaryFile(dir=path.parent).close()                      # leaves nothing
