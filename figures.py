@@ -145,7 +145,7 @@ def figure_cache(arms, r):
         label = {'MultiHeadAttention': 'multi-head attention', 'LatentAttention': 'latent attention'}.get(kind, kind)
         ax.plot([], [], marker + '-', color=colour, label=label)
     log_axis(ax, ticks := sorted(set(size.values())))
-    ax.margins(0.2, 0.1)
+    ax.margins(0.25, 0.1)
     if ticks[-1] < 2 * ticks[0]:                            # or arms of one size would stand as far apart as the axis is long
         ax.set_xlim(ticks[0] / 2, 2 * ticks[-1])
     n = [len(arm['values']) for arm in drawn.values()]
