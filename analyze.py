@@ -282,7 +282,7 @@ def caveats(arms, r):
     if dirty := [run for run in runs if run['environment'].get('git_dirty')]:
         yield f'From a working tree with uncommitted changes: {who(dirty)}.'
     if moved := [run for run in runs if run.get('earlier_environments')]:
-        yield f'Begun on another machine or from other sources, as their files say (earlier_environments): {who(moved)}.'
+        yield f'Begun in another environment than they ended in (earlier_environments): {who(moved)}.'
     if runs[0]['schema'] == 1:
         yield f'Result files of schema 1: {SCHEMAS[1]}.'
     yield 'n counts seeds. One corpus, model size and budget stand behind them all.'
@@ -314,7 +314,7 @@ def report(arms, r, may_differ=(), images=()):
         f'The {m} {what} are one family: p values are corrected over it by Holm, simultaneous intervals by Bonferroni, '
         'so that all hold at once with 95%. Holm finds a little more than these intervals: a difference where one still '
         'includes zero, equivalence where one leaves the margin. Tests of zero and of equivalence are corrected each by '
-        f'themselves: if differences are normally distributed, the probability that any verdict is wrong is at most '
+        'themselves: if differences are normally distributed, the probability that any verdict is wrong is at most '
         f'{2 * ALPHA:.0%}.')
     if r['pairs']:
         family += (f' The plan has {r["pairs"]} pairs a comparison: with fewer it waits for its verdict, and counts in Holm '

@@ -60,8 +60,7 @@ def say(line, file=None):
     terminal), what follows goes nowhere."""
     if file is None and os.environ.get('RANK', '0') != '0':
         return
-    if (file := file or sys.stdout) is None:                # closed by who started us (>&-)
-        return
+    file = file or sys.stdout
     try:
         print(('\r' + 79 * ' ' + '\r') * file.isatty() + line, file=file, flush=True)
     except OSError:
@@ -244,6 +243,7 @@ def configure(namespace, more=None, positional=None, argv=None, given=None):
     files and flags set, be it the default or not.
     """
     given = {} if given is None else given
+    sys.stdout = sys.stdout or open(os.devnull, 'w')            # none: closed by whoever started the program (>&-)
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='replace')                # a terminal that lacks a character shows ?
     argv = sys.argv[1:] if argv is None else list(argv)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from result import VARIANT
+from result import NETWORK
 from stats import summary
 
 CACHE_KNOBS = {'attn', 'n_kv_head', 'kv_lora_rank'}     # knobs of an attention that make its cache larger or smaller
@@ -128,7 +128,7 @@ def figure_cache(arms, r):
     figure, (ax,) = canvas(8, 4.6)
     size = {name: arm['kv_cache_bytes_per_token_16bit'] for name, arm in drawn.items()}
     looks = dict(zip(dict.fromkeys(arm['attention_class'] for arm in drawn.values()), zip(COLOURS[1:], 'oDs^vP')))
-    rest, lines, named = sorted({*VARIANT, 'd_ff'} - CACHE_KNOBS), {}, {}
+    rest, lines, named = sorted(NETWORK.keys() - CACHE_KNOBS), {}, {}
     for name, arm in drawn.items():
         beside = [other for other in drawn if size[other] == size[name]]        # arms of one size stand side by side
         side = beside.index(name) - (len(beside) - 1) / 2

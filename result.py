@@ -1,4 +1,4 @@
-"""What a run's folder holds. train.py writes it, analyze.py reads it and compares; only writing it needs torch.
+"""What a run's folder holds. train.py writes it, analyze.py reads it and compares, without torch.
 
     folder = RunFolder('out/laptop/lora-s0')
     checkpoint = folder.open(config, data, resume='auto')       # what to go on from; or one line and the end

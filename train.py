@@ -282,7 +282,7 @@ result = {'schema': SCHEMA, 'status': 'running', 'name': name,
                           'source_sha256': {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
                                             for p in sorted(Path(__file__).resolve().parent.glob('*.py'))}}}
 before = checkpoint.get('environments', []) if checkpoint else []           # of a run that goes on: where it has been
-result['earlier_environments'] = [environment for environment in before if environment != result['environment']]
+result['earlier_environments'] = [place for place in before if place != result['environment']]
 history, final, step, step_seconds, seconds_before = [], None, 0, [], 0.0       # step: updates done
 if checkpoint:
     history, final, step, step_seconds, seconds_before = (

@@ -548,6 +548,13 @@ def test_in_the_figure_of_the_cache_lines_join_what_differs_in_that_alone_and_gr
     assert [label.get_text().split('\n')[1] for label in ax.get_xticklabels()] == ['6%', '6%', '12%', '17%', '25%', '100%']
 
 
+def test_the_curves_of_one_arm_have_no_empty_panel_of_differences_beside_them(tmp_path):
+    pytest.importorskip('matplotlib', reason='a figure')
+    for names in (['baseline'], ['baseline', 'lora']):
+        runs = [result(name, seed) for name in names for seed in range(2)]
+        assert len(figures.figure_curves(*analysed(save(tmp_path / str(len(names)), *runs))).axes) == len(names)
+
+
 def test_the_forest_holds_every_pair_and_is_not_stretched_by_the_intervals_of_two(tmp_path):
     pytest.importorskip('matplotlib', reason='a figure')
     runs = experiment(range(8), {'baseline': 0, 'lora': 0.02}) + [result('mla', seed, 4 + seed / 20) for seed in range(2)]

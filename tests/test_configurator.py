@@ -354,6 +354,12 @@ def test_as_a_program_it_answers_a_typo_and_help_with_the_right_status(program, 
     assert plain.returncode == 0 and b'quite ? quickly' in plain.stdout and plain.stderr == b''
 
 
+@pytest.mark.skipif(os.name != 'posix', reason='descriptors as POSIX has them')
+def test_without_a_standard_output_a_program_does_its_work(program):
+    done = start(program, '--help', preexec_fn=lambda: os.close(1))         # a shell's >&-
+    assert done.returncode == 0 and done.stderr == b''
+
+
 @pytest.mark.skipif(os.name != 'posix', reason='byte arguments as POSIX has them')
 def test_an_argument_that_is_not_unicode_leaves_no_traceback(program):
     odd = start(program, b'--\xff=1')

@@ -593,7 +593,8 @@ def test_a_checkpoint_that_is_not_ours_or_not_whole_is_one_line(trained, sample,
 @pytest.mark.parametrize('flag, words', [
     ('--max_new_tokens=0', 'at least 1'), ('--num_samples=0', 'at least 1'), ('--top_k=-1', 'top_k (-1) must be'),
     ('--top_p=0', 'top_p (0.0) above 0'), ('--top_p=1.5', 'at most 1'), ('--temperature=-1', 'temperature (-1.0)'),
-    ('--device=cuda:99', 'no cuda:99'), ('--prompt=\udcff', 'not UTF-8'), ('--stop=\udcff', '--stop is not UTF-8'), ('--prompt=FILE:/no/such', 'No such file'),
+    ('--device=cuda:99', 'no cuda:99'), ('--prompt=\udcff', 'not UTF-8'), ('--stop=\udcff', '--stop is not UTF-8'),
+    ('--prompt=FILE:/no/such', 'No such file'),
     ('--prompt=FILE:/', 'cannot be read'), ('--prompt=FILE:', 'cannot be read'), ('--prompt=FILE:~nobody-here/x', 'No such file')])
 def test_a_knob_out_of_range_is_one_line(trained, sample, flag, words):
     one_line(sample(trained, '--dtype=float32', flag), words)
