@@ -100,11 +100,11 @@ def train_bpe(chunks, vocab_size, log=lambda line: None):
     """
     tokens = [bytes([i]) for i in range(256)]
     ids = {token: i for i, token in enumerate(tokens)}
-    words = [list(chunk) for chunk in chunks]
+    words = [chunk.decode('latin-1') for chunk in chunks]       # the character chr(i) for id i: str has the fast loops
     counts = list(chunks.values())
     pairs, where = Counter(), defaultdict(set)          # pair -> occurrences; -> the words that may hold it
     for w, word in enumerate(words):
-        for pair in zip(word, word[1:]):
+        for pair in map(str.__add__, word, word[1:]):
             pairs[pair] += counts[w]
             where[pair].add(w)
     heap = [(-count, pair) for pair, count in pairs.items()]
@@ -115,31 +115,25 @@ def train_bpe(chunks, vocab_size, log=lambda line: None):
             continue                                    # outdated: pushed anew when its count changed
         if -count < 2:
             break
-        merged = tokens[pair[0]] + tokens[pair[1]]
+        merged = tokens[ord(pair[0])] + tokens[ord(pair[1])]
         new = ids.setdefault(merged, len(tokens))       # aa|aaa and aaaa|a: the same bytes, one token
         if new == len(tokens):
             tokens.append(merged)
             if new % 1024 == 0:
                 log(f'  vocabulary: {new:,} of {vocab_size:,} tokens')
-        changed = set()
+        new, change = chr(new), defaultdict(int)
         for w in where.pop(pair):
-            word, out = words[w], []
-            for i in word:                              # left to right
-                if out and (out[-1], i) == pair:
-                    out[-1] = new
-                else:
-                    out.append(i)
-            if len(out) == len(word):
-                continue
-            for old in zip(word, word[1:]):
-                pairs[old] -= counts[w]
-            for fresh in zip(out, out[1:]):
-                pairs[fresh] += counts[w]
-                where[fresh].add(w)
-            changed.update(zip(word, word[1:]), zip(out, out[1:]))
-            words[w] = out
-        for touched in changed:
-            if pairs[touched] > 0:
+            word = words[w]
+            words[w] = shorter = word.replace(pair, new)        # left to right
+            for old in map(str.__add__, word, word[1:]):
+                change[old] -= counts[w]
+            for fresh in map(str.__add__, shorter, shorter[1:]):
+                change[fresh] += counts[w]
+                if new in fresh:
+                    where[fresh].add(w)
+        for touched, more in change.items():
+            pairs[touched] += more
+            if more and pairs[touched] > 0:
                 heapq.heappush(heap, (-pairs[touched], touched))
     return tokens
 

@@ -14,6 +14,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 # torch._dynamo: torch.optim imports it, on its first use
 PRELOADED = ['torch', 'torch._dynamo', 'torch.distributed.checkpoint.state_dict', 'torch.distributed.fsdp', 'numpy']
+DRAWING = ['matplotlib.figure', 'matplotlib.backends.backend_agg']         # for analyze.py; passed over where they are not installed
 
 
 def child(arguments, cwd, streams, environment):
@@ -33,19 +34,20 @@ def child(arguments, cwd, streams, environment):
 def start(arguments, cwd=REPOSITORY, streams=(os.devnull, os.devnull), **environment):
     """-> multiprocessing.Process, started."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(PRELOADED + DRAWING)
     process = context.Process(target=child, args=([str(argument) for argument in arguments], str(cwd), streams, environment))
     process.start()
     return process
 
 
-def run(*arguments, cwd=REPOSITORY, timeout=200):
-    """Like subprocess.run([sys.executable, *arguments], capture_output=True, text=True)."""
+def run(*arguments, cwd=REPOSITORY, timeout=200, **environment):
+    """Like subprocess.run([sys.executable, *arguments], capture_output=True, text=True), with more in its environment."""
     if not hasattr(os, 'fork'):
-        return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+        return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, encoding='utf-8',
+                              env={**os.environ, **environment})
     with tempfile.TemporaryDirectory() as folder:
         streams = [os.path.join(folder, name) for name in ('out', 'err')]
-        process = start(arguments, cwd, streams)
+        process = start(arguments, cwd, streams, **environment)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()

@@ -1,11 +1,7 @@
 """What the tests of the network share: numbers from a seed, closeness, weights that all show, a record of what ran."""
-import subprocess
-import sys
-
+import forked
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from conftest import REPOSITORY
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
@@ -63,5 +59,6 @@ class Record(TorchDispatchMode):
 
 def printed_by(*arguments):
     """What `python arguments` says on stdout; it must end well within a minute."""
-    return subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, check=True, capture_output=True, text=True,
-                          timeout=60).stdout
+    done = forked.run(*arguments, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -11,6 +11,7 @@ import sys
 import time
 from html.parser import HTMLParser
 
+import forked
 import numpy as np
 import pytest
 from conftest import experiment, refusal, result, save
@@ -24,9 +25,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def cli(*arguments, **environment):
-    return subprocess.run([sys.executable, 'analyze.py', *map(str, arguments)], cwd=ROOT, text=True,
-                          capture_output=True, encoding='utf-8', timeout=60,
-                          env={**os.environ, **environment})
+    if any(name.startswith('PYTHON') for name in environment):          # only a new interpreter looks at these
+        return subprocess.run([sys.executable, 'analyze.py', *map(str, arguments)], cwd=ROOT, timeout=60,
+                              capture_output=True, encoding='utf-8', env={**os.environ, **environment})
+    return forked.run('analyze.py', *arguments, timeout=60, **environment)
 
 
 def analysed(folder, baseline='baseline', metric='val_loss', margin=0.01, contrasts=(), pairs=0):

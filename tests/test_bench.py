@@ -27,7 +27,6 @@ SIZES = dict(n_layer=2, n_head=4, n_embd=64, d_ff=48, vocab_size=128)
 QUICK = {**SIZES, 'device': 'cpu', 'experts': 4, 'contexts': 32, 'micro_batch_sizes': 2, 'rounds': 3, 'warmup': 1,
          'memory_updates': 0, 'prompts': 8, 'batch_sizes': '1,2', 'new_tokens': 4, 'matrix_size': 128, 'peer': 'none',
          'dtype': 'both'}
-ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
 def command(**knobs):
@@ -212,15 +211,15 @@ def test_what_a_machine_does_not_compute_in_is_not_timed_unless_asked_for(comput
 def test_on_a_terminal_one_line_is_rewritten_until_the_report_stands_there(tmp_path):
     pty = pytest.importorskip('pty', reason='Windows has no such terminals')
     ours, theirs = pty.openpty()
-    done = subprocess.Popen(command(out=tmp_path / 'x.json', variants='mqa', dtype='float32'), env=ENVIRONMENT,
-                            stdout=theirs, stderr=subprocess.DEVNULL)
-    os.close(theirs)
-    shown = b''
+    done, shown = forked.start(command(out=tmp_path / 'x.json', variants='mqa', dtype='float32')[1:],
+                               streams=(os.ttyname(theirs), os.devnull)), os.read(ours, 1)
+    os.close(theirs)                                                # now that it has opened the terminal
     with contextlib.suppress(OSError):                              # Linux's way to say that the other end is closed
         while new := os.read(ours, 65536):
             shown += new
     os.close(ours)
-    assert done.wait() == 0
+    done.join(60)
+    assert done.exitcode == 0
     rewritten, *report = shown.decode().split('| variant |')
     assert '\n' not in rewritten and 'round 3 of 3, 2 of 2: mqa ours float32' in rewritten and len(report) == 1
 

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings, strategies
 
 from conftest import REPOSITORY, flags, one_line
+import forked
 import hf
 from model import LanguageModel, ModelConfig
 from tokenizer import Tokenizer, make_tokenizer
@@ -643,9 +644,8 @@ def test_a_run_exported_goes_on_with_the_same_text_in_transformers(train, tmp_pa
     result = export('export', run.folder, f'--out={tmp_path / "out"}', monkeypatch=monkeypatch, capfd=capfd)
     assert result.code == 0 and 'ForCausalLM.from_pretrained' in result.out, result.err
     prompt = 'the cat'
-    sample = subprocess.run([sys.executable, 'sample.py', run.folder, f'--prompt={prompt}', *flags(
-        temperature=0, max_new_tokens=24, device='cpu', dtype='float32', compile=False)],
-        cwd=REPOSITORY, capture_output=True, text=True)
+    sample = forked.run('sample.py', run.folder, f'--prompt={prompt}', *flags(
+        temperature=0, max_new_tokens=24, device='cpu', dtype='float32', compile=False))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
     kind = json.loads((tmp_path / 'out' / 'config.json').read_text())['architectures'][0]
     model = getattr(transformers, kind).from_pretrained(tmp_path / 'out')

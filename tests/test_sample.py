@@ -37,8 +37,8 @@ def python(*arguments, **kwargs):
     return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=REPOSITORY, env=env, **pipes)
 
 
-def ended(process, given=None):
-    out, err = process.communicate(given, timeout=100)
+def ended(process):
+    out, err = process.communicate(timeout=100)
     return SimpleNamespace(code=process.returncode, out=(out or b'').decode('utf-8', 'replace'), err=err.decode())
 
 
@@ -310,7 +310,7 @@ def test_a_vocabulary_that_was_out_of_reach_in_training_is_looked_for_again(live
     assert '--tokenizer' not in run.err                     # it was given
 
 
-def test_a_prompt_from_a_file_or_standard_input_is_taken_as_it_stands(lively, sample, tmp_path):
+def test_a_prompt_from_a_file_or_standard_input_is_taken_as_it_stands(lively, sample, tmp_path, monkeypatch):
     text = 'class \u00e9:\n\n    pass \n'
     arguments = lively, '--max_new_tokens=20', *ON_CPU
     direct = sample(*arguments, f'--prompt={text}')
@@ -318,8 +318,8 @@ def test_a_prompt_from_a_file_or_standard_input_is_taken_as_it_stands(lively, sa
     for encoding in ('utf-8', 'utf-8-sig', 'utf-16'):       # the latter two as Windows writes them, with a mark
         (tmp_path / 'a prompt.txt').write_bytes(text.encode(encoding))
         assert sample(*arguments, f'--prompt=FILE:{tmp_path / "a prompt.txt"}').out == direct.out
-    piped = ended(python('sample.py', *arguments, '--prompt=-', stdin=subprocess.PIPE), text.encode())
-    assert piped.out == direct.out and piped.code == 0
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(text.encode())))
+    assert sample(*arguments, '--prompt=-').out == direct.out
 
 
 def test_each_line_of_a_file_is_a_prompt_whose_texts_are_what_they_are_alone(lively, sample, tmp_path, monkeypatch):
@@ -502,19 +502,27 @@ def test_a_reader_that_leaves_early_ends_it_quietly(lively):
     assert run.code == 0 and run.err == ''
 
 
-def test_control_c_ends_it_quietly_with_the_statistics(lively):
-    process = python('sample.py', lively, *ON_CPU, '--prompt=def', '--max_new_tokens=1000000000', '--num_samples=2')
-    assert len(process.stdout.read(40)) == 40               # under way
-    process.send_signal(signal.SIGINT)
-    run = ended(process)
-    assert run.code == 130 and run.err.count('\n') == 1 and 'tokens/s' in run.err
-    assert f'\n{DASHES}def' in run.out                      # the other sample as far as it got
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no named pipes')
+def test_control_c_ends_it_quietly_with_the_statistics(lively, tmp_path):
+    out, err = tmp_path / 'out', tmp_path / 'err'
+    os.mkfifo(out)
+    process = forked.start(['sample.py', lively, *ON_CPU, '--prompt=def', '--max_new_tokens=1000000000', '--num_samples=2'],
+                           streams=(out, err))
+    with open(out, encoding='utf-8') as pipe:
+        assert len(pipe.read(40)) == 40                     # under way
+        os.kill(process.pid, signal.SIGINT)
+        rest = pipe.read()
+    process.join(60)
+    statistics = err.read_text()
+    assert process.exitcode == 130 and statistics.count('\n') == 1 and 'tokens/s' in statistics
+    assert f'\n{DASHES}def' in rest                         # the other sample as far as it got
 
 
-def test_a_terminal_that_lacks_a_character_shows_another(trained):
-    process = python('sample.py', trained, *GREEDY, '--prompt=\u4e2d\u6587 def', '--max_new_tokens=1',
-                     env={'PYTHONIOENCODING': 'cp1252'})
-    assert ended(process).out.startswith('?? def')
+def test_a_terminal_that_lacks_a_character_shows_another(trained, sample, monkeypatch):
+    wire = Wire()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BufferedWriter(wire), encoding='cp1252'))
+    assert sample(trained, *GREEDY, '--prompt=\u4e2d\u6587 def', '--max_new_tokens=1').code == 0
+    assert b''.join(wire.pieces).startswith(b'?? def')
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full here')

@@ -369,8 +369,13 @@ def test_the_command_that_an_interrupted_run_prints_can_be_pasted_into_a_shell(t
     stopped = interrupted('a run', *files, attn='mla', experiment="it's mine", **knobs)     # both need quotes
     command = re.search('to go on: (.*)', stopped.out)[1]
     assert '--overwrite=True' not in command and command.count('--resume=') == 1
-    done = subprocess.run(command, shell=True, cwd=REPOSITORY, capture_output=True, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    if how == 'resume':
+        done = subprocess.run(command, shell=True, cwd=REPOSITORY, capture_output=True, text=True)
+    else:                                                   # the same, but forked once the shell has taken it to pieces
+        python, *arguments = subprocess.run(f'for word in {command}; do echo "$word"; done', shell=True, capture_output=True,
+                                            text=True).stdout.splitlines()
+        assert python == sys.orig_argv[0]
+        done = forked.run(*arguments)
     assert done.returncode == 0 and 'going on after step 3' in done.stdout, (command, done.stderr)
     assert losses_of(alone) == [(r['train_loss'], r['val_loss'], r['grad_norm']) for r in written(stopped.folder)['history']]
 
@@ -399,22 +404,33 @@ def torchrun(program, tmp_path):
 
 
 @pytest.fixture
-def several(program, torchrun, tmp_path):
-    """several(processes, **knobs) -> what they say. Started as torchrun would start them, but forked: in a quarter of the time."""
-    def run(processes, by_torchrun=False, **knobs):
-        if by_torchrun or not hasattr(os, 'fork'):
-            assert torchrun(processes, **knobs).wait(120) == 0, (tmp_path / 'log').read_text()
-            return (tmp_path / 'log').read_text()
+def ranks(program, tmp_path):
+    """ranks(processes, **knobs): start train.py as torchrun would, but forked: in a quarter of the time -> the processes."""
+    def run(processes, **knobs):
         with socket.create_server(('127.0.0.1', 0)) as free:
             where = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1]), 'WORLD_SIZE': str(processes)}
         log = str(tmp_path / 'log')
-        started = [forked.start(program(**knobs), REPOSITORY, (log, log), RANK=str(i), LOCAL_RANK=str(i), **where)
-                   for i in range(processes)]
-        for process in started:
-            process.join(120)
-            process.kill()
-        assert [process.exitcode for process in started] == [0] * processes, Path(log).read_text()
-        return Path(log).read_text()
+        started.extend(forked.start(program(**knobs), REPOSITORY, (log, log), RANK=str(i), LOCAL_RANK=str(i), **where)
+                       for i in range(processes))
+        return started
+    started = []
+    yield run
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def several(ranks, torchrun, tmp_path):
+    """several(processes, **knobs) -> what they say, ended well."""
+    def run(processes, by_torchrun=False, **knobs):
+        if by_torchrun or not hasattr(os, 'fork'):
+            assert torchrun(processes, **knobs).wait(120) == 0, (tmp_path / 'log').read_text()
+        else:
+            started = ranks(processes, **knobs)
+            for process in started:
+                process.join(120)
+            assert [process.exitcode for process in started] == [0] * processes, (tmp_path / 'log').read_text()
+        return (tmp_path / 'log').read_text()
     return run
 
 
@@ -462,23 +478,35 @@ def test_shards_start_from_the_numbers_of_one_process_and_one_process_goes_on_wi
     assert result_of(more)['final']['val_loss'] == pytest.approx(alone['final']['val_loss'], rel=1e-4)
 
 
-def test_of_several_processes_one_says_what_is_wrong(torchrun, tmp_path):
-    assert torchrun(2, n_embd=33).wait(120) != 0
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
+def test_of_several_processes_one_says_what_is_wrong(ranks, tmp_path):
+    first, second = ranks(2, n_embd=33)
+    first.join(60)                                          # torchrun ends the others then
+    assert first.exitcode == 2 and second.is_alive()
     log = (tmp_path / 'log').read_text()
     assert log.count('train.py: ') == 1 and 'n_embd (33)' in log
 
 
+ENDLESS = dict(max_steps=100_000, eval_interval=50_000, log_interval=5)
+
+
 @pytest.mark.skipif(sys.platform == 'win32', reason='signals')
-@pytest.mark.parametrize('name', ['SIGINT', 'SIGKILL'])
-def test_one_interrupted_process_of_two_stops_both_and_a_dead_one_takes_the_other_with_it_within_a_minute(torchrun, tmp_path, name):
-    whole, log = torchrun(2, max_steps=100_000, eval_interval=50_000, log_interval=5), tmp_path / 'log'
+def test_a_dead_process_of_two_takes_the_other_with_it_within_a_minute(torchrun, tmp_path):
+    whole, log = torchrun(2, **ENDLESS), tmp_path / 'log'
     wait_for(lambda: 'step ' in log.read_text(), 60)
     workers = subprocess.run(['pgrep', '-P', str(whole.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), getattr(signal, name))
-    assert whole.wait(60) != 0
-    if name == 'SIGKILL':
-        assert 'FAILED' in log.read_text()
-        return
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert whole.wait(60) != 0 and 'FAILED' in log.read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
+def test_one_interrupted_process_of_two_stops_both(ranks, tmp_path):
+    started, log = ranks(2, **ENDLESS), tmp_path / 'log'
+    wait_for(lambda: log.exists() and 'step ' in log.read_text(), 60)
+    os.kill(started[-1].pid, signal.SIGINT)
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [143, 130]          # the other one as if by SIGTERM
     said = re.search('to go on: (.*)', log.read_text())[1]
     assert said.startswith('torchrun --nproc_per_node=2 ') and said.endswith(' --resume=True')
     assert torch.load(tmp_path / 'run/checkpoint.pt', weights_only=True)['step'] < 100_000
@@ -753,17 +781,18 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_written(
 @pytest.mark.skipif(os.name != 'posix', reason='a terminal as POSIX has it')
 def test_a_terminal_shows_what_goes_on_within_a_step_and_a_file_does_not(program, train):
     import pty
-    command = [sys.executable, *program(micro_batch_size=2, max_steps=2, overwrite=True)]
     leader, follower = pty.openpty()
-    process, seen = subprocess.Popen(command, stdout=follower, stderr=subprocess.DEVNULL), b''
-    os.close(follower)
+    process, seen = forked.start(program(micro_batch_size=2, max_steps=2, overwrite=True),
+                                 streams=(os.ttyname(follower), os.devnull)), os.read(leader, 1)
+    os.close(follower)                                      # now that the run has opened the terminal
     try:
         while block := os.read(leader, 4096):
             seen += block
     except OSError:                                         # the other end is closed
         pass
     os.close(leader)
-    assert process.wait(60) == 0 and b'\rstep 2/2: micro-batch 3 of 3 ' in seen and b'\rvalidation: 1 of ' in seen
+    process.join(60)
+    assert process.exitcode == 0 and b'\rstep 2/2: micro-batch 3 of 3 ' in seen and b'\rvalidation: 1 of ' in seen
     out = train(micro_batch_size=2, max_steps=2, overwrite=True).out
     assert 'step 2/2 | ' in out and '\r' not in out and 'micro-batch' not in out
 
@@ -800,8 +829,7 @@ def test_it_runs_from_another_folder_out_of_a_read_only_one_with_blanks_and_umla
         (home / path.name).write_bytes(path.read_bytes())
     home.chmod(0o555)
     try:
-        done = subprocess.run([sys.executable, home / 'train.py', *flags(**{**TINY, 'dataset': corpus, 'data_root': elsewhere / 'däta'})],
-                              cwd=elsewhere, capture_output=True, text=True)
+        done = forked.run(home / 'train.py', *flags(**{**TINY, 'dataset': corpus, 'data_root': elsewhere / 'däta'}), cwd=elsewhere)
     finally:
         home.chmod(0o755)
     assert done.returncode == 0, done.stderr
