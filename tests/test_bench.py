@@ -523,14 +523,14 @@ def test_gpu_sh_skips_what_is_done_and_tries_again_what_failed(gpu):
 
 def test_gpu_sh_stops_when_its_time_is_over_and_goes_on_in_the_next_call(gpu):
     (gpu.folder / 'slow').write_text('--prompts=32768')
-    first = gpu(BUDGET='3')
+    first = gpu(BUDGET='2')
     assert first.code == 75 and 'call again' in first.out and programs(first) == ['-m', *['bench.py'] * 5]
-    (gpu.folder / 'slow').write_text('--name=mqa --seed=1')
-    second = gpu(BUDGET='10')
-    assert second.code == 75 and programs(second)[:2] == ['bench.py', 'train.py']
+    (gpu.folder / 'slow').write_text('--name=mqa --seed=0')
+    second = gpu(BUDGET='5')
+    assert second.code == 75 and programs(second)[:3] == ['bench.py', 'train.py', 'train.py']
     (gpu.folder / 'slow').unlink()
     third = gpu(BUDGET='0')
-    assert third.code == 0 and '--name=mqa --seed=1' in third.asked[0], 'finished runs are not run again'
+    assert third.code == 0 and '--name=mqa --seed=0' in third.asked[0], 'finished runs are not run again'
 
 
 def test_a_rehearsal_is_the_same_list_of_stages_at_a_size_of_seconds_on_the_cpu(gpu):

@@ -386,26 +386,32 @@ def test_the_selection_bias_moves_once_per_update_over_the_whole_batch(train):
     assert torch.equal(bias / 0.25, (bias / 0.25).round())                          # whole steps, at most one per update
 
 
+TORCHRUN = 'import os, sys; os.setsid(); from torch.distributed.run import main; main(sys.argv[2:])'
+
+
 @pytest.fixture
 def torchrun(program, tmp_path):
-    """torchrun(processes, **knobs): start train.py under it; both write to tmp_path / 'log' -> Popen."""
+    """torchrun(processes, **knobs): start it, in a session of its own; all write to tmp_path / 'log' -> its process."""
     def run(processes, **knobs):
-        command = [sys.executable, '-m', 'torch.distributed.run', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0',
-                   f'--nproc_per_node={processes}', *program(**knobs)]
-        with open(tmp_path / 'log', 'w') as log:
-            started.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True,
-                                            env={**os.environ, 'OMP_NUM_THREADS': '1'}))
+        log = str(tmp_path / 'log')
+        started.append(forked.start(['-c', TORCHRUN, '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0',
+                                     f'--nproc_per_node={processes}', *program(**knobs)], streams=(log, log)))
         return started[-1]
+    if not hasattr(os, 'fork'):
+        pytest.skip('no fork')
     started = []
     yield run
     for process in started:
-        if process.poll() is None:
+        if process.is_alive():
             os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
 def ranks(program, tmp_path):
     """ranks(processes, **knobs): start train.py as torchrun would, but forked: in a quarter of the time -> the processes."""
+    if not hasattr(os, 'fork'):
+        pytest.skip('no fork')
+
     def run(processes, **knobs):
         with socket.create_server(('127.0.0.1', 0)) as free:
             where = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1]), 'WORLD_SIZE': str(processes)}
@@ -423,14 +429,12 @@ def ranks(program, tmp_path):
 def several(ranks, torchrun, tmp_path):
     """several(processes, **knobs) -> what they say, ended well."""
     def run(processes, by_torchrun=False, **knobs):
-        if by_torchrun or not hasattr(os, 'fork'):
-            assert torchrun(processes, **knobs).wait(120) == 0, (tmp_path / 'log').read_text()
-        else:
-            started = ranks(processes, **knobs)
-            for process in started:
-                process.join(120)
-            assert [process.exitcode for process in started] == [0] * processes, (tmp_path / 'log').read_text()
-        return (tmp_path / 'log').read_text()
+        started = [torchrun(processes, **knobs)] if by_torchrun else ranks(processes, **knobs)
+        for process in started:
+            process.join(120)
+        said = (tmp_path / 'log').read_text()
+        assert all(process.exitcode == 0 for process in started), said
+        return said
     return run
 
 
@@ -478,7 +482,6 @@ def test_shards_start_from_the_numbers_of_one_process_and_one_process_goes_on_wi
     assert result_of(more)['final']['val_loss'] == pytest.approx(alone['final']['val_loss'], rel=1e-4)
 
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
 def test_of_several_processes_one_says_what_is_wrong(ranks, tmp_path):
     first, second = ranks(2, n_embd=33)
     first.join(60)                                          # torchrun ends the others then
@@ -490,16 +493,15 @@ def test_of_several_processes_one_says_what_is_wrong(ranks, tmp_path):
 ENDLESS = dict(max_steps=100_000, eval_interval=50_000, log_interval=5)
 
 
-@pytest.mark.skipif(sys.platform == 'win32', reason='signals')
 def test_a_dead_process_of_two_takes_the_other_with_it_within_a_minute(torchrun, tmp_path):
     whole, log = torchrun(2, **ENDLESS), tmp_path / 'log'
-    wait_for(lambda: 'step ' in log.read_text(), 60)
+    wait_for(lambda: log.exists() and 'step ' in log.read_text(), 60)
     workers = subprocess.run(['pgrep', '-P', str(whole.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
-    assert whole.wait(60) != 0 and 'FAILED' in log.read_text()
+    whole.join(60)
+    assert whole.exitcode == 1 and 'FAILED' in log.read_text()
 
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
 def test_one_interrupted_process_of_two_stops_both(ranks, tmp_path):
     started, log = ranks(2, **ENDLESS), tmp_path / 'log'
     wait_for(lambda: log.exists() and 'step ' in log.read_text(), 60)
