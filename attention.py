@@ -80,8 +80,8 @@ def rope_tables(config, positions, length=0, dtype=torch.float32):
     angles = positions.unsqueeze(-1) * torch.tensor(frequencies, dtype=dtype, device=positions.device)
     amplitude = 1.0
     if config.rope_scaling == 'yarn':
-        # q and k are both turned, and attention_scale multiplies by a(all_dim)^2: rotary scores get a(mscale)^2 in all,
-        # content scores a(all_dim)^2
+        # q and k both have this amplitude, and attention_scale multiplies every score by a(all_dim)^2: that makes
+        # amplitude^2 a(all_dim)^2 = a(mscale)^2 for rotary scores, and a(all_dim)^2 for content scores
         amplitude = config.rope_attention_factor or (yarn_mscale(config.rope_factor, config.rope_mscale)
                                                      / yarn_mscale(config.rope_factor, config.rope_mscale_all_dim))
     return torch.stack((angles.cos(), angles.sin()), dim=-1) * amplitude
@@ -120,11 +120,12 @@ class MultiHeadAttention(nn.Module):
     def head_dims(self):
         """Sizes for the result file, read off the live layer."""
         return {'n_kv_head': self.n_kv_head, 'qk_head_dim': self.head_dim, 'v_head_dim': self.head_dim,
-                'qk_rope_head_dim': self.head_dim}
+                'qk_rope_head_dim': self.head_dim}                      # all of a head is turned
 
-    def new_cache(self, batch, capacity, **kind):
+    def new_cache(self, batch, capacity, dtype=None, device=None):
         """Room for the keys and the values of `capacity` tokens: two tensors (B, n_kv_head, capacity, d)."""
-        return [torch.zeros(batch, self.n_kv_head, capacity, self.head_dim, **kind) for _ in range(2)]
+        shape = batch, self.n_kv_head, capacity, self.head_dim
+        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
 
     def forward(self, x, rope, cache=None):
         B, T, _ = x.shape
@@ -165,8 +166,8 @@ class LatentAttention(nn.Module):
         W_DQ           = q_a_proj             (rq, C)           W_DKV and W_KR = kv_a_proj_with_mqa   (r + dr, C)
         W_UQ and W_QR  = q_b_proj             (H (dn + dr), rq) W_UK and W_UV  = kv_b_proj            (H (dn + dv), r)
         W_O            = o_proj               (C, H dv)         without a query rank q_proj replaces q_a and q_b
-    The two norms stand in the paper's text (section 3.1.2), not in its equations. With biases, DeepSeek has them on
-    q_a_proj, kv_a_proj_with_mqa and o_proj, nowhere else.
+    The two norms stand in the paper's text (section 3.1.2), not in its equations; _with_mqa: the last dr rows make the one
+    rotary key of all heads. With biases, DeepSeek has them on q_a_proj, kv_a_proj_with_mqa and o_proj, nowhere else.
 
     The trick of decoding: k_nope = W_UK c and v = W_UV c are linear in the cached latent c. One way to use the cache,
     `expand`, makes both for all S cached tokens and attends as usual. The other, `absorb`, moves the matrices to the other
@@ -202,15 +203,15 @@ class LatentAttention(nn.Module):
                 'qk_nope_head_dim': self.qk_nope_head_dim, 'qk_rope_head_dim': self.qk_rope_head_dim,
                 'qk_head_dim': self.qk_nope_head_dim + self.qk_rope_head_dim, 'v_head_dim': self.v_head_dim}
 
-    def new_cache(self, batch, capacity, **kind):
+    def new_cache(self, batch, capacity, dtype=None, device=None):
         """Room for [latent | rotary key] of `capacity` tokens: one tensor (B, 1, capacity, r + dr), one for all heads."""
-        return [torch.zeros(batch, 1, capacity, self.kv_lora_rank + self.qk_rope_head_dim, **kind)]
+        return [torch.zeros(batch, 1, capacity, self.kv_lora_rank + self.qk_rope_head_dim, dtype=dtype, device=device)]
 
     def absorbs(self, T, S):
         """Whether T new tokens should attend to S cached ones in the latent space: compares the multiply-adds a head needs.
 
-        If 2r > dn + dv, absorbing pays for few new tokens: for S >> T, fewer than r (dn + dv) / (2r - dn - dv), which is
-        64 for `lora`, 96 for `mla` at C = 384, 170.7 at DeepSeek-V3's sizes. If 2r <= dn + dv, it always does.
+        If 2r <= dn + dv, absorbing never costs more. Else it pays for few new tokens: where S is much larger than T, for
+        T below r (dn + dv) / (2r - dn - dv): 64 for `lora` and 96 for `mla` at C = 384, 170.7 at DeepSeek-V3's sizes.
         """
         if self.decode_mode != 'auto':
             return self.decode_mode == 'absorb'
@@ -224,8 +225,8 @@ class LatentAttention(nn.Module):
         H, r, dn, dr = self.n_head, self.kv_lora_rank, self.qk_nope_head_dim, self.qk_rope_head_dim
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.q_lora_rank else self.q_proj(x)     # eq. 12-14
         q_nope, q_pe = q.view(B, T, H, dn + dr).transpose(1, 2).split([dn, dr], dim=-1)     # (B, H, T, dn), (B, H, T, dr)
-        c, k_pe = self.kv_a_proj_with_mqa(x).unsqueeze(1).split([r, dr], dim=-1)            # (B, 1, T, r), (B, 1, T, dr)
-        c = self.kv_a_layernorm(c)                                                          # eq. 9
+        c, k_pe = self.kv_a_proj_with_mqa(x).unsqueeze(1).split([r, dr], dim=-1)    # (B, 1, T, r), (B, 1, T, dr): eq. 9
+        c = self.kv_a_layernorm(c)
         q_pe, k_pe = kernels.rotate(q_pe, rope), kernels.rotate(k_pe, rope)                 # eq. 14, 15
         if cache is None:
             o = self.expanded(q_nope, q_pe, c, k_pe, 'causal')
@@ -251,7 +252,7 @@ class LatentAttention(nn.Module):
         r, dn, dv = self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim
         W_uk, W_uv = self.kv_b_proj.weight.to(q_nope.dtype).view(-1, dn + dv, r).split([dn, dv], dim=1)     # (H, dn|dv, r)
         q_c = torch.einsum('bhtn,hnr->bhtr', q_nope, W_uk)                                  # W_UK^T q, head by head
-        # the whole of kept as values too, because kernels want them as wide as keys; the sums over k_pe are cut off
+        # all of `kept` as values too: torch's fused kernels want them as wide as keys; the sums over k_pe are cut off
         o = kernels.attention(torch.cat((q_c, q_pe), dim=-1), kept, kept, self.scale, mask)[..., :r]        # (B, H, T, r)
         return torch.einsum('bhtr,hvr->bhtv', o, W_uv)                                      # (B, H, T, dv)
 
@@ -277,7 +278,7 @@ def variants(n_embd, n_head):
         'mqa': {**heads, 'n_kv_head': 1},
         # DeepSeek's attention inside the baseline's head sizes: nope + rope = v = d
         'lora': lora,
-        # ... and what the report added: content width that does not pay for the rotary part, RoPE scaling, bias
+        # ... and what the report added: content as wide as the baseline's head beside the rotary part, RoPE scaling, bias
         'enhanced': {**lora, 'qk_nope_head_dim': d, 'rope_scaling': 'linear', 'rope_factor': 2.0, 'attention_bias': True},
         # DeepSeek-V2-Lite's recipe, the published model whose heads are C / H wide as here (2048 wide, 16 heads of 128):
         # no query bottleneck, r = C / 4, nope = v = d, rope = d / 2
@@ -317,7 +318,7 @@ def lay_over_row(config):
             'rope_scaling=dynamic needs a rotary width above 2: its exponent is width / (width - 2)')
     require(1 <= config.rope_factor < math.inf,
             f'rope_factor ({config.rope_factor}) must be at least 1: positions are divided by it')
-    require(config.rope_scaling != 'default' or config.rope_factor in (1.0, row['rope_factor']),
+    require(config.rope_scaling != 'default' or config.rope_factor in (1.0, row['rope_factor']),     # enhanced's 2 is left be
             f'rope_factor ({config.rope_factor}) means nothing to rope_scaling=default: linear, dynamic and yarn have one')
     if (amplitude := config.rope_attention_factor) is not None:
         require(config.rope_scaling == 'yarn',

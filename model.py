@@ -25,9 +25,9 @@ from moe import MixtureOfExperts, SwiGLU
 
 @dataclass
 class ModelConfig:
-    """Every knob of the network, once: train.py takes them as flags, result.py their defaults, from this very text.
+    """Every knob of the network, once: configurator.py reads these lines, and they are flags of train.py.
 
-    A knob whose default is None belongs to the attention variant: what its row names is filled in. ValueError for no model.
+    A knob whose default is None is filled in from the variant's row, where that names it. ValueError: they make no model.
     """
     # What is compared
     attn: str = 'baseline'                  # attention variant: baseline, gqa, mqa, lora, enhanced, mla; see attention.py
@@ -37,9 +37,9 @@ class ModelConfig:
     head_dim: int | None = None             # width of a head (multi-head variants)
     qk_norm: bool | None = None             # RMSNorm on each query and key head before the rotation (multi-head variants)
     q_lora_rank: int | None = None          # rank of the query bottleneck (latent variants); 0: queries straight from x
-    kv_lora_rank: int | None = None         # rank of the latent that k and v are made from, the part of it that is cached
-    qk_nope_head_dim: int | None = None     # width of a head's content score
-    qk_rope_head_dim: int | None = None     # width of its rotary score, even; also the width of the one cached rotary key
+    kv_lora_rank: int | None = None         # rank of the latent that k and v are made from, and that is cached for them
+    qk_nope_head_dim: int | None = None     # width of a head's content part of q and k
+    qk_rope_head_dim: int | None = None     # width of its rotary part, even; also the width of the one cached rotary key
     v_head_dim: int | None = None           # width of a head's value
     attention_bias: bool | None = None      # biases in attention (latent: on q_a_proj, kv_a_proj_with_mqa, o_proj only)
     rope_scaling: Literal['default', 'linear', 'dynamic', 'yarn'] | None = None     # how rotary frequencies are stretched
@@ -49,8 +49,8 @@ class ModelConfig:
 
     # Rotary positions, whatever the variant
     rope_theta: float = 10000.0             # base of the frequencies
-    rope_beta_fast: float = 32.0            # yarn: pairs that turn more often than this within that context stay
-    rope_beta_slow: float = 1.0             # yarn: pairs that turn less often than this are stretched by the whole factor
+    rope_beta_fast: float = 32.0            # yarn: pairs that turn more often than this in the original context stay
+    rope_beta_slow: float = 1.0             # yarn: pairs that turn less often than this there are stretched in full
     rope_mscale: float = 1.0                # yarn: temperature multiplier on cos and sin (DeepSeek's mscale)
     rope_mscale_all_dim: float = 0.0        # yarn: temperature multiplier on whole scores; DeepSeek: as rope_mscale
 
@@ -66,7 +66,7 @@ class ModelConfig:
     # Experts
     d_ff: int = 1536                        # hidden width of one expert
     n_expert: int = 8                       # experts in each layer
-    top_k: int = 2                          # experts that each token visits (experts' choice)
+    top_k: int = 2                          # experts that each token chooses
     n_shared_expert: int = 0                # experts that every token visits besides
     n_dense_layer: int = 0                  # so many layers, the first ones, have one network instead of experts
     d_ff_dense: int = 0                     # its hidden width; 0: of all experts that a token visits together
@@ -158,14 +158,14 @@ class LanguageModel(nn.Module):
         whatever the device.
         """
         for name, p in self.named_parameters():
-            kind = name.split('.')[-2] if name.endswith(('.weight', '.bias')) else name.split('.')[-1]
+            kind = name.split('.')[-2] if name.endswith(('.weight', '.bias')) else name.split('.')[-1]      # q_proj, ...
             if name.endswith('.bias') or kind.endswith(('o_proj', 'down_proj')):
                 p.zero_()
             elif kind.endswith('norm'):
                 p.fill_(1.0)
             elif kind.endswith('_proj') or kind in ('embed', 'router', 'lm_head', 'kv_a_proj_with_mqa'):
                 std = 0.02 if kind in ('embed', 'router', 'lm_head') else p.size(-1) ** -0.5
-                key = int.from_bytes(hashlib.sha256(f'{seed}:{name}'.encode()).digest()[:7], 'little')
+                key = int.from_bytes(hashlib.sha256(f'{seed}:{name}'.encode()).digest()[:7], 'little')      # below 2^63
                 empty = torch.empty(p.shape, dtype=torch.float32, device='cpu')
                 p.copy_(empty.normal_(0.0, std, generator=torch.Generator().manual_seed(key)))
             else:
@@ -239,7 +239,7 @@ class LanguageModel(nn.Module):
 
     def parameter_counts(self):
         """-> dict: params_total, params_active (without routed experts that a token does not visit), params_attention, ..."""
-        # the first of these that is in a parameter's name says what it counts as
+        # the first of these that is in a parameter's name says what it counts as; a dense layer's network as shared
         parts = {'embed.': 'embedding', 'lm_head.': 'embedding', '.attn.': 'attention', '.router.': 'router',
                  '.moe.shared.': 'shared', '.mlp.': 'shared', '.moe.': 'experts', 'norm.': 'norm'}
         config, groups = self.config, dict.fromkeys(parts.values(), 0)

@@ -48,13 +48,13 @@ class Router(nn.Linear):
 class Routing(NamedTuple):
     """What one layer tells about its routing. The losses are unweighted and carry gradient; load feeds update_bias too."""
     balance_loss: torch.Tensor      # scalar, 1 when load or probability is even
-    z_loss: torch.Tensor            # scalar, nats squared
+    z_loss: torch.Tensor            # scalar, nats squared: keeps logits small, where float32 and bfloat16 are finer
     load: torch.Tensor              # (E,) how many times each expert was chosen; sums to B T k
     entropy: torch.Tensor           # scalar, nats: mean entropy of a token's distribution over experts, at most ln E
 
 
 class MixtureOfExperts(nn.Module):
-    """x (B, T, C) -> (B, T, C), Routing. Experts are stored stacked, each matrix as (out, in) like nn.Linear's.
+    """x (B, T, C) -> (B, T, C), Routing. Experts are stored stacked, for grouped products, each matrix as (out, in).
 
     router='softmax'  scores are probabilities, softmax over all E (Mixtral, Qwen, DeepSeek-V2).
     router='sigmoid'  DeepSeek-V3, eq. 12-16: sigmoid scores; a bias per expert is added for CHOOSING only. The bias is no
@@ -67,7 +67,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, width, E = config.n_embd, config.d_ff, config.n_expert
-        self.top_k, self.kind, self.scaling = config.top_k, config.router, config.routed_scaling_factor
+        self.top_k, self.sigmoid, self.scaling = config.top_k, config.router == 'sigmoid', config.routed_scaling_factor
         self.normalise = config.norm_topk_prob and config.top_k > 1
         self.n_group, self.top_k_group = config.n_expert_group, config.top_k_group
         self.router = Router(C, E, bias=False)
@@ -76,14 +76,15 @@ class MixtureOfExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, C, width))
         # always on, ungated: one network, n_shared_expert times as wide
         self.shared = SwiGLU(C, config.n_shared_expert * width) if config.n_shared_expert else None
-        # float32 whatever the model's dtype: steps of 0.001 are lost in bfloat16. None for the softmax router.
-        self.register_buffer('e_score_correction_bias', torch.zeros(E) if self.kind == 'sigmoid' else None)
+        # the bias for choosing, by DeepSeek's name; float32 whatever the model's dtype: steps of 0.001 are lost in bfloat16
+        self.register_buffer('e_score_correction_bias', torch.zeros(E) if self.sigmoid else None)
 
     def _apply(self, fn, recurse=True):
+        """.to(), .bfloat16(), ...: the bias goes along, but stays float32 and keeps its numbers (on meta it has none)."""
         bias = self.e_score_correction_bias
-        super()._apply(fn, recurse)         # .to(), .bfloat16(), ...: the bias moves, but stays float32
+        super()._apply(fn, recurse)
         if bias is not None:
-            moved = self.e_score_correction_bias        # from meta there are no numbers to bring along
+            moved = self.e_score_correction_bias
             self.e_score_correction_bias = moved.float() if bias.is_meta else bias.to(moved.device)
         return self
 
@@ -97,15 +98,16 @@ class MixtureOfExperts(nn.Module):
     def route(self, x, with_balance=True):
         """x (B, T, C) -> chosen (B, T, k) expert ids, weights (B, T, k), Routing or (where decoding needs none) None."""
         logits = self.router(x)                                                                 # (B, T, E)
-        scores = logits.softmax(-1) if self.kind == 'softmax' else logits.sigmoid()
-        for_choice = scores if self.kind == 'softmax' else scores + self.e_score_correction_bias
+        scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
+        for_choice = scores + self.e_score_correction_bias if self.sigmoid else scores
         if self.n_group > 1:
             for_choice = self.within_best_groups(for_choice)
         chosen = for_choice.topk(self.top_k, dim=-1).indices                                    # (B, T, k)
         weights = scores.gather(-1, chosen)                                                     # never the biased ones
         if self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return chosen, weights * self.scaling, self.balance(logits, scores, chosen) if with_balance else None
+        routing = self.balance(logits, scores, chosen) if with_balance else None
+        return chosen, weights * self.scaling, routing
 
     def within_best_groups(self, scores):
         """scores (B, T, E) with -inf outside each token's top_k_group best groups of E / n_group experts side by side.
@@ -114,7 +116,7 @@ class MixtureOfExperts(nn.Module):
         two together (V3). Not 0 but -inf: biased scores may be below 0.
         """
         groups = scores.unflatten(-1, (self.n_group, -1))                                       # (B, T, groups, E/groups)
-        quality = groups.topk(1 if self.kind == 'softmax' else 2, dim=-1).values.sum(-1)        # (B, T, groups)
+        quality = groups.topk(2 if self.sigmoid else 1, dim=-1).values.sum(-1)                  # (B, T, groups)
         best = torch.zeros_like(quality).scatter(-1, quality.topk(self.top_k_group, dim=-1).indices, 1.0)
         return groups.masked_fill(best.unsqueeze(-1) == 0, -torch.inf).flatten(-2)
 
@@ -129,7 +131,7 @@ class MixtureOfExperts(nn.Module):
         get everything with certainty.
         """
         (_, T, k), E = chosen.shape, logits.size(-1)
-        p = scores if self.kind == 'softmax' else scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        p = scores / (scores.sum(-1, keepdim=True) + 1e-20) if self.sigmoid else scores
         counts = kernels.occurrences(chosen.flatten(1), E)                                      # (B, E)
         balance_loss = E * (counts.to(p.dtype) / (T * k) * p.mean(1)).sum(-1).mean()
         z_loss = logits.logsumexp(-1).square().mean()                                           # ST-MoE eq. 5

@@ -43,11 +43,11 @@ def reference_choice(layer, z, knobs):
     """Logits z (E,) of one token -> the expert ids chosen, best first, and what each one's output is multiplied by.
     Differentiable by z; knobs as given to experts()."""
     E, k, groups = len(z), knobs.get('top_k', 2), knobs.get('n_expert_group', 1)
-    scores = torch.exp(z) / torch.exp(z).sum() if layer.kind == 'softmax' else 1 / (1 + torch.exp(-z))
-    bias = [0.0] * E if layer.kind == 'softmax' else layer.e_score_correction_bias.tolist()
+    scores = torch.exp(z) / torch.exp(z).sum() if not layer.sigmoid else 1 / (1 + torch.exp(-z))
+    bias = [0.0] * E if not layer.sigmoid else layer.e_score_correction_bias.tolist()
     rank = [s + b for s, b in zip(scores.tolist(), bias)]
     group = lambda e: e // (E // groups)                    # as good as its best expert (V2), or its two best (V3)
-    counted = 1 if layer.kind == 'softmax' else 2
+    counted = 2 if layer.sigmoid else 1
     quality = [sum(sorted((rank[e] for e in range(E) if group(e) == g), reverse=True)[:counted]) for g in range(groups)]
     best = sorted(range(groups), key=lambda g: -quality[g])[:knobs.get('top_k_group', 1)]
     chosen = sorted((e for e in range(E) if group(e) in best), key=lambda e: -rank[e])[:k]
