@@ -6,9 +6,11 @@ a signal is what is tested, the tests start an interpreter as users do.
 import multiprocessing
 import os
 import runpy
+import select
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -38,6 +40,21 @@ def start(arguments, cwd=REPOSITORY, streams=(os.devnull, os.devnull), **environ
     process = context.Process(target=child, args=([str(argument) for argument in arguments], str(cwd), streams, environment))
     process.start()
     return process
+
+
+def on_a_terminal(*arguments, timeout=100):
+    """Run it with a terminal as stdout -> exit status, the bytes that the terminal got."""
+    import pty                                              # not on Windows
+    ours, theirs = pty.openpty()
+    process, shown, end = start(arguments, streams=(os.ttyname(theirs), os.devnull)), b'', time.monotonic() + timeout
+    while process.is_alive() or select.select([ours], [], [], 0)[0]:
+        if select.select([ours], [], [], 0.1)[0]:
+            shown += os.read(ours, 65536)
+        if time.monotonic() > end:
+            process.kill()
+            raise TimeoutError(f'{arguments[0]} takes more than {timeout} s')
+    os.close(ours), os.close(theirs)
+    return process.exitcode, shown
 
 
 def run(*arguments, cwd=REPOSITORY, timeout=200, **environment):

@@ -2,7 +2,6 @@
 
 And gpu.sh, with a Python that writes down what it is asked for.
 """
-import contextlib
 import json
 import math
 import os
@@ -208,18 +207,10 @@ def test_what_a_machine_does_not_compute_in_is_not_timed_unless_asked_for(comput
     assert [row['dtype'] for row, _ in b.training_sides()] == expected
 
 
+@pytest.mark.skipif(os.name != 'posix', reason='a terminal as POSIX has it')
 def test_on_a_terminal_one_line_is_rewritten_until_the_report_stands_there(tmp_path):
-    pty = pytest.importorskip('pty', reason='Windows has no such terminals')
-    ours, theirs = pty.openpty()
-    done, shown = forked.start(command(out=tmp_path / 'x.json', variants='mqa', dtype='float32')[1:],
-                               streams=(os.ttyname(theirs), os.devnull)), os.read(ours, 1)
-    os.close(theirs)                                                # now that it has opened the terminal
-    with contextlib.suppress(OSError):                              # Linux's way to say that the other end is closed
-        while new := os.read(ours, 65536):
-            shown += new
-    os.close(ours)
-    done.join(60)
-    assert done.exitcode == 0
+    status, shown = forked.on_a_terminal(*command(out=tmp_path / 'x.json', variants='mqa', dtype='float32')[1:])
+    assert status == 0
     rewritten, *report = shown.decode().split('| variant |')
     assert '\n' not in rewritten and 'round 3 of 3, 2 of 2: mqa ours float32' in rewritten and len(report) == 1
 

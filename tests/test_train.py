@@ -372,8 +372,8 @@ def test_the_command_that_an_interrupted_run_prints_can_be_pasted_into_a_shell(t
     if how == 'resume':
         done = subprocess.run(command, shell=True, cwd=REPOSITORY, capture_output=True, text=True)
     else:                                                   # the same, but forked once the shell has taken it to pieces
-        python, *arguments = subprocess.run(f'for word in {command}; do echo "$word"; done', shell=True, capture_output=True,
-                                            text=True).stdout.splitlines()
+        words = subprocess.run(f"printf '%s\\n' {command}", shell=True, capture_output=True, text=True).stdout
+        python, *arguments = words.splitlines()
         assert python == sys.orig_argv[0]
         done = forked.run(*arguments)
     assert done.returncode == 0 and 'going on after step 3' in done.stdout, (command, done.stderr)
@@ -782,19 +782,8 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_written(
 
 @pytest.mark.skipif(os.name != 'posix', reason='a terminal as POSIX has it')
 def test_a_terminal_shows_what_goes_on_within_a_step_and_a_file_does_not(program, train):
-    import pty
-    leader, follower = pty.openpty()
-    process, seen = forked.start(program(micro_batch_size=2, max_steps=2, overwrite=True),
-                                 streams=(os.ttyname(follower), os.devnull)), os.read(leader, 1)
-    os.close(follower)                                      # now that the run has opened the terminal
-    try:
-        while block := os.read(leader, 4096):
-            seen += block
-    except OSError:                                         # the other end is closed
-        pass
-    os.close(leader)
-    process.join(60)
-    assert process.exitcode == 0 and b'\rstep 2/2: micro-batch 3 of 3 ' in seen and b'\rvalidation: 1 of ' in seen
+    status, seen = forked.on_a_terminal(*program(micro_batch_size=2, max_steps=2, overwrite=True))
+    assert status == 0 and b'\rstep 2/2: micro-batch 3 of 3 ' in seen and b'\rvalidation: 1 of ' in seen
     out = train(micro_batch_size=2, max_steps=2, overwrite=True).out
     assert 'step 2/2 | ' in out and '\r' not in out and 'micro-batch' not in out
 
