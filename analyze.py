@@ -375,12 +375,13 @@ def report(arms, r, may_differ=(), images=()):
                f'that a paired t test at {ALPHA:g} / {m}, the first step of Holm, finds with {POWER:.0%} power if the sd is '
                'the one observed; beside it the pairs that a difference of the margin needs.')
 
-    yield '## Early and late'
-    yield table(['Configuration', 'n', 'first, at step', 'last, at step', 'r'], {
-        name: [e['first']['n'], *(f'{mean_sd(e[key], 4)}, {step}' for key, step in zip(('first', 'last'), e['steps'])),
-               num(e['r'], 2, True)] for name, x in a.items() if (e := x['early'])})
-    yield ('Validation loss, and its correlation over seeds. Where r is near 1 and the sd large, the start decided: some '
-           'seeds left a plateau earlier than others, by luck, and kept their lead.')
+    if both_ends := {name: x['early'] for name, x in a.items() if x['early']}:
+        yield '## Early and late'
+        yield table(['Configuration', 'n', 'first, at step', 'last, at step', 'r'], {
+            name: [e['first']['n'], *(f'{mean_sd(e[key], 4)}, {step}' for key, step in zip(('first', 'last'), e['steps'])),
+                   num(e['r'], 2, True)] for name, e in both_ends.items()})
+        yield ('Validation loss, and its correlation over seeds. Where r is near 1 and the sd large, the start decided: some '
+               'seeds left a plateau earlier than others, by luck, and kept their lead.')
 
     yield '## Expert balance'
     yield table(['Configuration', 'n', 'busiest / even', 'idlest / even', 'largest excess', 'router entropy (nats)',

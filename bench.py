@@ -451,6 +451,9 @@ def main():
     started, version, hint = now(), None, ''
     try:                                                        # what cannot be built is told before anything runs
         configs = [config_of({'variant': attn, 'experts': n}, contexts[0]) for attn in variants for n in experts]
+        with torch.device('meta'):
+            for c in configs:
+                LanguageModel(c, seed=None)
         if peer != 'none':
             hint = f'; --peer=none goes without {peer}'
             import hf

@@ -11,7 +11,7 @@
 #
 # A plan is a text file of lines `word value`, # for comments:
 #   config      the config file of every run             experiment  the folder of the runs below out/
-#   seeds       of the arms                              margin, contrasts, may_differ    as in analyze.py
+#   seeds       of the arms                              margin, contrasts, may_differ    as in analyze.py, or left out
 #   rates       of the search, on seed rates_seed for rates_steps updates
 #   arm         NAME RATE FLAGS...                       extra       NAME SEED,SEED,... RATE FLAGS...
 # Seeds outside, arms inside: an interruption leaves whole pairs, and a machine that slows down slows all arms.
@@ -75,6 +75,7 @@ reap() {        # look after the runs until fewer than $1 are going
             case $status in
                 0) ;;
                 3) echo "reproduce.sh: $ended diverged; going on, the report counts it" >&2 ;;
+                129|130|143) [ "$failed" != 0 ] || failed=$status ;;            # told to stop, and has saved
                 *) echo "reproduce.sh: $ended ended with exit status $status" >&2; [ "$failed" != 0 ] || failed=$status ;;
             esac
         done

@@ -140,7 +140,9 @@ if init_from:
 name = name or network['attn']
 folder = RunFolder(folder_of(out_dir, experiment, name, seed))
 try:
-    network = ModelConfig(**network)                        # tells of bad sizes now
+    network = ModelConfig(**network)                        # tells of bad sizes now, and a class of attention of its knobs
+    with torch.device('meta'):
+        LanguageModel(network, seed=None)
     corpus = data.Corpus(data.prepare(dataset, tokenizer, asked['vocab_size'], data_root, say, text_field),
                          max_train_tokens, max_val_tokens, network.block_size)
 except ValueError as error:

@@ -327,6 +327,8 @@ def test_early_and_late_losses_are_correlated_over_seeds(tmp_path):
     assert e['steps'] == [50, 100] and e['r'] == pytest.approx(np.corrcoef(early, late)[0, 1])
     row = f'| baseline | 4 | {np.mean(early):.4f} ± {np.std(early, ddof=1):.4f}, 50 | {np.mean(late):.4f} ± '
     assert row in section(report_of(tmp_path), 'Early and late')
+    short = result('baseline', 0, history=[{'step': 100, 'val_loss': 4.0, 'train_loss': None}])         # with one evaluation
+    assert 'Early and late' not in report_of(save(tmp_path / 'short', short))
 
 
 def rates(folder, **losses):

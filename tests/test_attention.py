@@ -445,8 +445,8 @@ def test_the_rows_are_the_numbers_of_the_report_and_of_deepseek_v2_lite():
                                                    'qk_rope_head_dim', 'v_head_dim')]
     assert (row('lora'), row('enhanced')) == ([32, 64, 16, 32, 48], [32, 64, 48, 32, 48])
     assert (row('mla'), row('mla', 2048, 16)) == ([0, 96, 48, 24, 48], [0, 512, 128, 64, 128])
-    rows = {name: ModelConfig(n_embd=384, n_head=8, attn=name) for name in variants(384, 8)}
-    assert tuple(rows) == VARIANTS
+    rows = {name: ModelConfig(n_embd=384, n_head=8, attn=name) for name in VARIANTS}
+    assert set(VARIANTS) <= set(variants(384, 8))          # beside which a fork has its own
     plain = ('default', 1.0, False)
     assert {name: (c.rope_scaling, c.rope_factor, c.attention_bias) for name, c in rows.items()} == {
         **dict.fromkeys(VARIANTS, plain), 'enhanced': ('linear', 2.0, True)}

@@ -143,7 +143,7 @@ def test_a_plan_without_arms_or_without_a_file_runs_nothing(place):
 def test_a_signal_is_handed_on_and_what_is_going_on_is_waited_for(place, number, status):
     (place / 'slow').touch()
     script = subprocess.Popen(['bash', 'reproduce.sh'], cwd=place, env={**os.environ, 'PYTHON': './fake python', 'JOBS': '2'},
-                              stderr=subprocess.DEVNULL)
+                              stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 20
     while not (place / 'started').exists() or (place / 'calls').read_text().count('train.py') < 2:
         assert time.monotonic() < end, 'waited in vain'
@@ -151,6 +151,7 @@ def test_a_signal_is_handed_on_and_what_is_going_on_is_waited_for(place, number,
     time.sleep(0.3)
     script.send_signal(number)
     assert script.wait(20) == status and (place / 'calls').read_text().splitlines()[2:] == ['saved', 'saved']
+    assert script.stderr.read() == 'reproduce.sh: stopped; the same command goes on\n'      # nothing has failed
 
 
 def test_plans_that_are_shipped_name_files_that_exist_and_arms_once():
