@@ -136,7 +136,7 @@ def figure_cache(arms, r):
         x, s, (colour, marker) = size[name] * 1.04 ** side, arm[r['metric']], looks[arm['attention_class']]
         ax.plot([x, x], [s['low'], s['high']], color=colour, lw=1.5)
         ax.plot(x, s['mean'], marker, color=colour, ms=8, mec='white')
-        named[name] = x, s['mean'], side, colour
+        named[name] = x, s, side, colour
         config = next(iter(arms[name].values()))['config']
         lines.setdefault((colour, *(config.get(knob) for knob in rest)), []).append((x, s['mean']))
     for (colour, *_), points in lines.items():
@@ -166,17 +166,19 @@ def figure_cache(arms, r):
 
 
 def name_points(figure, ax, named):
-    """{name: (x, y, side, colour)}: each name at the first place around its point where it covers no point and no name.
-
-    side: below 0 if a neighbour stands to the right, above 0 if to the left; no name goes to that side.
+    """{name: (x, summary, side, colour)}: each name at the first place around its point where it covers no point, interval or
+    name. side: below 0 if a neighbour stands to the right, above 0 if to the left; no name goes to that side.
     """
     from matplotlib.transforms import Bbox
     figure.draw_without_rendering()
     figure.set_layout_engine('none')                        # names move nothing any more
-    points = ax.transData.transform([(x, y) for x, y, _, _ in named.values()])
+    points = ax.transData.transform([(x, s['mean']) for x, s, _, _ in named.values()])
     frame, taken = ax.get_window_extent(), [Bbox([point - 6, point + 6]) for point in points]
+    intervals = [[(x, s['low']), (x, s['high'])] for x, s, _, _ in named.values() if s['n'] > 1]
+    taken += [Bbox([low - 6, high + 6]) for low, high in map(ax.transData.transform, intervals)]
     around = [(0.7, 0.7), (0.7, -0.7), (1, 0), (-0.7, 0.7), (-0.7, -0.7), (-1, 0), (0, 1), (0, -1)]
-    for name, (x, y, side, colour) in named.items():
+    for name, (x, s, side, colour) in named.items():
+        y = s['mean']
         text = ax.annotate(name, (x, y), (0, 0), textcoords='offset points', fontsize=9.5, color=colour)
         for far, (dx, dy) in itertools.product((9, 16, 26, 40), [place for place in around if place[0] * side >= 0]):
             text.set(position=(far * dx, far * dy), ha=('right', 'center', 'left')[int(np.sign(dx)) + 1],
