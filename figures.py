@@ -67,7 +67,7 @@ def log_axis(ax, values):
     ax.set_xscale('log')
     ax.set_xticks(values, [f'{x:g}' for x in values])
     ax.minorticks_off()
-    ax.tick_params(axis='x', labelsize=8.5)                 # 256 and 288 stand close together
+    ax.tick_params(axis='x', labelsize=8.5)                 # neighbours may stand close together
 
 
 def figure_curves(arms, r):

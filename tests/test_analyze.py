@@ -525,6 +525,17 @@ def test_names_in_the_figure_of_the_cache_cover_no_point_and_no_other_name(tmp_p
     assert not any(box.contains(*ax.transData.transform(point)[0]) for point in points for box in boxes)
 
 
+def test_names_in_the_figure_of_the_committed_runs_cover_no_interval():
+    """mla48 has an arm on either side: to its right the interval of one is in the way."""
+    pytest.importorskip('matplotlib', reason='a figure')
+    ax, = figures.figure_cache(*analysed(os.path.join(ROOT, 'results', 'laptop'))).axes
+    boxes = [text.get_window_extent() for text in ax.texts if text.get_text()]
+    lines = [ax.transData.transform(line.get_xydata()) for line in ax.lines if len(line.get_xdata()) == 2]
+    bars = [(x, low, high) for (x, low), (x_high, high) in lines if x == x_high]
+    assert len(bars) == len(boxes) > 8
+    assert not any(box.x0 < x < box.x1 and box.y0 < high and low < box.y1 for x, low, high in bars for box in boxes)
+
+
 def test_arms_of_one_size_stand_close_together_in_the_figure_of_the_cache(tmp_path):
     pytest.importorskip('matplotlib', reason='a figure')
     runs = experiment(range(2), {'baseline': 0, 'mla48': 0.05})

@@ -485,6 +485,7 @@ def test_shards_start_from_the_numbers_of_one_process_and_one_process_goes_on_wi
 def test_of_several_processes_one_says_what_is_wrong(ranks, tmp_path):
     first, second = ranks(2, n_embd=33)
     first.join(60)                                          # torchrun ends the others then
+    second.join(3)                                          # by now it has met the same
     assert first.exitcode == 2 and second.is_alive()
     log = (tmp_path / 'log').read_text()
     assert log.count('train.py: ') == 1 and 'n_embd (33)' in log
