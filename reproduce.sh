@@ -10,7 +10,7 @@
 #   ARMS="mqa mla48" ./reproduce.sh                     only these arms: one comparison is complete before the others begin
 #
 # A plan is a text file of lines `word value`, # for comments:
-#   config      the config file of every run             experiment  the folder of the runs below out/
+#   config      every run's config file, or left out     experiment  the folder of the runs below out/
 #   seeds       of the arms                              margin, contrasts, may_differ    as in analyze.py, or left out
 #   rates       of the search, on seed rates_seed for rates_steps updates
 #   arm         NAME RATE FLAGS...                       extra       NAME SEED,SEED,... RATE FLAGS...
@@ -34,7 +34,7 @@ for word in $(sed 's/#.*//' "$PLAN" | awk '{ print $1 }'); do
         *) echo "reproduce.sh: $PLAN: no such word as $word, see the head of this script" >&2; exit 2 ;; esac
 done
 [ -z "$search" ] || [ -n "$(value rates)" ] || { echo "reproduce.sh: $PLAN has no rates" >&2; exit 2; }
-experiment=$(value experiment)
+experiment=$(value experiment) config=$(value config)
 [ -z "$search" ] || experiment=$experiment-rates
 [ "$JOBS" -ge 1 ] 2> /dev/null || { echo "reproduce.sh: JOBS=$JOBS must be a number from 1 on" >&2; exit 2; }
 [ -z "$KEEP" ] || mkdir -p "$KEEP" || exit 2
@@ -95,7 +95,7 @@ while read -r arm seed rate flags; do
     reap "$JOBS"
     [ "$failed" = 0 ] || break
     # shellcheck disable=SC2086
-    "$PYTHON" train.py "$(value config)" $flags --learning_rate="$rate" --name="$arm" --seed="$seed" \
+    "$PYTHON" train.py ${config:+"$config"} $flags --learning_rate="$rate" --name="$arm" --seed="$seed" \
         --experiment="$experiment" --resume=auto "$@" < /dev/null &
     pids+=($!) names+=("$name")
 done <<< "$(runs)"

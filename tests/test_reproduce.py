@@ -130,11 +130,13 @@ def test_a_run_that_diverges_is_named_kept_and_gone_over_and_one_that_fails_stop
     assert 'the same command goes on' in err and not (place / 'kept/lora-s0.json').exists() and 'analyze' not in calls[-1]
 
 
-def test_a_plan_without_arms_or_without_a_file_runs_nothing(place):
+def test_a_plan_without_arms_or_without_a_file_runs_nothing_and_one_without_a_config_runs_the_defaults(place):
     (place / 'config/empty.plan').write_text('config config/x.py\nexperiment tried\nseeds 0\nmargin 0.1\n')
     (place / 'out/tried').mkdir(parents=True)
     assert run(place, PLAN='config/empty.plan')[1] == []
     assert json.loads((place / 'out/tried/options.json').read_text()) == ['--margin=0.1', '--pairs=1']
+    (place / 'config/plain.plan').write_text('experiment tried\nseeds 0\narm lora 1e-3 --attn=lora\n')
+    assert run(place, PLAN='config/plain.plan')[2][0].startswith('train.py --attn=lora ')         # no config file: defaults
     status, runs, _, err = run(place, PLAN='config/none.plan')
     assert status == 2 and runs == [] and 'no plan config/none.plan' in err
 
@@ -160,7 +162,7 @@ def test_plans_that_are_shipped_name_files_that_exist_and_arms_once():
         rows = [line.split('#')[0].split() for line in plan.read_text().splitlines() if line.split('#')[0].strip()]
         names = [row[1] for row in rows if row[0] in ('arm', 'extra')]
         value = {row[0]: row[1:] for row in rows if row[0] not in ('arm', 'extra')}
-        assert len(names) == len(set(names)) and (REPOSITORY / value['config'][0]).exists()
+        assert len(names) == len(set(names)) and all((REPOSITORY / config).exists() for config in value.get('config', []))
         pairs = value.get('contrasts', [''])[0].split(',')
         assert all(name in names for pair in pairs if pair for name in pair.split(':'))
     assert plans
