@@ -385,15 +385,16 @@ class Corpus:
         window = self.train[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)  # (B, T + 1)
         return window[:, :-1], window[:, 1:]
 
-    def val_windows(self):
-        """(x, y), int64 (n_windows, block_size) each: side by side over the whole split, always the same.
+    def val_windows(self, rows):
+        """[(x, y), ...], int64 (`rows` or fewer, block_size) each: side by side over the whole split, always the same.
 
-        Every token but the first is a target once; the last window is filled up with x = 0, y = -1 (ignore).
+        Every token but the first is a target once. A last window that is not full comes by itself, as long as it is.
         """
         ids = self.val.astype(np.int64)
-        fill = (0, -(len(ids) - 1) % self.block_size)           # numbers before and after
-        x, y = np.pad(ids[:-1], fill), np.pad(ids[1:], fill, constant_values=-1)
-        return x.reshape(-1, self.block_size), y.reshape(-1, self.block_size)
+        full = (len(ids) - 1) // self.block_size * self.block_size          # targets in full windows
+        x, y = (a.reshape(-1, self.block_size) for a in (ids[:full], ids[1:full + 1]))
+        parts = [(x[i:i + rows], y[i:i + rows]) for i in range(0, len(x), rows)]
+        return parts + [(ids[None, full:-1], ids[None, full + 1:])] * (full < len(ids) - 1)
 
     def _count(self, tokens):
         blocks = (tokens[i:i + 2**24] for i in range(0, len(tokens), 2**24))

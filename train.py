@@ -228,14 +228,9 @@ def evaluate():
     """The whole validation split, in fixed windows, shared out over the processes -> dict of val_* and balance figures.
 
     Sums over targets are added up in float64 and divided once, so the result is exact whatever the micro-batch. A last
-    window that is not full runs for itself, as long as it is: padding would count in the routers' figures.
+    window that is not full is not padded: that would count in the routers' figures.
     """
-    x, y = corpus.val_windows()                             # (windows, T), targets -1 where the last window is padded
-    rest = int((y[-1] >= 0).sum()) % block_size             # targets of a last window that is not full
-    full = len(x) - (rest > 0)
-    parts = [(x[i:min(i + micro_batch_size, full)], y[i:min(i + micro_batch_size, full)])
-             for i in range(0, full, micro_batch_size)]
-    parts += [(x[full:, :rest], y[full:, :rest])] * (rest > 0)
+    parts = corpus.val_windows(micro_batch_size)
     # nll, correct; balance, z, entropy times tokens; tokens; load of each expert in each layer
     sums = torch.zeros(6 + expert_layers * network.n_expert, dtype=torch.float64)
     model.eval()

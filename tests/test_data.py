@@ -203,14 +203,17 @@ def test_a_batch_longer_than_the_corpus_runs_on_into_further_epochs(prepared):
 
 
 @pytest.mark.parametrize('length', [17, 18, 32, 33, 34, 1000])
-def test_validation_windows_make_every_token_but_the_first_a_target_once(prepared, length):
+@pytest.mark.parametrize('rows', [1, 3, 100])
+def test_validation_windows_make_every_token_but_the_first_a_target_once(prepared, length, rows):
     corpus = Corpus(prepared, block_size=16)
     corpus.val = np.arange(length) + 5
-    x, y = corpus.val_windows()
-    assert x.shape == y.shape and x.shape[1] == 16 and x.dtype == y.dtype == np.int64
-    real = y != -1
-    assert y[real].tolist() == list(range(6, length + 5)) and (x[real] == y[real] - 1).all()
-    assert real[:-1].all() and real[-1].any() and (x[~real] == 0).all()
+    parts = corpus.val_windows(rows)
+    assert all(x.shape == y.shape and x.dtype == y.dtype == np.int64 and (x == y - 1).all() for x, y in parts)
+    assert np.concatenate([y.ravel() for _, y in parts]).tolist() == list(range(6, length + 5))
+    full, rest = divmod(length - 1, 16)
+    assert sorted(x.shape for x, _ in parts if x.shape[1] < 16) == [(1, rest)] * (rest > 0)     # unpadded, by itself
+    sizes = [len(x) for x, _ in parts if x.shape[1] == 16]
+    assert sum(sizes) == full and all(size == rows for size in sizes[:-1]) and sizes[-1] <= rows
 
 
 def test_the_description_agrees_with_a_count_by_hand(prepared):
