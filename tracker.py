@@ -64,14 +64,8 @@ class Tracker:
 
     def finish(self, final):
         """The end of a run: its last numbers."""
-        def close():
-            if self.kind == 'wandb':
-                self.run.summary.update(flat(final, 'final/'))
-                self.run.finish()
-            else:
-                self.send(final['step'], flat(final, 'final/'))
-                self.run.close()
-        self.attempt(close)
+        self.attempt(self.send, final['step'], flat(final, 'final/'))
+        self.attempt(lambda: self.run.finish() if self.kind == 'wandb' else self.run.close())
 
 
 def check(kind):
