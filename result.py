@@ -69,9 +69,8 @@ class RunFolder:
             self.lock()
         if overwrite:
             if writer:                                      # or a later --resume=True would find what was there before
-                self.result.unlink(missing_ok=True)
-                self.checkpoint.unlink(missing_ok=True)
-                self.best_file.unlink(missing_ok=True)
+                for file in (self.result, self.checkpoint, self.best_file):
+                    file.unlink(missing_ok=True)
                 shutil.rmtree(self.path / 'tensorboard', ignore_errors=True)
             return None
         if self.result.exists():
@@ -80,18 +79,18 @@ class RunFolder:
             except ValueError as error:
                 fail(f'{error}; --overwrite=True replaces it')
             self.compare(before, config, data)
-            more = config['max_steps'] > before['config']['max_steps']
             if before['status'] == 'diverged':
                 say(f'{self.path} diverged ({before.get("error")}); --overwrite=True runs it again')
                 raise SystemExit(3)
-            if before['status'] == 'complete' and not (resume and more):
-                if resume:
+            if before['status'] == 'complete':
+                if not resume:
+                    fail(f'{self.path} holds a finished run; --overwrite=True runs it again, --out_dir=... goes elsewhere, '
+                         '--resume=True with a larger --max_steps goes on with it')
+                if config['max_steps'] <= before['config']['max_steps']:
                     say(f'{self.path} is complete already; a larger --max_steps goes on with it')
                     raise SystemExit(0)
-                fail(f'{self.path} holds a finished run; --overwrite=True runs it again, --out_dir=... goes elsewhere'
-                     + f', --resume=True goes on with it to update {config["max_steps"]}' * more)
-            if before['status'] == 'complete' and not self.checkpoint.exists():
-                fail(f'{self.path} holds a finished run, but no checkpoint.pt to go on from; --overwrite=True runs it again')
+                if not self.checkpoint.exists():
+                    fail(f'{self.path} holds a finished run, but no checkpoint.pt to go on from; --overwrite=True runs it again')
         if there and not resume:
             fail(f'{self.path} holds an unfinished run; --resume=True goes on with it, --overwrite=True starts again')
         if not self.checkpoint.exists():

@@ -138,7 +138,7 @@ def test_a_diverged_run_is_not_tried_again_in_silence(place, capsys):
 
 def test_a_finished_run_is_extended_and_every_extension_is_in_its_config(place, capsys):
     path = place('complete', content(20, 3.0))
-    refused(capsys, path, 'finished run', '--resume=True goes on with it to update 50', max_steps=50)
+    refused(capsys, path, 'finished run', '--resume=True with a larger --max_steps goes on with it', max_steps=50)
     checkpoint, config = opened(path, resume=True, max_steps=50)
     assert checkpoint['step'] == 20 and config['extended_at'] == [20]
     path = place('interrupted', content(30), config=config)                 # under way, then stopped
