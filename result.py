@@ -127,13 +127,12 @@ class RunFolder:
 
     def compare(self, before, config, data):
         """Fails unless what lies in the folder is this run: by its config, and its data by the hashes."""
-        old = before['config']
-        same = INDIFFERENT | {k for k in config.keys() - old.keys()         # a knob younger than that run had its default
-                              if k in VARIANT or k in DEFAULTS and config[k] == DEFAULTS[k]}
-        if config['max_steps'] > old['max_steps']:          # a run may be given more updates
+        old, new = with_defaults(before['config']), with_defaults(config)
+        same = INDIFFERENT | VARIANT - old.keys()
+        if new['max_steps'] > old['max_steps']:             # a run may be given more updates
             same.add('max_steps')
-        different = [f'{k}: {old.get(k, "absent")} there, {config.get(k, "absent")} here'
-                     for k in sorted((config.keys() | old.keys()) - same) if old.get(k) != config.get(k)]
+        different = [f'{k}: {old.get(k, "absent")} there, {new.get(k, "absent")} here'
+                     for k in sorted((new.keys() | old.keys()) - same) if old.get(k) != new.get(k)]
         if different:
             fail(f'{self.path} holds a run of another config ({", ".join(different)}); --overwrite=True replaces it, '
                  '--out_dir=... goes elsewhere')
@@ -299,7 +298,7 @@ def read_run(file):
         raise ValueError(f'{file} cannot be read ({error.strerror})') from None
     except (ValueError, RecursionError) as error:           # no JSON, perhaps cut off; or one of the above
         raise ValueError(f'{file} is no sound result of train.py ({error})') from None
-    return {**run, 'file': file, 'seed': run['config']['seed']}
+    return {**run, 'config': with_defaults(run['config']), 'file': file, 'seed': run['config']['seed']}
 
 
 def load(path, baseline=None):
@@ -347,6 +346,11 @@ BOOKKEEPING = (INDIFFERENT - {'extended_at'}) | DATA | {'name', 'seed', 'experim
 TOKENS = ('train_sha256', 'val_sha256', 'train_tokens', 'val_tokens', 'vocab_size')     # of data: not names, not paths
 
 
+def with_defaults(config):
+    """A config, and in it the defaults of knobs that are younger than its run; not those that the variant's row fills in."""
+    return config | {knob: default for knob, default in DEFAULTS.items() if knob not in VARIANT | config.keys()}
+
+
 def complete(arm):
     return {seed: run for seed, run in arm.items() if run['status'] == 'complete'}
 
@@ -370,21 +374,14 @@ def who(runs):
     return '; '.join(f'{name} seed{"s" * (len(s) > 1)} {spans(s)}' for name, s in seeds.items())
 
 
-def value_of(run, part, key):
-    """run[part][key] as JSON; of a knob that is younger than the run, its default; None where that tells nothing."""
-    if key in run[part]:
-        return json.dumps(run[part][key], sort_keys=True)
-    if part != 'config' or key in VARIANT:          # a fact that was not recorded, a knob that its row fills in
-        return None
-    return json.dumps(DEFAULTS[key]) if key in DEFAULTS else 'absent'
-
-
 def differing(runs, part, key):
     """'' if all runs have the same run[part][key], else 'value (runs) against value (runs)'."""
     groups = {}
     for run in runs:
-        if (value := value_of(run, part, key)) is not None:
-            groups.setdefault(value, []).append(run)
+        if key in run[part]:
+            groups.setdefault(json.dumps(run[part][key], sort_keys=True), []).append(run)
+        elif part == 'config' and key not in VARIANT:       # no fact that was not recorded, no knob that its row fills in
+            groups.setdefault('absent', []).append(run)
     named = [f'{value[:80]} ({who(group)})' for value, group in groups.items()]
     return ' against '.join(named) if len(named) > 1 else ''
 

@@ -185,7 +185,7 @@ def test_a_hash_that_an_older_run_does_not_have_is_no_contradiction(place):
 def test_a_knob_that_is_younger_than_the_run_has_its_default(place, capsys):
     path = place('interrupted', content(7))                                 # CONFIG knows nothing of these two
     assert opened(path, resume=True, grad_clip=1.0, head_dim=48)[0]['step'] == 7                    # 48: what none became
-    refused(capsys, path, 'grad_clip: absent there, 0.5 here', resume=True, grad_clip=0.5)
+    refused(capsys, path, 'grad_clip: 1.0 there, 0.5 here', resume=True, grad_clip=0.5)
     refused(capsys, path, 'mine: absent there, 1 here', resume=True, mine=1)                        # no knob of this program
 
 
