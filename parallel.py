@@ -7,7 +7,6 @@ import os
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
@@ -18,10 +17,6 @@ from model import LanguageModel
 
 rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))     # set by torchrun
 local_rank = int(os.environ.get('LOCAL_RANK', 0))
-
-
-def copies(model, device):
-    return DistributedDataParallel(model, device_ids=[local_rank] if device.type == 'cuda' else None)
 
 
 def sharded(config, seed, device, dtype, compile):
@@ -58,10 +53,3 @@ def sync_gradients(model, now):
         model.require_backward_grad_sync = now
     elif world_size > 1:
         model.set_requires_gradient_sync(now)
-
-
-def add_up(tensor):
-    """Sum over the processes, where there are several. What NCCL adds must lie on the GPU."""
-    if world_size > 1:
-        dist.all_reduce(tensor)
-    return tensor

@@ -103,6 +103,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import kernels
@@ -188,7 +189,7 @@ if shard:
 else:
     raw_model = LanguageModel(network, seed).to(device)
     evaluator = torch.compile(raw_model) if compile else raw_model
-    model = parallel.copies(evaluator, device) if world_size > 1 else evaluator
+    model = DistributedDataParallel(evaluator) if world_size > 1 else evaluator
 optimizers = configure_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), muon=optimizer == 'muon')
 
 # Whole tensors on the CPU, by parameter name: any number of processes, sharded or not, reads what any other wrote
@@ -246,7 +247,9 @@ def evaluate():
                 sums += torch.tensor([o.nll.item(), o.correct.item(), *means, n, *o.load.flatten().tolist()], dtype=sums.dtype)
     model.train()
     if world_size > 1:
-        sums = parallel.add_up(sums.to(device)).cpu()
+        sums = sums.to(device)                              # what NCCL adds must lie on the GPU
+        dist.all_reduce(sums)
+        sums = sums.cpu()
     nll, correct, balance_loss, z_loss, entropy, tokens = sums[:6].tolist()         # a target for every token
     load = sums[6:].view(expert_layers, network.n_expert)
     loss, val_bytes = nll / tokens, described['val_bytes']
@@ -426,7 +429,9 @@ while step < max_steps:
         opt.step()
     raw_model.zero_grad()
     stopping = torch.tensor([float(stop is not None)], device=device)
-    total = parallel.add_up(torch.cat((losses, load.flatten(), stopping)))
+    total = torch.cat((losses, load.flatten(), stopping))
+    if world_size > 1:
+        dist.all_reduce(total)
     losses, load, stopping = total[:3], total[3:-1].view_as(load), total[-1:]
     if network.router == 'sigmoid':
         for layer, layer_load in zip(raw_model.layers[network.n_dense_layer:], load):
