@@ -237,7 +237,7 @@ def configure(namespace, more=None, positional=None, argv=None, given=None):
     """Lays config files and flags over the defaults -> {name: value}; writes the program's own knobs into namespace.
 
     namespace: globals() of the caller, whose source is namespace['__file__']. more: {name: Knob} of knobs that stand
-    elsewhere (run_knobs); they are in what is returned only. positional: None: arguments that end in .py are config
+    elsewhere (run_knobs); they are in what is returned only. positional: None: arguments without dashes are config
     files, a later one overriding an earlier one; a knob's name: the one such argument is its value. argv: by default of
     the program. Bad input ends the program with one line and status 2, --help with status 0. given: a dict that gets what
     files and flags set, be it the default or not.
@@ -250,11 +250,15 @@ def configure(namespace, more=None, positional=None, argv=None, given=None):
     own = read_block(namespace['__file__'])
     knobs = {**(more or {}), **own}
     values = {name: knob.default for name, knob in knobs.items()}
-    flags, extra, help_wanted = {}, [], False
+    flags, help_wanted = {}, False
     for arg in argv:
+        if positional and not arg.startswith('-'):
+            arg = f'--{positional}={arg}'
         name, equals, text = arg.removeprefix('--').partition('=')
-        if not arg.startswith('-'):
-            extra.append(arg)
+        if arg.endswith('.py') and not arg.startswith('-'):
+            given.update(read_config(arg, knobs))
+        elif not arg.startswith('-'):
+            fail(f'unexpected argument {arg}; flags are --name=value, config files end in .py')
         elif arg in ('-h', '--help'):
             help_wanted = True
         elif not arg.startswith('--') or name not in knobs:
@@ -266,20 +270,9 @@ def configure(namespace, more=None, positional=None, argv=None, given=None):
             fail(f'--{name} is given twice ({as_text(flags[name])} and {text}); keep one of them')
         else:
             flags[name] = from_text(knobs[name], text, arg)
-
-    if positional is None:
-        for path in extra:
-            if not path.endswith('.py'):
-                fail(f'unexpected argument {path}; flags are --name=value, config files end in .py')
-            given.update(read_config(path, knobs))
-            values.update(given)
-    elif extra:
-        if positional in flags or len(extra) > 1:
-            fail(f'{positional} is given more than once ({" ".join(extra)}); keep one of them')
-        flags[positional] = extra[0]
-    values.update(flags)
+    given.update(flags)
+    values.update(given)
     if help_wanted:
         print_help(knobs, values, namespace['__doc__'], positional or 'config/file.py ...')
     namespace.update({name: values[name] for name in own})
-    given.update(flags)
     return values

@@ -179,8 +179,8 @@ def test_a_flag_is_read_in_the_type_of_its_knob(run, flag, value):
 def test_a_positional_argument_may_be_the_value_of_a_knob(run):
     assert run('some/folder', '--n_layer=2', positional='dataset')['dataset'] == 'some/folder'
     assert run('x.py', positional='dataset')['dataset'] == 'x.py' and run(positional='dataset')['dataset'] == run()['dataset']
-    assert 'more than once' in error(run, 'a', 'b', positional='dataset')
-    assert 'more than once' in error(run, 'a', '--dataset=b', positional='dataset')
+    assert 'dataset is given twice (a and b)' in error(run, 'a', 'b', positional='dataset')
+    assert 'dataset is given twice (a and b)' in error(run, 'a', '--dataset=b', positional='dataset')
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------
