@@ -275,18 +275,16 @@ facts = {'initialisation': 'as init_from says' if init_from else
          'flops_per_token': raw_model.flops_per_token(),
          'kv_cache_bytes_per_token': raw_model.cache_bytes_per_token(getattr(torch, dtype)),
          'kv_cache_bytes_per_token_16bit': raw_model.cache_bytes_per_token(torch.bfloat16)}
-result = {'schema': SCHEMA, 'status': 'running', 'name': name,
-          'started': checkpoint['started'] if checkpoint else now(), 'finished': None,
+so_far = checkpoint or {'started': now(), 'environments': [], 'history': [], 'final': None, 'step': 0, 'step_seconds': [],
+                        'seconds_total': 0.0}
+history, final, step, step_seconds, seconds_before = (                          # step: updates done
+    so_far[k] for k in ('history', 'final', 'step', 'step_seconds', 'seconds_total'))
+result = {'schema': SCHEMA, 'status': 'running', 'name': name, 'started': so_far['started'], 'finished': None,
           'config': config, 'model': facts, 'data': described,
           'environment': {**environment(device), 'world_size': world_size,
                           'source_sha256': {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
                                             for p in sorted(Path(__file__).resolve().parent.glob('*.py'))}}}
-before = checkpoint.get('environments', []) if checkpoint else []           # of a run that goes on: where it has been
-result['earlier_environments'] = [place for place in before if place != result['environment']]
-history, final, step, step_seconds, seconds_before = [], None, 0, [], 0.0       # step: updates done
-if checkpoint:
-    history, final, step, step_seconds, seconds_before = (
-        checkpoint[k] for k in ('history', 'final', 'step', 'step_seconds', 'seconds_total'))
+result['earlier_environments'] = [place for place in so_far.get('environments', []) if place != result['environment']]
 
 
 def describe_end(figures):
@@ -346,7 +344,7 @@ if step:
 if checkpoint and max_steps > checkpoint['config']['max_steps']:
     say(f'extended from {checkpoint["config"]["max_steps"]} updates: from here on the learning rate is that of a run '
         f'of {max_steps}, next {learning_rate_at(step):.2e}; analyze.py does not take it for one from the start')
-del checkpoint, weights
+del checkpoint, so_far, weights
 
 model.train()
 if compile:                                                 # now, so that no update's time contains it
