@@ -5,6 +5,7 @@ of it. Student's t has whole degrees of freedom here, for which its distribution
 t, for power and the intervals of effect sizes, is integrated numerically. tests/test_stats.py holds both against scipy.
 """
 import math
+import statistics
 from bisect import bisect_left
 from functools import lru_cache
 
@@ -72,7 +73,6 @@ def ncp_interval(t, df):
             for p in (1 - ALPHA / 2, ALPHA / 2)]
 
 
-@lru_cache(maxsize=None)
 def power(effect, n, alpha=ALPHA):
     """Power of the two-sided paired t test with n pairs; effect: true mean difference over the sd of d."""
     t, ncp = t_quantile(1 - alpha / 2, n - 1), abs(effect) * math.sqrt(n)
@@ -116,11 +116,6 @@ def sign_flip(d):
     return float(np.mean(np.abs(sums) >= abs(d.sum()) - 1e-9 * np.abs(d).sum()))    # ties count, rounded or not
 
 
-def tost(mean, se, df, margin):
-    """p of two one-sided t tests (Schuirmann 1987) of |true difference| >= margin; small: within it."""
-    return max(t_tail((mean + margin) / se, df), t_tail((margin - mean) / se, df))
-
-
 def hedges(df):
     """Hedges' (1981) exact factor against the small-sample bias of a standardised mean, or None."""
     return math.exp(math.lgamma(df / 2) - math.lgamma((df - 1) / 2)) / math.sqrt(df / 2) if df > 1 else None
@@ -130,11 +125,9 @@ def summary(values, alpha=ALPHA):
     """n, mean, sd (over n - 1) and the t interval of the mean at 1 - alpha; None for what this n cannot give."""
     n, s = len(values), dict.fromkeys(['mean', 'sd', 'low', 'high'])
     if n:
-        s['mean'] = math.fsum(values) / n
+        s['mean'] = statistics.fmean(values)
     if n > 1:
-        s['sd'] = math.sqrt(math.fsum((v - s['mean']) ** 2 for v in values) / (n - 1))
-        if s['sd'] <= 1e-12 * max(map(abs, values)):        # equal but for rounding: an sd of 0, not of 1e-17
-            s['sd'] = 0.0
+        s['sd'] = statistics.stdev(values)                  # in fractions: of equal values exactly 0
         half = t_quantile(1 - alpha / 2, n - 1) * s['sd'] / math.sqrt(n)
         s['low'], s['high'] = s['mean'] - half, s['mean'] + half
     return {'n': n, **s}
@@ -170,7 +163,9 @@ def paired(variant, base, margin, tests=1):
     se, df, alpha = c['sd'] / math.sqrt(n), n - 1, ALPHA / tests
     c['low_all'], c['high_all'] = (summary(d, alpha)[end] for end in ('low', 'high'))
     c['t'], c['d_z'] = c['mean'] / se, c['mean'] / c['sd']
-    c['p'], c['tost'] = 2 * t_tail(abs(c['t']), df), tost(c['mean'], se, df, margin)
+    c['p'] = 2 * t_tail(abs(c['t']), df)
+    # two one-sided tests (Schuirmann 1987) of |true difference| >= margin
+    c['tost'] = max(t_tail((c['mean'] + margin) / se, df), t_tail((margin - c['mean']) / se, df))
     c['detectable'], c['needed_n'] = c['sd'] * detectable(n, alpha), needed_n(margin / c['sd'], alpha)
     c['d_z_low'], c['d_z_high'] = (ncp / math.sqrt(n) for ncp in ncp_interval(c['t'], df))
     c['g_z'] = hedges(df) and hedges(df) * c['d_z']
