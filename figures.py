@@ -19,11 +19,11 @@ MOST_DRAWN = 12                             # arms in a figure; the tables hold 
 COLOURS = ['#444444', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']
 
 
-def canvas(width, height, rows=1, columns=1, **keywords):
-    """A figure in inches and the list of its axes; without pyplot, so without a display or global state."""
+def canvas(width, height, columns=1):
+    """A figure in inches and its axes, side by side; without pyplot, so without a display or global state."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), dpi=150, facecolor='white', layout='constrained')
-    axes = list(figure.subplots(rows, columns, squeeze=False, **keywords).flat)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
     for ax in axes:
         ax.spines[['top', 'right']].set_visible(False)
         ax.grid(color='#e4e4e4', linewidth=0.7)
@@ -41,15 +41,17 @@ def styles(r):
     return {name: style(i) for i, name in enumerate(drawn)}
 
 
-def curve(runs, key='val_loss'):
-    """The steps at which each of the runs has that loss in its history, and the losses there (runs x steps)."""
-    rows = [{row['step']: row[key] for row in run['history'] if row[key] is not None} for run in runs]
+def curve(runs):
+    """The steps at which each of the runs has a validation loss in its history, and the losses there (runs x steps)."""
+    rows = [{row['step']: row['val_loss'] for row in run['history'] if row['val_loss'] is not None} for run in runs]
     steps = sorted(set.intersection(*map(set, rows))) if rows else []
     return steps, np.array([[row[step] for step in steps] for row in rows])
 
 
 def band(ax, steps, curves, style, label):
-    """The mean of the runs, and its 95% t interval shaded."""
+    """The mean of the runs, and its 95% t interval shaded; nothing without steps."""
+    if not steps:
+        return
     mean = [summary(list(column)) for column in curves.T]
     ax.plot(steps, [s['mean'] for s in mean], **style, lw=2, label=label)
     if len(curves) > 1:
@@ -71,24 +73,23 @@ def log_axis(ax, values):
 
 
 def figure_curves(arms, r):
-    drawn, base, something = styles(r), arms[r['baseline']], False
-    figure, axes = canvas(8, 4, 1, 2 if len(drawn) > 1 else 1)
+    drawn, base = styles(r), arms[r['baseline']]
+    curves = {name: curve(arms[name].values()) for name in drawn}
+    if not any(len(steps) > 1 for steps, _ in curves.values()):
+        return None
+    figure, axes = canvas(8, 4, 2 if len(drawn) > 1 else 1)
     left, right = axes[0], axes[-1]                         # of one arm there are no differences
     for name, style in drawn.items():
-        steps, losses = curve(arms[name].values())
-        something |= len(steps) > 1
-        if steps:
-            band(left, steps, losses, style, name)
+        band(left, *curves[name], style, name)
         both = [seed for seed in arms[name] if seed in base and name != r['baseline']]
         steps, losses = curve([arms[name][seed] for seed in both] + [base[seed] for seed in both])
-        if steps:
-            band(right, steps, losses[:len(both)] - losses[len(both):], style, name)
+        band(right, steps, losses[:len(both)] - losses[len(both):], style, name)
     if right is not left:
         right.axhline(0, color='#444444', lw=1)
         right.set(xlabel='optimizer updates', ylabel=f'loss minus {r["baseline"]} (nats)', title='Difference within pairs')
     left.set(xlabel='optimizer updates', ylabel='validation loss (nats)', title='Mean and 95% interval')
     legend(figure, left)
-    return figure if something else None
+    return figure
 
 
 def figure_forest(arms, r):
