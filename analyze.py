@@ -495,8 +495,7 @@ def as_json(r):
 
 
 def options_of(runs, arguments):
-    """The flags in options.json beside the runs, but for those that the command line gives, and for a margin in the unit of
-    another metric."""
+    """The flags in options.json beside the runs that the command line does not give itself."""
     file = Path(os.path.expanduser(runs), 'options.json')
     try:
         options = [str(flag) for flag in json.loads(file.read_text(encoding='utf-8'))]
@@ -505,9 +504,8 @@ def options_of(runs, arguments):
     except (OSError, ValueError, TypeError) as error:
         fail(f'{file}: must be a list of flags ({error})')
     given = {argument.partition('=')[0] for argument in arguments}
-    theirs, ours = ([flag for flag in [*flags, '--metric=val_loss'] if flag.startswith('--metric=')][0]
-                    for flags in (options, [*arguments, *options]))
-    if theirs != ours:
+    theirs = next((flag for flag in options if flag.startswith('--metric=')), '--metric=val_loss')
+    if '--metric' in given and theirs not in arguments:     # their margin is in another unit
         given.add('--margin')
     return [flag for flag in options if flag.partition('=')[0] not in given]
 
@@ -523,8 +521,29 @@ def arms_of(contrasts, arms, planned=False):
     return pairs
 
 
-def main(runs, baseline, metric, margin, contrasts, pairs, may_differ, rates, force, plots, out, options=(), planned=False):
-    """options: the flags that made the report, which shows them. planned: the contrasts come from options.json."""
+if __name__ == '__main__':
+    # -----------------------------------------------------------------------------
+    # what to read
+    runs = 'out/laptop'         # a folder with result.json or <name>-s<seed>.json at any depth
+    # what to claim
+    baseline = 'baseline'       # the name that the others are compared against
+    contrasts = []              # planned comparisons FIRST:SECOND,...; none: each arm against the baseline
+    pairs = 0                   # pairs of seeds that a comparison is planned to have: with fewer it gets no verdict yet
+    metric: Literal['val_loss', 'val_bits_per_byte'] = 'val_loss'   # the number compared
+    margin = 0.01               # smallest difference worth having, in the metric's unit; choose it first
+    may_differ = []             # knobs in which arms may differ besides the variant's, as in learning_rate,d_ff
+    force = False               # report on runs that are not comparable; it then says what they disagree in
+    rates = False               # instead: each arm's best learning rate, of runs named ARM@RATE
+    # output
+    plots = True                # draw the figures too; needs matplotlib
+    out = ''                    # folder of the report; empty: where the runs are
+    # -----------------------------------------------------------------------------
+    configure(globals(), positional='runs')                 # where the runs are; then with the flags beside them
+    beside = options_of(runs, sys.argv[1:])
+    flags = [*beside, *sys.argv[1:]]
+    configure(globals(), positional='runs', argv=flags)
+    options = [flag for flag in flags if flag.startswith('--') and not flag.startswith(('--runs', '--plots', '--out'))]
+    planned = any(flag.startswith('--contrasts=') for flag in beside)       # not typed: arms in them may still have no runs
     if margin <= 0:
         fail(f'--margin={margin:g}: must be above 0, it is the smallest difference worth having')
     if pairs < 0:
@@ -568,28 +587,3 @@ def main(runs, baseline, metric, margin, contrasts, pairs, may_differ, rates, fo
         with suppress(OSError):
             aside.unlink()
         fail(f'{error.filename or folder}: no report written ({error.strerror}); --out=FOLDER goes elsewhere')
-
-
-if __name__ == '__main__':
-    # -----------------------------------------------------------------------------
-    # what to read
-    runs = 'out/laptop'         # a folder with result.json or <name>-s<seed>.json at any depth
-    # what to claim
-    baseline = 'baseline'       # the name that the others are compared against
-    contrasts = []              # planned comparisons FIRST:SECOND,...; none: each arm against the baseline
-    pairs = 0                   # pairs of seeds that a comparison is planned to have: with fewer it gets no verdict yet
-    metric: Literal['val_loss', 'val_bits_per_byte'] = 'val_loss'   # the number compared
-    margin = 0.01               # smallest difference worth having, in the metric's unit; choose it first
-    may_differ = []             # knobs in which arms may differ besides the variant's, as in learning_rate,d_ff
-    force = False               # report on runs that are not comparable; it then says what they disagree in
-    rates = False               # instead: each arm's best learning rate, of runs named ARM@RATE
-    # output
-    plots = True                # draw the figures too; needs matplotlib
-    out = ''                    # folder of the report; empty: where the runs are
-    # -----------------------------------------------------------------------------
-    configure(globals(), positional='runs')
-    beside = options_of(runs, sys.argv[1:])
-    flags = [*beside, *sys.argv[1:]]
-    main(**configure(globals(), positional='runs', argv=flags),
-         planned=any(flag.startswith('--contrasts=') for flag in beside),
-         options=[flag for flag in flags if flag.startswith('--') and not flag.startswith(('--runs', '--plots', '--out'))])
