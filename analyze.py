@@ -488,12 +488,6 @@ def page(blocks, images):
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
-def as_json(r):
-    """To 12 significant digits, so that another machine's last bit does not show."""
-    exact = json.dumps(r, allow_nan=False)
-    return json.dumps(json.loads(exact, parse_float=lambda text: float(f'{float(text):.12g}')), indent=1) + '\n'
-
-
 def options_of(runs, arguments):
     """The flags in options.json beside the runs that the command line does not give itself."""
     file = Path(os.path.expanduser(runs), 'options.json')
@@ -573,7 +567,10 @@ if __name__ == '__main__':
     blocks += report_rates(arms, r, [*images]) if rates else report(arms, r, may_differ, [*images])
     sys.stdout.reconfigure(encoding='utf-8', errors='backslashreplace')
     say('\n\n'.join(blocks))
-    texts = {'report.md': '\n\n'.join(blocks) + '\n', 'report.json': as_json({**r, 'disagreements': problems}),
+    exact = json.dumps({**r, 'disagreements': problems}, allow_nan=False)
+    # to 12 significant digits, so that another machine's last bit does not show
+    rounded = json.loads(exact, parse_float=lambda text: float(f'{float(text):.12g}'))
+    texts = {'report.md': '\n\n'.join(blocks) + '\n', 'report.json': json.dumps(rounded, indent=1) + '\n',
              'report.html': page(blocks, images)}
     files = {name: content.encode('utf-8', 'backslashreplace') for name, content in texts.items()}
     files |= {name: png for name, _, png in pictures}
