@@ -96,6 +96,7 @@ from importlib.util import find_spec
 import torch
 
 import kernels
+from decoding import Cache
 from machine import choose_compile, choose_device, choose_dtype, environment, now, peak_memory_gb, write_atomically
 from model import LanguageModel, ModelConfig
 from moe import LOSS_WEIGHTS
@@ -147,7 +148,7 @@ def take_turns(sides):
                     row['seconds'].setdefault(measure, []).append(seconds)
     machine, *rows = [row for row, _ in sides]
     work = 2e-9 * matrix_size ** 3
-    return machine | {f'gflops_{d}': spread(work / s for s in all_) for d, all_ in machine['seconds'].items()}, rows
+    return machine | {f'gflops_{d}': spread([work / s for s in all_]) for d, all_ in machine['seconds'].items()}, rows
 
 
 def use_kernels(row):
@@ -188,7 +189,6 @@ def label(row):
 
 
 def spread(values):
-    values = list(values)
     return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
 
 
@@ -206,9 +206,9 @@ def compare(rows, measure):
             others['to its best'] = every
             every[0][f'best_{measure}'] = True
         row[f'{measure}_speed'] = {
-            name: spread(theirs / ours for ours, theirs in zip(row['seconds'][measure], found[0]['seconds'][measure]))
+            name: spread([theirs / ours for ours, theirs in zip(row['seconds'][measure], found[0]['seconds'][measure])])
             for name, found in others.items() if found and found[0] is not row}
-        row[f'{measure}_tokens_per_second'] = spread(row['tokens'][measure] / s for s in row['seconds'][measure])
+        row[f'{measure}_tokens_per_second'] = spread([row['tokens'][measure] / s for s in row['seconds'][measure]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def training_cells(row, machine):
     row['of_matrix_rate'] = (1e-9 * row['flops_per_token'] * row['update_tokens_per_second']['median']
                              / machine[f'gflops_{row["dtype"]}']['median'])
     return {'tokens/s': show(row['update_tokens_per_second']),
-            'ms': show(spread(1e3 * s for s in row['seconds']['update']), '.1f'),
+            'ms': show(spread([1e3 * s for s in row['seconds']['update']]), '.1f'),
             'MFLOPs/token': f'{row["flops_per_token"] / 1e6:.1f}', 'of matrix rate': f'{row["of_matrix_rate"]:.1%}',
             'peak GB': f'{row["peak_memory"]["peak_gb"]:.2f}' if 'peak_memory' in row else '-'}
 
@@ -377,7 +377,7 @@ def decoding_turn(model, tokens, row):
     if row['library'] == 'ours':
         new_cache = lambda: model.new_cache(batch, size)
         step = lambda cache, start, end: model.decode(tokens[:, start:end], cache)
-        tensors_of = lambda layer: layer.tensors
+        bytes_of = Cache.bytes
 
         def choose(mode):
             for layer in model.layers:
@@ -387,7 +387,7 @@ def decoding_turn(model, tokens, row):
         new_cache = lambda: DynamicCache(config=model.config)
         step = lambda cache, start, end: model(input_ids=tokens[:, start:end], past_key_values=cache, use_cache=True,
                                                logits_to_keep=1)
-        tensors_of = lambda layer: (layer.keys, layer.values)
+        bytes_of = lambda cache: sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
         choose = model.set_experts_implementation
 
     def one_by_one(cache, end=size):
@@ -401,7 +401,7 @@ def decoding_turn(model, tokens, row):
         seconds = {'prefill': timed(lambda: step(cache, 0, prompt))}
         choose(row.get('experts_implementation', row['mode']))
         seconds['decode'] = timed(lambda: one_by_one(cache))
-        row['cache_bytes'] = sum(t.nbytes for layer in cache.layers for t in tensors_of(layer))
+        row['cache_bytes'] = bytes_of(cache)
         return seconds
 
     if row['library'] != 'ours':
@@ -418,7 +418,7 @@ def decoding_cells(row, machine):
     return {'prefill tokens/s': show(row['prefill_tokens_per_second']),
             **({'prefill to its best': show(prefill, '.2f')} if prefill else {}),
             'decode tokens/s': show(row['decode_tokens_per_second'], ',.1f'),
-            'ms/token': show(spread(1e3 * s / new_tokens for s in row['seconds']['decode']), '.2f'),
+            'ms/token': show(spread([1e3 * s / new_tokens for s in row['seconds']['decode']]), '.2f'),
             'cache B/token': f'{row["cache_bytes_per_token"]:,.0f}', 'cache MB': f'{row["cache_bytes"] / 1e6:.2f}'}
 
 
@@ -450,17 +450,16 @@ def table(rows, cells):
 def main():
     started, version, hint = now(), None, ''
     try:                                                        # what cannot be built is told before anything runs
-        configs = [config_of({'variant': attn, 'experts': n}, contexts[0]) for attn in variants for n in experts]
         with torch.device('meta'):
-            for c in configs:
-                LanguageModel(c, seed=None)
+            models = [LanguageModel(config_of({'variant': attn, 'experts': n}, contexts[0]), seed=None)
+                      for attn in variants for n in experts]
         if peer != 'none':
             hint = f'; --peer=none goes without {peer}'
             import hf
             import transformers
             version = transformers.__version__
-            for c in configs:
-                hf.write_config(c)
+            for model in models:
+                hf.write_config(model.config)
     except (ImportError, ValueError) as error:
         fail(f'{error}{hint}')
     sides = training_sides() if task == 'train' else decoding_sides()
