@@ -492,9 +492,7 @@ def options_of(runs, arguments):
     """The flags in options.json beside the runs that the command line does not give itself."""
     file = Path(os.path.expanduser(runs), 'options.json')
     try:
-        options = [str(flag) for flag in json.loads(file.read_text(encoding='utf-8'))]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+        options = [str(flag) for flag in json.loads(file.read_text(encoding='utf-8'))] if file.exists() else []
     except (OSError, ValueError, TypeError) as error:
         fail(f'{file}: must be a list of flags ({error})')
     given = {argument.partition('=')[0] for argument in arguments}
