@@ -78,7 +78,7 @@ class LayerCache:
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0, trunk=None, static=False):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=0, compiled=None):
     """Yield max_new_tokens times the next token of every prompt, an int64 tensor (B,) on the CPU.
 
     prompts: B lists of token ids, at least one each, of any lengths; each gets the logits it would get alone until the
@@ -86,8 +86,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     temperature 0 (below 1e-6) takes the largest logit; else a draw from softmax(logits / temperature) over the top_k
     largest (None: all) and, of these, the fewest that together have probability top_p (nucleus sampling, Holtzman et al.
     2020, arXiv 1904.09751), by one CPU generator seeded with `seed`. A full cache (block_size tokens) is rebuilt from its
-    newest half, so that text can be longer than the context. trunk: see model.decode(); static: see Cache. Raises
-    ValueError.
+    newest half, so that text can be longer than the context. compiled: a torch.compile(model.trunk), which then runs on
+    every token after the prompts, over a static Cache; prompts are read once and differ in length, so they are not
+    compiled. Raises ValueError.
     """
     if not prompts or not all(prompts):
         raise ValueError('every prompt needs at least one token')
@@ -97,16 +98,16 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     size, device = model.config.block_size, model.embed.weight.device
     generator = torch.Generator().manual_seed(seed)
     texts, cache = [list(p)[-size:] for p in prompts], None
-    capacity = min(size, max(map(len, texts)) + max_new_tokens)                     # of every cache: see static
+    capacity = min(size, max(map(len, texts)) + max_new_tokens)                     # of every cache: one shape to compile
     for _ in range(max_new_tokens):
         if cache and cache.filled < capacity:
-            tokens = new.to(device).unsqueeze(1)
+            tokens, trunk = new.to(device).unsqueeze(1), compiled
         else:
             texts = [t[-(size // 2 or 1):] for t in texts] if cache else texts
             longest = max(map(len, texts))
             starts = [longest - len(t) for t in texts]                              # empty slots to the left of short ones
-            tokens = torch.tensor([[0] * s + t for s, t in zip(starts, texts)], device=device)
-            cache = model.new_cache(len(texts), capacity, starts, static)
+            tokens, trunk = torch.tensor([[0] * s + t for s, t in zip(starts, texts)], device=device), None
+            cache = model.new_cache(len(texts), capacity, starts, compiled is not None)
         new = choose(model.decode(tokens, cache, trunk).float().cpu(), temperature, top_k, top_p, generator)
         for text, token in zip(texts, new.tolist()):
             text.append(token)

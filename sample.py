@@ -151,9 +151,7 @@ options = {'max_new_tokens': max_new_tokens, 'temperature': temperature, 'top_k'
            'top_p': top_p if top_p < 1 else None, 'seed': seed}
 
 if choose_compile(compile, device, sys.stderr):
-    compiled, clock = torch.compile(model.trunk), time.perf_counter()
-    # prompts are read once and differ in length, so only the steps of one token are compiled
-    options |= {'static': True, 'trunk': lambda x, *rest: (compiled if x.size(1) == 1 else model.trunk)(x, *rest)}
+    options['compiled'], clock = torch.compile(model.trunk), time.perf_counter()
     list(itertools.islice(generate(model, encoded[:1] * num_samples, **options), 2))
     say(f'compiled in {time.perf_counter() - clock:.0f} s', sys.stderr)
 

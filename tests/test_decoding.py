@@ -35,11 +35,12 @@ def test_greedy_text_is_what_full_forwards_write_alone_and_beside_others_and_far
     """Prompts of different lengths go on as each alone, as long as the longest fits: when its cache is rebuilt, all
     rows go on from their newest half."""
     model = random_model(attn, **(MORE if static else {}))
+    trunk = model.trunk if static else None                          # compiled or not, for it the cache is static
     for length, n in ((1, 26), (15, 12), (16, 2), (40, 3)):          # the first two build it anew twice
         prompt = token_ids(length, seed=length).tolist()
-        assert generated(model, [prompt], n, temperature=0, static=static) == [greedy(model, prompt, n)]
+        assert generated(model, [prompt], n, temperature=0, compiled=trunk) == [greedy(model, prompt, n)]
     prompts = [token_ids(n, seed=n).tolist() for n in (3, 9, 1, 6)]
-    together = generated(model, prompts, 8, temperature=0, static=static)
+    together = generated(model, prompts, 8, temperature=0, compiled=trunk)
     assert together == [greedy(model, p, 8) for p in prompts] and len({tuple(t) for t in together}) > 1
 
 
@@ -124,9 +125,9 @@ def test_decoding_with_a_static_cache_is_captured_once_and_writes_the_same_text(
     model, graphs = random_model('mla').for_decoding(BF16), dynamo('eager')
     trunk = torch.compile(model.trunk, backend=graphs, fullgraph=True, dynamic=False)
     for prompts in ([[5, 6, 7], [1, 2, 3]], [[5, 6, 8], [3, 2, 1]]):        # one row alone goes its own way in eager
-        eager = generated(model, prompts, 12, temperature=0, static=True)
-        assert generated(model, prompts, 12, temperature=0, static=True, trunk=trunk) == eager
-        assert graphs.frame_count == 2                      # one graph for the prompt, one for all tokens after it
+        eager = generated(model, prompts, 12, temperature=0, compiled=model.trunk)
+        assert generated(model, prompts, 12, temperature=0, compiled=trunk) == eager
+        assert graphs.frame_count == 1                      # one graph for all tokens after the prompt
 
 
 def test_a_cache_that_is_built_anew_is_as_large_as_the_first(monkeypatch):
