@@ -57,13 +57,13 @@ def locate(dataset):
 
 
 def corpus_files(kind, path):
-    """-> files, remarks, problems of a corpus."""
+    """-> the files of a corpus; remarks on them."""
     if kind == 'folder':
         return list_files(path)
     if kind == 'stdlib':
-        return list_files(path, ('.py',), NOT_STDLIB)[0], [], []
+        return list_files(path, ('.py',), NOT_STDLIB)[0], []
     names = ('train.bin', 'val.bin', 'meta.pkl')
-    return [path] if kind == 'file' else [path / name for name in names if (path / name).exists()], [], []
+    return [path] if kind == 'file' else [path / name for name in names if (path / name).exists()], []
 
 
 def fingerprint(path, files):
@@ -189,11 +189,11 @@ def damaged(folder, what):
     return DataError(f'{folder}: {what}; mv {name} {name}.damaged and start again to build it anew')
 
 
-def build(source, listing, text_field, tokenizer, vocab_size, skip_bad_files, folder, log):
+def build(source, files, text_field, tokenizer, vocab_size, skip_bad_files, folder, log):
     """Files of text -> train.bin, val.bin and vocab.json in an empty folder; returns what meta.json says about them."""
     vocabulary = None if tokenizer == 'bpe' else make_tokenizer(tokenizer, 0, (), log)      # fails before hours of reading
     with tempfile.TemporaryFile(dir=folder) as spool:
-        spans, remarks = read_documents(*listing, text_field, skip_bad_files, spool, log)
+        spans, remarks = read_documents(files, text_field, skip_bad_files, spool, log)
         if np.diff(spans).sum() < 5:               # bytes: maybe a single character
             raise DataError(f'{source}: too little text to be split into training and validation')
         spool.flush()
@@ -287,8 +287,7 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=say, text_field='text
         if tokenizer == 'bpe' and vocab_size != meta['vocab_size']:
             log(f'{source} has a vocabulary of {meta["vocab_size"]:,} tokens, whatever --vocab_size says')
         return source
-    listing = corpus_files(kind, source)
-    files, tokens = listing[0], kind == 'tokens'
+    (files, remarks), tokens = corpus_files(kind, source), kind == 'tokens'
     if tokenizer == 'characters' and source / 'meta.pkl' not in files:
         raise DataError("--tokenizer=characters is for nanoGPT's token files with the meta.pkl that it writes beside them")
     label = tokenizer + str(vocab_size) * (tokenizer == 'bpe' and not tokens)
@@ -302,7 +301,8 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=say, text_field='text
         meta = read_meta(folder) if folder.exists() else None
         if meta and (meta['vocabulary'] or tokenizer == 'bpe'):
             return folder
-        vocabulary, remarks = named_vocabulary(source, tokenizer, log) if tokens else (None, [])
+        if tokens:
+            vocabulary, remarks = named_vocabulary(source, tokenizer, log)
         if meta:                                                # prepared when the vocabulary could not be had
             if vocabulary:
                 write_meta(folder, {**want, **adopt(source, tokenizer, vocabulary, remarks, folder)})
@@ -316,7 +316,8 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=say, text_field='text
                 meta = adopt(source, tokenizer, vocabulary, remarks, built)
             else:
                 skip_bad_files |= kind == 'stdlib'
-                meta = build(source, listing, text_field, tokenizer, vocab_size, skip_bad_files, built, log)
+                meta = build(source, files, text_field, tokenizer, vocab_size, skip_bad_files, built, log)
+                meta['remarks'] += remarks
             for remark in meta['remarks']:
                 log(f'  {remark}')
             write_meta(built, {**want, **meta})

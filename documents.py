@@ -47,7 +47,7 @@ def ending(path):
 
 
 def list_files(folder, endings=TEXT_ENDINGS + ROW_ENDINGS, skip=r'\.'):
-    """-> (files, sorted; remarks; problems), the latter two a sentence each.
+    """-> (files, sorted; remarks, a sentence each). A folder that cannot be looked into counts as a file that cannot be read.
 
     skip: names of files and folders that begin like this are passed over. Linked folders are visited, each once.
     """
@@ -60,11 +60,9 @@ def list_files(folder, endings=TEXT_ENDINGS + ROW_ENDINGS, skip=r'\.'):
         seen.add(real)
         folders[:] = sorted(name for name in folders if not re.match(skip, name))
         found += [Path(parent, name) for name in names if not re.match(skip, name)]
-    files = sorted(path for path in found if ending(path) in endings)
-    problems = [f'{error.filename}: cannot be read ({error.strerror})' for error in closed]
-    if not files:
-        raise DataError(problems[0] if problems else
-                        f'{folder}: no text files in it; endings read are {" ".join(endings)}, and .gz behind them')
+    files = [path for path in found if ending(path) in endings]
+    if not files and not closed:
+        raise DataError(f'{folder}: no text files in it; endings read are {" ".join(endings)}, and .gz behind them')
 
     def counted(kinds):
         return ', '.join(f'{n:,} {kind or "without"}' for kind, n in Counter(kinds).most_common(5)) + '.'
@@ -73,19 +71,18 @@ def list_files(folder, endings=TEXT_ENDINGS + ROW_ENDINGS, skip=r'\.'):
         remarks.append(f'{len(others):,} files were left out for their endings: {counted(others)}')
     if len({ending(path) in ROW_ENDINGS for path in files}) == 2:
         remarks.append(f'Rows and whole files are mixed: {counted(map(ending, files))}')
-    return files, remarks, problems
+    return sorted(files + [Path(error.filename) for error in closed]), remarks
 
 
-def read_documents(files, remarks, problems, text_field, skip_bad_files, spool, log):
+def read_documents(files, text_field, skip_bad_files, spool, log):
     """Appends the documents of all files to the binary file `spool`; in memory are 48 bytes of each.
 
-    files, remarks, problems: list_files(). -> spans (n, 2), start and end of each document, in the order of the documents'
-    SHA-256; the remarks. That order is arbitrary, so that the first N tokens are a fair sample, yet the same everywhere.
-    Copies are left out: one could end up on either side of a split. DataError if there are problems, unless skip_bad_files
-    leaves out all of a broken file.
+    -> spans (n, 2), start and end of each document, in the order of the documents' SHA-256; remarks. That order is arbitrary,
+    so that the first N tokens are a fair sample, yet the same everywhere. Copies are left out: one could end up on either
+    side of a split. DataError if there are problems, unless skip_bad_files leaves out all of a broken file.
     """
     log(f'  reading {len(files):,} files')
-    spans, digests, odd, size, progress = array('q'), bytearray(), Counter(), 0, paced(log)
+    spans, digests, odd, problems, size, progress = array('q'), bytearray(), Counter(), [], 0, paced(log)
     for number, path in enumerate(files, 1):
         start, digest, blank = size, hashlib.sha256(), True
         before = len(spans), len(digests), odd.copy()
@@ -109,7 +106,7 @@ def read_documents(files, remarks, problems, text_field, skip_bad_files, spool, 
             problems.append(f'{path}: {error}')
             del spans[before[0]:], digests[before[1]:]
             odd = before[2]
-    remarks = [sentence.format(odd[what]) for what, sentence in ODD.items() if odd[what]] + remarks
+    remarks = [sentence.format(odd[what]) for what, sentence in ODD.items() if odd[what]]
     if problems:
         more = f', and {len(problems) - 1:,} more' * (len(problems) > 1)
         remarks.insert(0, f'Could not be used, whole or in part: {problems[0]}{more}')

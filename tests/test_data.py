@@ -54,7 +54,7 @@ def split(texts, folder):
     """data.split() of a list of texts, read as rows of a file -> (train, val) as lists of texts."""
     (folder / 'rows.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts))
     spool = io.BytesIO()
-    spans, _ = read_documents([folder / 'rows.jsonl'], [], [], 'text', False, spool, silent)
+    spans, _ = read_documents([folder / 'rows.jsonl'], 'text', False, spool, silent)
     content = spool.getvalue()
     parts = data.split(content, spans)
     return [[content[start:end].decode() for start, end in parts[part]] for part in ('train', 'val')]

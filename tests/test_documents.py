@@ -133,7 +133,7 @@ def test_blocks_of_any_size_give_the_same_documents(tmp_path, monkeypatch, size)
     monkeypatch.setattr(documents, 'BLOCK', size)
     (tmp_path / 'x.txt').write_bytes(content.encode('utf-16'))
     spool = io.BytesIO()
-    spans, _ = documents.read_documents([tmp_path / 'x.txt'], [], [], 'text', False, spool, silent)
+    spans, _ = documents.read_documents([tmp_path / 'x.txt'], 'text', False, spool, silent)
     found = [spool.getvalue()[start:end].decode() for start, end in spans]
     assert sorted(found) == sorted(part for part in documents.SEPARATOR.split(content) if part.strip())
     assert len(found) == sum(bool(part) for part in parts)
