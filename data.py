@@ -40,30 +40,25 @@ NOT_STDLIB = r'\.|(test|tests|idle_test|site-packages|dist-packages|__pycache__)
 # Text
 
 def locate(dataset):
-    """--dataset -> (kind, path, name): kind is stdlib, file, folder, tokens (nanoGPT's) or prepared (by us)."""
+    """--dataset -> kind (stdlib, file, folder, tokens: nanoGPT's, prepared: by us), path, name, files, remarks on the files."""
     if dataset == 'stdlib':
-        return 'stdlib', Path(sysconfig.get_path('stdlib')), f'stdlib-{platform.python_version()}'
+        path = Path(sysconfig.get_path('stdlib'))
+        return 'stdlib', path, f'stdlib-{platform.python_version()}', list_files(path, ('.py',), NOT_STDLIB)[0], []
     try:
         path = Path(dataset or ' ').expanduser().resolve(strict=True)         # Path('') is the folder we are in
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f'--dataset={dataset}: {getattr(error, "strerror", None) or error} (looked from {os.getcwd()}); '
                         'give stdlib, a text file, a folder of them, or a folder with train.bin and val.bin') from None
-    has = {name for name in ('train.bin', 'val.bin', 'vocab.json', 'meta.json') if os.path.exists(path / name)}
+    name = re.sub(r'[^\w.-]', '_', path.name.encode('utf-8', 'replace').decode())[-80:]
+    has = {file for file in ('train.bin', 'val.bin', 'vocab.json', 'meta.json') if os.path.exists(path / file)}
     # meta.json alone: of nanoGPT's tokens, which are used where they lie
-    prepared = 'meta.json' in has and (len(has) > 1 or len(list(path.glob('[!.]*'))) == 1)
-    kind = ('prepared' if prepared else 'tokens' if has >= {'train.bin', 'val.bin'} else
-            'folder' if path.is_dir() else 'file')
-    return kind, path, re.sub(r'[^\w.-]', '_', path.name.encode('utf-8', 'replace').decode())[-80:]
-
-
-def corpus_files(kind, path):
-    """-> the files of a corpus; remarks on them."""
-    if kind == 'folder':
-        return list_files(path)
-    if kind == 'stdlib':
-        return list_files(path, ('.py',), NOT_STDLIB)[0], []
-    names = ('train.bin', 'val.bin', 'meta.pkl')
-    return [path] if kind == 'file' else [path / name for name in names if (path / name).exists()], []
+    if 'meta.json' in has and (len(has) > 1 or len(list(path.glob('[!.]*'))) == 1):
+        return 'prepared', path, name, [], []
+    if has >= {'train.bin', 'val.bin'}:
+        return 'tokens', path, name, [path / file for file in ('train.bin', 'val.bin', 'meta.pkl') if (path / file).exists()], []
+    if path.is_dir():
+        return 'folder', path, name, *list_files(path)
+    return 'file', path, name, [path], []
 
 
 def fingerprint(path, files):
@@ -278,7 +273,7 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=say, text_field='text
     once one finds the other's result and throws its own away. No folder is ever replaced.
     """
     check_tokenizer(tokenizer, vocab_size)
-    kind, source, name = locate(dataset)
+    kind, source, name, files, remarks = locate(dataset)
     if kind == 'prepared':
         meta = read_meta(source)
         if tokenizer not in (meta['tokenizer'], meta['label']):         # what the tokens are, what was asked for
@@ -287,7 +282,7 @@ def prepare(dataset, tokenizer, vocab_size, root=None, log=say, text_field='text
         if tokenizer == 'bpe' and vocab_size != meta['vocab_size']:
             log(f'{source} has a vocabulary of {meta["vocab_size"]:,} tokens, whatever --vocab_size says')
         return source
-    (files, remarks), tokens = corpus_files(kind, source), kind == 'tokens'
+    tokens = kind == 'tokens'
     if tokenizer == 'characters' and source / 'meta.pkl' not in files:
         raise DataError("--tokenizer=characters is for nanoGPT's token files with the meta.pkl that it writes beside them")
     label = tokenizer + str(vocab_size) * (tokenizer == 'bpe' and not tokens)
