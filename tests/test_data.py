@@ -1,5 +1,6 @@
 """data.py: splits without leaks, verified token files, batches as functions of (seed, step)."""
 
+import codecs
 import hashlib
 import io
 import json
@@ -462,15 +463,17 @@ def test_a_path_that_cannot_be_one_ends_in_one_line(tmp_path, dataset):
 
 
 @pytest.mark.skipif(not hasattr(os, 'seteuid'), reason='rights as POSIX has them')
-@pytest.mark.parametrize('closed, mode', [('', 0), ('', 0o400), ('a.txt', 0)])
+@pytest.mark.parametrize('closed, mode', [('', 0), ('', 0o400), ('a.txt', 0), ('b', 0)])
 def test_what_may_not_be_read_ends_in_one_line(closed, mode):
     with tempfile.TemporaryDirectory() as place:            # not tmp_path: only its owner gets there
         source = pathlib.Path(place, 'corpus')
         source.mkdir()
         (source / 'a.txt').write_text('secret ' * 99)
+        (source / 'b').mkdir()                              # a folder that holds nothing, as far as one may look
         for path in (place, source):
             os.chmod(path, 0o777)
         (source / closed).chmod(mode)
+        codecs.lookup('utf-8-sig')                          # Python's own files may be closed to the other user too
         before = os.geteuid()
         os.seteuid(before or 65534)                         # root reads everything
         try:
