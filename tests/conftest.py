@@ -18,9 +18,10 @@ import forked
 import numpy as np
 import pytest
 
-for module in forked.PRELOADED:
-    importlib.import_module(module)
-gc.freeze()                                                 # `train` collects after every run: not the imports, again and again
+if 'PYTEST_XDIST_WORKER' in os.environ:                      # the process that hands out the tests runs none
+    for module in forked.PRELOADED:
+        importlib.import_module(module)
+    gc.freeze()                                             # `train` collects after every run: not the imports, again and again
 
 # nohup and a shell's & let signals be ignored, also by what the tests start: here they are not, however the suite is started
 for name, handler in {'SIGINT': signal.default_int_handler, 'SIGHUP': signal.SIG_DFL}.items():
@@ -46,7 +47,7 @@ def corpus(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp('corpus'), random.Random(0)
     who, does, what = ('the cat', 'a dog', 'every bird', 'no fish'), ('sees', 'hears', 'follows'), ('the moon', 'a stone', 'water')
     for i in range(20):
-        lines = [f'{rng.choice(who)} {rng.choice(does)} {rng.choice(what)}.' for _ in range(40)]
+        lines = [f'{rng.choice(who)} {rng.choice(does)} {rng.choice(what)}.' for _ in range(20)]
         (folder / f'text{i:02}.txt').write_text(f'text number {i}\n' + '\n'.join(lines) + '\n')
     return folder
 

@@ -22,8 +22,9 @@ from decoding import Cache
 from model import LanguageModel, ModelConfig
 from tensors import BF16, F32, F64, close, numbers, printed_by, randomise, token_ids
 
-# heads of 12 dims; an epsilon that shows which norm has it
-SIZES = dict(vocab_size=31, block_size=32, n_layer=2, n_head=4, n_embd=48, d_ff=16, n_expert=4, top_k=2, norm_eps=0.01)
+# heads of 12 dims; an epsilon that shows which norm has it; experts only where a test asks for them: test_moe.py has theirs
+SIZES = dict(vocab_size=31, block_size=32, n_layer=2, n_dense_layer=2, n_head=4, n_embd=48, d_ff=16, n_expert=4, top_k=2,
+             norm_eps=0.01)
 
 # every variant, and the knobs that take other branches
 ROWS = {'baseline': dict(attn='baseline'), 'baseline+bias': dict(attn='baseline', attention_bias=True),

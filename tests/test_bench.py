@@ -2,6 +2,8 @@
 
 And gpu.sh, with a Python that writes down what it is asked for.
 """
+import contextlib
+import io
 import json
 import math
 import os
@@ -71,10 +73,16 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def beside(tmp_path_factory):
-    """Both tasks beside transformers."""
+    """Both tasks beside transformers, in this process: a new one would have to import it anew."""
     pytest.importorskip('transformers', reason='transformers, the peer of these runs, is not installed')
-    knobs = dict(peer='transformers', variants='gqa,mla', batch_sizes=2)
-    return {task: measure(tmp_path_factory.mktemp('peer'), task=task, **knobs) for task in ('train', 'decode')}
+    folder, results = tmp_path_factory.mktemp('peer'), {}
+    for task in ('train', 'decode'):
+        knobs = dict(task=task, peer='transformers', variants='gqa,mla', batch_sizes=2, out=folder / f'{task}.json')
+        with pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(io.StringIO()):
+            m.setattr(sys, 'argv', command(**knobs)[1:])
+            runpy.run_path(str(REPOSITORY / 'bench.py'), run_name='__main__')
+        results[task] = json.loads(knobs['out'].read_text()) | {'markdown': knobs['out'].with_suffix('.md').read_text()}
+    return results
 
 
 @pytest.fixture

@@ -578,7 +578,8 @@ def test_neither_memory_nor_open_files_grow_over_a_thousand_updates(train, monke
             seen.append((pages * os.sysconf('SC_PAGE_SIZE') / 2 ** 20, len(os.listdir('/proc/self/fd'))))
     batch = data.Corpus.batch
     monkeypatch.setattr(data.Corpus, 'batch', lambda *a: (look(), batch(*a))[1])
-    run = train(n_layer=1, n_embd=16, d_ff=16, block_size=16, batch_size=2, micro_batch_size=2, max_steps=1000, eval_interval=500)
+    run = train(n_layer=1, n_embd=16, d_ff=16, n_expert=2, top_k=1, block_size=16, batch_size=2, micro_batch_size=2, max_steps=1000,
+                eval_interval=500)
     assert run.code == 0 and run.out.count('\n') < 220                              # the log stays short, too
     (early, files_early), (late, files_late) = seen
     assert late - early < 3.5 and files_late == files_early                         # MiB: 5 KiB an update would be too many
