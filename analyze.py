@@ -121,8 +121,9 @@ def verdict(c, r):
     undecided     pairs that were planned are still to come
     undecided     runs diverged, so the pairs that are left are those that went well; but not if the arm that diverged is
                   measurably worse even so
-    equivalent    TOST puts the true difference within the margin (Holm p < 0.05), or every d_i is exactly 0. Asked before
-                  better and worse: inside the margin a difference is not worth having, even if it is surely not zero
+    equivalent    no run diverged, and TOST puts the true difference within the margin (Holm p < 0.05), or every d_i is
+                  exactly 0. Asked before better and worse: inside the margin a difference is not worth having, even if it
+                  is surely not zero
     better/worse  the paired t test rejects zero (Holm p < 0.05)
     undecided     neither; with the n that would find, at 80% power, a difference of the margin or, with that many
                   pairs already, one of the size observed
@@ -159,7 +160,7 @@ def verdict(c, r):
                      else ('equivalent', '; was it the same network?'))
         all_same = f'all {n} paired differences from {base} are {num(c["mean"], 4, True)} {unit}'
         return word, f'{name}: {word}: {all_same}{why}'
-    if c['tost_holm'] < ALPHA:
+    if c['tost_holm'] < ALPHA and not c['diverged']:
         return 'equivalent', (f'{name}: equivalent to {base}: within {margin:g} {unit} (TOST with Holm, p '
                               f'{p_text(c["tost_holm"])}; {interval})'
                               + f', though measurably {how} ({holm_p})' * measurable + '.')
@@ -182,7 +183,7 @@ def verdict(c, r):
         ruled_out = (f'its interval by itself excludes zero ({alone}; p {p_text(c["p"])}), but not after correction '
                      f'over {m} comparisons ({interval}; {holm_p})')
     return 'undecided', (f'{name}: undecided against {base}: {ruled_out}; {about} would be needed to find {what} with '
-                         f'{POWER:.0%} power.')
+                         f'{POWER:.0%} power, if the sd is the one observed.')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,6 +251,9 @@ def caveats(arms, r):
         if arm['values'] and arm['val_loss']['mean'] >= unigram:
             yield (f'{name}: mean loss {num(arm["val_loss"]["mean"])} is not below the {unigram:.4f} of token '
                    'frequencies alone: nothing else of this validation text was learned.')
+    if more := [f'{name} ({c["n"]})' for name, c in r['comparisons'].items() if c['planned'] and 0 < r['pairs'] < c['n']]:
+        yield (f'More pairs than the {r["pairs"]} planned: {", ".join(more)}. If some were added after a look at the others, '
+               'p values are too small and intervals too narrow.')
     for n, floor in sorted({(c['n'], c['floor']) for c in r['comparisons'].values() if c['floor']}):
         if floor * m >= ALPHA:
             yield (f'The sign-flip test cannot fall below {num(floor)} with n = {n}'
@@ -259,8 +263,8 @@ def caveats(arms, r):
              for name, arm in r['arms'].items()}
     if unlike := [f'{name} {total:+.1f}% ({active:+.1f}% active)' for name, (total, active) in sizes.items()
                   if max(abs(total), abs(active)) >= 1]:
-        yield (f'Parameters against {base}: {", ".join(unlike)}: a difference in loss is not due to the mechanism '
-               'alone.')
+        yield (f'Parameters against {base}: {", ".join(unlike)}: a difference in loss need not be due to the '
+               'mechanism alone.')
     if epochs(runs[0])[1] > 1:
         yield f'The model saw its training data {epochs(runs[0])[1]:.2f} times: part of the loss is repetition.'
     steps, losses = curve(complete(arms[base]).values())
@@ -313,9 +317,10 @@ def report(arms, r, may_differ=(), images=()):
     family = 'One comparison at most is tested: nothing is corrected.' if m == 1 else (
         f'The {m} {what} are one family: p values are corrected over it by Holm, simultaneous intervals by Bonferroni, '
         'so that all hold at once with 95%. Holm finds a little more than these intervals: a difference where one still '
-        'includes zero, equivalence where one leaves the margin. Tests of zero and of equivalence are corrected each by '
-        'themselves: if differences are normally distributed, the probability that any verdict is wrong is at most '
-        f'{2 * ALPHA:.0%}.')
+        'includes zero. Tests of zero and of equivalence are corrected each by themselves: if differences are normally '
+        f'distributed, the probability that any verdict is wrong is at most {2 * ALPHA:.0%}.')
+    family += (' Equivalence is tested on each side by itself, so it can be found where an interval, which has two sides, '
+               'leaves the margin.')
     if r['pairs']:
         family += (f' The plan has {r["pairs"]} pairs a comparison: with fewer it waits for its verdict, and counts in Holm '
                    'as p = 1.')
@@ -497,8 +502,9 @@ def options_of(runs, arguments):
         fail(f'{file}: must be a list of flags ({error})')
     given = {argument.partition('=')[0] for argument in arguments}
     theirs = next((flag for flag in options if flag.startswith('--metric=')), '--metric=val_loss')
-    if '--metric' in given and theirs not in arguments:     # their margin is in another unit
-        given.add('--margin')
+    margin = next((flag for flag in options if flag.startswith('--margin=')), None)
+    if '--metric' in given and theirs not in arguments and margin and '--margin' not in given:
+        fail(f'--metric: the {margin} of {file} is in the unit of {theirs[2:]}; give a --margin in the unit of this one')
     return [flag for flag in options if flag.partition('=')[0] not in given]
 
 

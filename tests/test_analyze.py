@@ -111,6 +111,9 @@ def test_a_comparison_waits_for_its_planned_pairs_and_takes_back_no_verdict_of_a
     last = [result('mqa', seed, 3 + rng.normal(0, 0.002)) for seed in (6, 7)]
     c = analysed(save(tmp_path, *last), contrasts=contrasts, pairs=8)[1]['comparisons']['mqa - baseline']
     assert c['n'] == 8 and c['to_come'] == 0 and c['p_holm'] is not None and 'planned pairs' not in c['sentence']
+    for pairs, words in ((8, ''), (5, 'More pairs than the 5 planned: gqa - baseline (8), mqa - baseline (8). If some')):
+        arms, r = analysed(folder, contrasts=contrasts, pairs=pairs)
+        assert words in (caveats := '\n'.join(analyze.caveats(arms, r))) and ('More pairs' in caveats) == bool(words)
 
 
 def test_without_contrasts_too_an_arm_that_is_still_to_get_its_pairs_counts_in_the_family(tmp_path):
@@ -125,8 +128,8 @@ def test_without_contrasts_too_an_arm_that_is_still_to_get_its_pairs_counts_in_t
 
 
 @pytest.mark.parametrize('shift, lost, verdict', [
-    (-0.05, ['lora'], 'undecided'), (0.0, ['lora'], 'undecided'), (0.05, ['lora'], 'worse'),
-    (-0.05, ['baseline'], 'better'), (0.05, ['baseline'], 'undecided'), (0.05, ['lora', 'baseline'], 'undecided')])
+    (-0.05, ['lora'], 'undecided'), (0.0, ['lora'], 'undecided'), (0.05, ['lora'], 'worse'), (0.005, ['lora'], 'worse'),
+    (-0.05, ['baseline'], 'better'), (-0.005, ['baseline'], 'better'), (0.05, ['baseline'], 'undecided'), (0.05, ['lora', 'baseline'], 'undecided')])
 def test_runs_that_diverged_leave_no_verdict_in_favour_of_their_arm(tmp_path, shift, lost, verdict):
     runs = [result(name, seed, 4 + seed / 100 + (name == 'lora') * (shift + d))
             for seed, d in enumerate([0.0003, -0.0002, 0.0001, -0.0004, 0.0002]) for name in ('baseline', 'lora')]
@@ -589,8 +592,11 @@ def test_options_beside_the_runs_hold_unless_the_command_line_says_otherwise(tmp
     assert cli(folder, '--plots=False').stdout == by_hand
     other = cli(folder, '--plots=False', '--margin=0.5').stdout
     assert '--contrasts=lora:mqa,mqa:baseline --margin=0.5`' in other and 'worth having, is 0.5 (nats)' in other
-    per_byte = cli(folder, '--plots=False', '--metric=val_bits_per_byte').stdout         # whose unit is another
-    assert 'worth having, is 0.01 (bits/byte)' in per_byte and '--margin' not in per_byte
+    per_byte = cli(folder, '--plots=False', '--metric=val_bits_per_byte')                # whose unit is another
+    assert per_byte.returncode == 2 and per_byte.stderr.count('\n') == 1
+    assert 'the --margin=0.03 of ' in per_byte.stderr and 'in the unit of metric=val_loss; give a --margin' in per_byte.stderr
+    per_byte = cli(folder, '--plots=False', '--metric=val_bits_per_byte', '--margin=0.02').stdout
+    assert 'worth having, is 0.02 (bits/byte)' in per_byte
     assert 'worth having, is 0.03 (nats)' in cli(folder, '--plots=False', '--metric=val_loss').stdout
     for broken in ('["--margni=0.03"]', '{', '3', '[3]'):
         (tmp_path / 'laptop/options.json').write_text(broken)
