@@ -111,6 +111,7 @@ def test_a_comparison_waits_for_its_planned_pairs_and_takes_back_no_verdict_of_a
     last = [result('mqa', seed, 3 + rng.normal(0, 0.002)) for seed in (6, 7)]
     c = analysed(save(tmp_path, *last), contrasts=contrasts, pairs=8)[1]['comparisons']['mqa - baseline']
     assert c['n'] == 8 and c['to_come'] == 0 and c['p_holm'] is not None and 'planned pairs' not in c['sentence']
+    save(tmp_path, *(result('lora', seed, 3) for seed in range(8)))     # in no contrast: described, not tested
     for pairs, words in ((8, ''), (5, 'More pairs than the 5 planned: gqa - baseline (8), mqa - baseline (8). If some')):
         arms, r = analysed(folder, contrasts=contrasts, pairs=pairs)
         assert words in (caveats := '\n'.join(analyze.caveats(arms, r))) and ('More pairs' in caveats) == bool(words)
