@@ -297,7 +297,7 @@ def update_of(model, row):
     model.train()
 
     def update(opt):
-        with torch.autocast(device.type, torch.bfloat16, enabled=row['dtype'] == 'bfloat16'):   # casts the weights once
+        with torch.autocast(device.type, torch.bfloat16, enabled=row['dtype'] == 'bfloat16'):   # as in train.py
             for rows in x.split(micro):
                 tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
                 if row['library'] == 'ours':

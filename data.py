@@ -212,6 +212,7 @@ def id_type(path, vocab_size):
     head, size = np.fromfile(path, '<u4', count=2**20), path.stat().st_size
     low, high = head & 0xFFFF, head >> 16
     pattern = len(head) and low.max() >= 16 and (high < 16).mean() > 0.99 and not high.all()    # of ids below 2^20
+    pattern = pattern and not 0 < vocab_size <= head.max()      # 16-bit ids of few symbols, almost all below 16, look like it
     wide, what = pattern or vocab_size > 2**16, None
     if set(head[:1]) & {20240520, 20240801}:
         what = "a file of llm.c's; tail -c +1025 takes off its header"

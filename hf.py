@@ -154,7 +154,8 @@ FAMILIES = {
     'DeepseekV2ForCausalLM': Family(
         'deepseek_v2', {'attn': 'mla', 'norm_topk_prob': False}, LATENT | GROUPS,
         # norm_topk_prob: DeepSeek's code would renormalise INSTEAD of scaling, transformers' would not at all
-        {'scoring_func': ['softmax'], 'topk_method': ['greedy', 'group_limited_greedy'], 'norm_topk_prob': [False]}),
+        {'scoring_func': ['softmax'], 'topk_method': ['greedy', 'group_limited_greedy'], 'norm_topk_prob': [False],
+         'rope_interleave': [True]}),                           # which transformers' code for it does not look at
     'DeepseekV3ForCausalLM': Family(
         'deepseek_v3', {'attn': 'mla', 'router': 'sigmoid'}, LATENT | GROUPS | RENORMALISED,
         {'scoring_func': ['sigmoid'], 'topk_method': ['noaux_tc']}),

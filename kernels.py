@@ -151,9 +151,20 @@ def fast_attention(q, k, v, scale, mask):
         q, k = F.pad(q, (0, dv - dk)), F.pad(k, (0, dv - dk))
     if T == 1 and G != H:
         q = q.reshape(B, G, H // G, -1)                                 # heads as rows
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal and T > 1,
-                                       scale=scale, enable_gqa=q.size(1) != G)
+    if q.is_cuda and not torch.compiler.is_compiling():                 # which sees to it itself
+        v = aligned(v)
+    # a T that varies is a symbol inside torch.compile, and so is T > 1: the kernel wants a bool
+    is_causal = True if causal and T > 1 else False
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=is_causal, scale=scale,
+                                       enable_gqa=q.size(1) != G)
     return o.reshape(B, H, T, -1)[..., :dv]
+
+
+def aligned(t):
+    """t, or a copy if not all its rows start at multiples of 16 bytes, as CUDA's fused kernels read them and do not check:
+    latent attention's values are cut out of kv_b_proj's output behind dn numbers of content."""
+    rows = (t.storage_offset(), *t.stride()[:-1])
+    return t.contiguous() if any(n * t.element_size() % 16 for n in rows) else t
 
 
 BLOCK, KEPT = 64, 1024          # queries in a block; the largest T whose probabilities are kept for the backward
@@ -297,8 +308,9 @@ def fast_experts(x, chosen, weights, gate, up, down, dtype):
     """The M = N k copies of the rows, sorted by network:  [ network 0's | network 1's | ... ].
 
     On a CPU one network after the other, each gathering its rows and adding its results to theirs (ExpertsByHand); on a
-    GPU and inside torch.compile all at once over one sorted copy (F.grouped_mm): one launch for each matrix, which reads
-    on the device where each network's rows end, so that the host does not wait. One row has nothing to sort (experts_of_one).
+    GPU and inside torch.compile all at once over one sorted copy (F.grouped_mm): on Hopper and Blackwell in bfloat16 one
+    launch for each matrix, which reads on the device where each network's rows end, so that the host does not wait. One row
+    has nothing to sort (experts_of_one).
     """
     N, k = chosen.shape
     if N == 1 and by_hand(x) and not torch.is_grad_enabled():

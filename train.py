@@ -407,7 +407,7 @@ while step < max_steps:
     x, y = tensors(*(a[mine] for a in corpus.batch(seed, step, batch_size)))            # (rows, T) each
     losses = torch.zeros(3, device=device)                  # cross-entropy, balance, z: means over batch
     load = torch.zeros(expert_layers, network.n_expert, device=device)
-    with autocast:                                          # one for all micro-batches: it casts the weights once
+    with autocast:                                          # one for all micro-batches: what it casts, it casts once
         for i in range(0, len(x), micro_batch_size):
             rewrite(f'step {step + 1}/{max_steps}: micro-batch {i // micro_batch_size + 1} of {micro_batches}')
             xb, yb = x[i:i + micro_batch_size], y[i:i + micro_batch_size]

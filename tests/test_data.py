@@ -386,6 +386,13 @@ def test_ids_as_wide_as_the_vocabulary_named_says(tmp_path, monkeypatch):
     assert corpus.train.tolist() == [7, 5, 3] * 20 and corpus.tokenizer_name == 'cl100k_base'
 
 
+def test_ids_of_a_known_vocabulary_are_no_wider_than_it_though_almost_all_are_below_16(tmp_path):
+    ids = [5, 3, 9, 1, 12, 0, 7, 15] * 100 + [17, 16]            # read as 32 bits: 0 to 15 above, something below
+    source = nanogpt(tmp_path / 'x', ids, ids, meta=characters(SHAKESPEARE[:18]))
+    corpus = Corpus(prepare(str(source), 'bpe', 4096, tmp_path / 'root', silent), block_size=8)
+    assert corpus.train.tolist() == ids and corpus.vocab_size == 18
+
+
 LLM_C = np.array([20240520, 1, 900] + [0] * 253, np.int32).tobytes()
 
 

@@ -424,6 +424,16 @@ def test_the_experts_are_cast_once_per_update_however_many_micro_batches_it_has(
         optimizer.step()
 
 
+def test_rows_that_a_gpu_could_not_read_16_bytes_at_a_time_are_copied_and_others_are_not():
+    whole = numbers(2, 5, 4, 150, dtype=BF16)               # values behind content, as in kv_b_proj's output
+    for width, start, step, copied in ((48, 48, 96, False), (64, 64, 128, False), (64, 22, 86, True), (64, 64, 130, True),
+                                       (64, 20, 128, True)):
+        v = whole[..., :step].contiguous()[..., start:start + width].transpose(1, 2)
+        ours = kernels.aligned(v)
+        assert torch.equal(ours, v) and (ours is not v) == copied
+        assert ours.data_ptr() % 16 == 0 and all(n % 8 == 0 for n in ours.stride()[:-1])
+
+
 def test_neither_scores_nor_logits_ever_exist_whole_and_long_contexts_have_the_same_gradients():
     """Plain they do exist: the instrument works."""
     T, V, tokens = 1031, 20011, 600

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kernels
 import model as model_file
 from attention import rope_tables
 from model import LanguageModel, ModelConfig
@@ -459,6 +460,13 @@ def test_in_float32_no_batch_is_captured_anew_whatever_it_sends_to_which_expert(
         compiled(tokens[:, :-1], tokens[:, 1:]).nll.backward()
         counts.append(graphs.frame_count)
     assert counts[1:] == counts[:1] * 3
+
+
+def test_attention_over_another_length_is_captured_whole(dynamo):
+    attention = torch.compile(kernels.attention, backend=dynamo('eager'), fullgraph=True)
+    for T in (16, 12, 9, 1):
+        q, k, v = (numbers(2, 4, T, 8, seed=seed) for seed in (1, 2, 3))
+        close(attention(q, k, v, 0.3, 'causal'), kernels.attention(q, k, v, 0.3, 'causal'), 1e-12)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'c++'))), reason='torch.compile needs a C++ compiler')
