@@ -442,7 +442,8 @@ def test_missing_surplus_and_misshapen_tensors_are_named(tmp_path, change, words
     ('v3', 'num_hidden_layers', -1),
     ('v3', 'num_experts_per_tok', 1), ('v3', 'rope_theta', None), ('v3', 'architectures', ['DeepseekV32ForCausalLM']),
     ('v3', 'architectures', None),
-    ('v2', 'norm_topk_prob', True), ('v2', 'topk_method', 'noaux_tc'), ('v2', 'mlp_bias', True), ('v2', 'rope_interleave', False),
+    ('v2', 'norm_topk_prob', True), ('v2', 'topk_method', 'noaux_tc'), ('v2', 'mlp_bias', True),
+    ('v2', 'rope_interleave', False),
     ('mistral4', 'n_group', 2),
     ('mixtral, multi-head', 'sliding_window', 4096), ('mixtral, multi-head', 'router_jitter_noise', 0.1),
     ('qwen3', 'mlp_only_layers', [1]), ('qwen3', 'use_sliding_window', True), ('qwen3', 'decoder_sparse_step', 2)])

@@ -434,6 +434,15 @@ def test_rows_that_a_gpu_could_not_read_16_bytes_at_a_time_are_copied_and_others
         assert ours.data_ptr() % 16 == 0 and all(n % 8 == 0 for n in ours.stride()[:-1])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_on_cuda_values_that_start_between_two_reads_give_the_plain_result():
+    q, k, both = (numbers(2, T, 8, width, dtype=BF16, seed=width).cuda() for T, width in ((40, 64), (40, 64), (40, 86)))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), both[..., 22:].transpose(1, 2)
+    fast = kernels.attention(q, k, v, 0.125, 'causal')
+    kernels.use('plain')
+    close(fast, kernels.attention(q, k, v, 0.125, 'causal'), 3e-2)
+
+
 def test_neither_scores_nor_logits_ever_exist_whole_and_long_contexts_have_the_same_gradients():
     """Plain they do exist: the instrument works."""
     T, V, tokens = 1031, 20011, 600
