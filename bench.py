@@ -100,7 +100,7 @@ from decoding import Cache
 from machine import choose_compile, choose_device, choose_dtype, environment, now, peak_memory_gb, write_atomically
 from model import LanguageModel, ModelConfig
 from moe import LOSS_WEIGHTS
-from muon import configure_optimizers
+from muon import clip_gradients, configure_optimizers
 
 # As in train.py
 device = choose_device(device, kinds=('cuda', 'cpu'))
@@ -294,6 +294,7 @@ def update_of(model, row):
     run, (balance, z) = torch.compile(model) if compile else model, LOSS_WEIGHTS[config['router']]
     x = tokens_of(tokens_in_update // row['context'], row['context'] + 1)
     micro = max(1, row['micro_batch_size'] * contexts[0] // row['context'])
+    clip = clip_gradients if row['library'] == 'ours' else torch.nn.utils.clip_grad_norm_
     model.train()
 
     def update(opt):
@@ -307,7 +308,7 @@ def update_of(model, row):
                     loss = run(input_ids=tokens, labels=tokens, use_cache=False).loss
                 with torch.autocast(device.type, enabled=False):
                     (loss * (len(rows) / len(x))).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip(model.parameters(), 1.0)
         opt.step()
         opt.zero_grad()
     return update

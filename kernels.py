@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-NAMES = ('rms_norm', 'attention', 'cross_entropy', 'experts', 'linear')
+NAMES = ('rms_norm', 'rotate', 'attention', 'cross_entropy', 'experts', 'linear', 'norm')
 _fast = dict.fromkeys(NAMES, True)
 
 
@@ -102,9 +102,15 @@ class RMSNormByHand(torch.autograd.Function):
 def rotate(x, angles):
     """Turn the pairs of dims (2i, 2i+1) of x (B, heads, T, width): DeepSeek's interleaved layout (RoFormer, eq. 34).
 
-    angles (T, width/2, 2) or (B, 1, T, width/2, 2) are [cos, sin] of each pair's angle. One form only: as a product of
-    complex numbers, one pass over memory instead of eight, it gained less than 2% (results/bench/plain-train.md).
+    angles (T, width/2, 2) or (B, 1, T, width/2, 2) are [cos, sin] of each pair's angle.
     """
+    if _fast['rotate'] and by_hand(x):
+        # a pair is a complex number, turning it a product with e^(ia): one pass over memory instead of eight
+        pairs = x.to(angles.dtype).unflatten(-1, (-1, 2))
+        if any(n % 2 for n in (pairs.storage_offset(), *pairs.stride()[:-1])):      # pairs lie apart: behind an odd width
+            pairs = pairs.clone(memory_format=torch.contiguous_format)
+        turned = torch.view_as_complex(pairs) * torch.view_as_complex(angles)
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
     (even, odd), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), angles.unbind(-1)     # (B, heads, T, width/2) each
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
@@ -167,7 +173,7 @@ def aligned(t):
     return t.contiguous() if any(n * t.element_size() % 16 for n in rows) else t
 
 
-BLOCK, KEPT = 64, 1024          # queries in a block; the largest T whose probabilities are kept for the backward
+BLOCK, KEPT = 128, 1024         # queries in a block; the largest T whose probabilities are kept for the backward
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -177,8 +183,8 @@ class BlockedAttention(torch.autograd.Function):
     probabilities are in q's dtype, gradients add up in float32.
 
     torch's kernel for CPUs has no faster backward in bfloat16 than in float32, and needs values padded to the keys' width:
-    4 x 8 heads x 512, one thread of a Xeon with AMX, forward and backward, ms: bfloat16 36 against 45 (48 wide), 44 against
-    57 (80 wide with values of 48), 18 against 39 (one key head); float32 41 against 47, 54 against 77, 38 against 43.
+    4 x 8 heads x 512, forward and backward, two threads of a Xeon with AMX, ms: bfloat16 32 against 57 (48 wide), 36 against
+    68 (80 wide with values of 48), 24 against 51 (one key head); float32 48 against 47, 60 against 77, 42 against 45.
     The probabilities are kept for the backward where they are small, and made again where T^2 would outgrow the rest.
     """
 
@@ -436,8 +442,9 @@ class ExpertsByHand(torch.autograd.Function):
 experts_by_hand = torch.compiler.disable(ExpertsByHand.apply)
 
 # In bfloat16 a network's rows are filled up with rows of weight 0 to a multiple of this: oneDNN generates code for every new
-# number of rows, which takes as long as several products, and is slow with odd ones
-ROWS_AT_ONCE = 128
+# number of rows, which takes as long as several products. 2,048 tokens through a layer of Experiment 1, forward and backward
+# on a Xeon with AMX: 110 ms in multiples of 32, 121 of 128, 625 without; with 64 networks 278, 360 and 805
+ROWS_AT_ONCE = 32
 
 
 def product_into(out, a, b):
@@ -482,20 +489,35 @@ register_optimizer_step_post_hook(_count_update)
 # ---------------------------------------------------------------------------------------------------------------------
 # Products of few rows
 
-# Whether products of few rows have the weights on the left: on AMD. There MKL reads w at 7 to 10 GB/s for x w^T with one or
-# two rows x, and at 30 for w x^T; on Intel it is the other way round, 27 and 12. No such file: not Linux
+# Whether float32 products of few rows have the weights on the left: on AMD. There MKL reads w at 7 to 10 GB/s for x w^T with
+# one or two rows x, and at 30 for w x^T; on Intel it is the other way round, 27 and 12. No such file: not Linux
 cpuinfo = Path('/proc/cpuinfo')
 WEIGHTS_FIRST = cpuinfo.exists() and 'AuthenticAMD' in cpuinfo.read_text()
 FEW_ROWS = 8
 
 
 def linear(x, w, out=None):
-    """x w^T for x (rows, in) and w (out, in). With few rows, reading w is all that it costs."""
-    if not (_fast['linear'] and WEIGHTS_FIRST and len(x) <= FEW_ROWS and x.is_cpu and x.dtype == torch.float32):
+    """x w^T for x (rows, in) and w (out, in). With few rows, reading w is all that it costs.
+
+    In bfloat16 too the weights stand on the left: oneDNN takes 0.6 to 0.8 times as long for them (2 and 8 rows, an Intel Xeon
+    with AMX).
+    """
+    left = x.dtype == torch.bfloat16 or WEIGHTS_FIRST and x.dtype == torch.float32
+    if not (_fast['linear'] and left and len(x) <= FEW_ROWS and x.is_cpu):
         return torch.mm(x, w.T, out=out)
     columns = (x if len(x) > 1 else x.expand(2, -1)).contiguous().T     # one column would be that slow product again
     y = (w @ columns)[:, :len(x)].T
     return y if out is None else out.copy_(y)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Length
+
+def norm(x):
+    """sqrt of the sum of x^2 over all of x, whatever its shape -> scalar."""
+    if _fast['norm'] and x.is_cpu and x.dtype in (torch.float32, torch.float64):
+        return torch.dot(x.flatten(), x.flatten()).sqrt()               # BLAS reads memory twice as fast as torch's norm
+    return torch.linalg.vector_norm(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

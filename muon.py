@@ -54,6 +54,20 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2:]) ** 0.5)
 
 
+def clip_gradients(parameters, largest):
+    """Scale all gradients by one factor so that their norm together is at most `largest` (Pascanu et al. 2013, arXiv
+    1211.5063) -> the norm as it was. torch's clip_grad_norm_, but on a CPU nothing is written if nothing is clipped."""
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients or any(type(g) is not torch.Tensor or not g.is_cpu for g in gradients):    # shards; a GPU would wait
+        return torch.nn.utils.clip_grad_norm_(parameters, largest)
+    total = kernels.norm(torch.stack([kernels.norm(g) for g in gradients]))
+    if not total <= largest:                                            # NaN too: it spreads, as there
+        for g in gradients:
+            g.mul_(largest / (total + 1e-6))
+    return total
+
+
 def configure_optimizers(model, learning_rate, weight_decay=0.1, betas=(0.9, 0.95), muon=False):
     """-> [AdamW], or [AdamW, Muon]. Each parameter has exactly one owner and decays only if it is a matrix.
 

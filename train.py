@@ -112,7 +112,7 @@ import tracker as trackers
 from machine import PEAK_FLOPS, choose_compile, choose_device, choose_dtype, environment, now, out_of_memory, peak_memory_gb
 from model import LanguageModel, ModelConfig
 from moe import LOSS_WEIGHTS
-from muon import configure_optimizers
+from muon import clip_gradients, configure_optimizers
 from parallel import rank, world_size
 from result import SCHEMA, RunFolder, command_to_go_on, folder_of, read_weights
 
@@ -421,7 +421,7 @@ while step < max_steps:
             losses += parts.detach()
             load += o.load.view_as(load)
 
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    grad_norm = clip_gradients(raw_model.parameters(), grad_clip or math.inf)
     grad_norm = grad_norm.full_tensor() if shard else grad_norm
     for opt in optimizers:
         opt.step()

@@ -1,8 +1,10 @@
-"""muon.py: the orthogonalised update against a singular value decomposition."""
+"""muon.py: the orthogonalised update against a singular value decomposition; clipping against torch's own."""
+import math
+
 import pytest
 import torch
 
-from muon import Muon, orthogonalise
+from muon import Muon, clip_gradients, orthogonalise
 
 
 @pytest.mark.parametrize('shape', [(24, 24), (48, 16), (16, 48), (3, 20, 12)])
@@ -58,3 +60,40 @@ def test_momentum_is_nesterovs():
     m = 0.9 * (0.1 * first) + 0.1 * second
     expected = orthogonalise(0.1 * second + 0.9 * m) * 0.2 * 2 ** 0.5
     assert torch.allclose(at - p.detach(), expected, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clipping
+
+def parameters_with_gradients(scale=1.0):
+    g = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in ((5,), (2, 3, 4), (), (3,))]
+    for p in parameters[:-1]:                                           # the last one is frozen
+        p.grad = scale * torch.randn(p.shape, generator=g, dtype=torch.float64)
+    return parameters
+
+
+@pytest.mark.parametrize('largest', [0.01, 1.0, 3.0, 100.0, math.inf])
+def test_gradients_are_clipped_as_torch_clips_them(largest):
+    ours, theirs = parameters_with_gradients(), parameters_with_gradients()
+    total = clip_gradients((p for p in ours), largest)                  # a generator, as module.parameters() is one
+    assert total.item() == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, largest).item(), rel=1e-12)
+    for p, q in zip(ours[:-1], theirs[:-1]):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-12, atol=0)
+    assert ours[-1].grad is None
+
+
+def test_what_is_not_clipped_is_not_written_either():
+    parameters = parameters_with_gradients()
+    versions = [p.grad._version for p in parameters[:-1]]
+    clip_gradients(parameters, 100.0)
+    assert [p.grad._version for p in parameters[:-1]] == versions
+    clip_gradients(parameters, 0.1)
+    assert [p.grad._version for p in parameters[:-1]] != versions
+
+
+def test_a_nan_among_the_gradients_reaches_all_of_them():
+    parameters = parameters_with_gradients()
+    parameters[0].grad[0] = math.nan
+    assert math.isnan(clip_gradients(parameters, math.inf)) and all(p.grad.isnan().all() for p in parameters[:-1])
+    assert clip_gradients([torch.nn.Parameter(torch.zeros(2))], 1.0) == 0                   # nothing has a gradient

@@ -22,6 +22,7 @@ import torch
 import data
 import hf
 import machine
+import muon
 import tracker
 from configurator import configure, run_knobs
 from conftest import REPOSITORY, TINY, flags, one_line
@@ -624,13 +625,13 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole_and_says_so(train, mon
 
 
 def test_a_run_that_diverges_stops_at_once_and_keeps_the_last_good_checkpoint(train, monkeypatch):
-    clip = torch.nn.utils.clip_grad_norm_
+    clip = muon.clip_gradients
     seen = []
 
     def poisoned(parameters, limit):
         seen.append(1)
         return clip(parameters, limit) * (math.nan if len(seen) == 5 else 1)
-    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', poisoned)
+    monkeypatch.setattr(muon, 'clip_gradients', poisoned)
     run = train()
     assert run.code == 3 and 'diverged at step 5' in run.err
     result = written(run.folder)
