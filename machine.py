@@ -44,18 +44,18 @@ def choose_device(name, kinds=('cuda', 'mps', 'cpu'), index=None):
 def choose_dtype(name, device, n_embd):
     """--dtype -> 'float32' or 'bfloat16'; auto: bfloat16 where the processor computes in it, for a model wide enough.
 
-    A GPU says itself whether it computes in bfloat16 or emulates it; CPUs compute in it with AVX512-BF16 or AMX. Below
-    some width casts and small products cost them more than they save: an update 384 wide is 1.4 times as fast as in
-    float32 on a Xeon with AMX (results/bench/train.md), one 96 wide was half as fast on an EPYC, with the code before
-    kernels.py; 256 is a choice between the two.
+    A GPU says itself whether it computes in bfloat16 or emulates it; CPUs compute in it with AMX or AVX512-BF16. In a narrow
+    model casts and small products cost what they save: an update of 4 x 512 tokens in bfloat16 is 1.2, 1.3, 1.5, 1.6 and 1.5
+    times as fast as in float32 at widths of 96, 128, 192, 256 and 320 on a Xeon with AMX (results/bench/width-*.md). An EPYC
+    with AVX512-BF16 alone was half as fast at 96, with the code before kernels.py, and 1.4 times as fast at 384.
     """
     if name != 'auto':
         return name
     if device.type == 'cuda':
         computes = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        computes = device.type == 'cpu' and n_embd >= 256 and (
-            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        amx = torch.cpu._is_amx_tile_supported()
+        computes = device.type == 'cpu' and (amx or torch.cpu._is_avx512_bf16_supported()) and n_embd >= (128 if amx else 256)
     return 'bfloat16' if computes else 'float32'
 
 

@@ -50,7 +50,7 @@ bias_update_rate = 0.001        # sigmoid: step of the selection bias after each
 # Machine
 device = 'auto'                 # auto: cuda, else mps, else cpu; or one of them by name (cuda:1, ...)
 dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the products; auto: bfloat16 if the processor computes in it
-                                # (a CPU with AVX512-BF16 or AMX only from a width of 256), else float32
+                                # (a CPU with AMX from a width of 128 on, with AVX512-BF16 256), else float32
 compile: bool | None = None     # torch.compile; none: on GPUs
 plain_kernels = False           # every computation of kernels.py in its plain form: slower; for double backward, for doubt
 shard = False                   # several GPUs: split parameters and optimizer over them (FSDP2); otherwise copies (DDP)

@@ -61,8 +61,9 @@ def test_auto_is_bfloat16_only_where_the_processor_computes_in_it_and_the_model_
         for amx, avx512 in ((has, False), (False, has)):
             monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
             monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx512)
-            assert machine.choose_dtype('auto', cpu, 256) == machine.choose_dtype('auto', cpu, 384) == best
-            assert machine.choose_dtype('auto', cpu, 255) == machine.choose_dtype('auto', mps, 384) == 'float32'
+            least = 128 if amx else 256
+            assert machine.choose_dtype('auto', cpu, least) == machine.choose_dtype('auto', cpu, 384) == best
+            assert machine.choose_dtype('auto', cpu, least - 1) == machine.choose_dtype('auto', mps, 384) == 'float32'
         assert machine.choose_dtype('auto', cuda, 64) == best
         assert machine.choose_dtype('float32', cuda, 384) == 'float32'
         assert machine.choose_dtype('bfloat16', cpu, 64) == 'bfloat16'
