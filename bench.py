@@ -10,8 +10,8 @@
 
 Every combination of variant, library, dtype, sizes and --plain is a side. All sides take turns in one process, in
 rounds that go from the first side to the last and back alternately, and with them a matrix product of the machine's
-own: drift hits all alike. A figure is the median over the rounds with minimum and maximum, a ratio that of the
-quotients within a round. Prints Markdown; writes it, and JSON with every single timing.
+own: drift hits all alike. A turn begins with an update, or a prompt, that is not timed. A figure is the median over the
+rounds with minimum and maximum, a ratio that of the quotients within a round. Prints Markdown; writes it, and JSON with every single timing.
 """
 import os
 from pathlib import Path
@@ -278,8 +278,9 @@ def training_turn(model, row):
         if row['library'] != 'ours':
             model.set_experts_implementation(row['experts_implementation'])
         opt = optimizer_of(model)       # with new moments: those of all sides at once would fill the memory
-        if cuda:
-            update(opt)                 # there the first step makes them
+        # one that does not count: while others took their turns oneDNN forgot the products of this side, which a run would
+        # have prepared once; on a GPU it makes the moments
+        update(opt)
         return {'update': timed(lambda: update(opt))}
     return turn
 
@@ -395,13 +396,16 @@ def decoding_turn(model, tokens, row):
         for i in range(prompt, end):
             step(cache, i, i + 1)
 
+    def read_and_write(cache, end):
+        choose(row.get('prefill_implementation', 'auto'))
+        prefill = timed(lambda: step(cache, 0, prompt))
+        choose(row.get('experts_implementation', row['mode']))
+        return {'prefill': prefill, 'decode': timed(lambda: one_by_one(cache, end))}
+
     @torch.no_grad()
     def turn():
-        cache = new_cache()
-        choose(row.get('prefill_implementation', 'auto'))
-        seconds = {'prefill': timed(lambda: step(cache, 0, prompt))}
-        choose(row.get('experts_implementation', row['mode']))
-        seconds['decode'] = timed(lambda: one_by_one(cache))
+        read_and_write(new_cache(), prompt + 1)                 # does not count, as in training_turn
+        seconds = read_and_write(cache := new_cache(), size)
         row['cache_bytes'] = bytes_of(cache)
         return seconds
 

@@ -348,7 +348,8 @@ def test_latent_attention_decodes_every_new_token_in_the_mode_of_its_row(program
         return decode(self, tokens, *rest)
     monkeypatch.setattr(LanguageModel, 'decode', note)
     assert turn().keys() == {'prefill', 'decode'}
-    assert seen == [((2, 8), 'auto', torch.bfloat16)] + [((2, 1), mode, torch.bfloat16)] * 4
+    prompt, token = ((2, 8), 'auto', torch.bfloat16), ((2, 1), mode, torch.bfloat16)
+    assert seen == [prompt, token] + [prompt, *[token] * 4]             # first what does not count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
