@@ -11,7 +11,8 @@
 Every combination of variant, library, dtype, sizes and --plain is a side. All sides take turns in one process, in
 rounds that go from the first side to the last and back alternately, and with them a matrix product of the machine's
 own: drift hits all alike. A turn begins with an update, or a prompt, that is not timed. A figure is the median over the
-rounds with minimum and maximum, a ratio that of the quotients within a round. Prints Markdown; writes it, and JSON with every single timing.
+rounds with minimum and maximum, a ratio that of the quotients within a round. Prints Markdown; writes it, and JSON with
+every single timing.
 """
 import os
 from pathlib import Path
