@@ -5,13 +5,14 @@ stands here. Each function has a plain form, a few lines of tensor operations th
 Under it stands the fast form, with what it gains and why (what else was tried: results/README.md).
 
                                                                                                     plain: slower by
-    rms_norm(x, weight, eps)            x / rms(x) * weight                                          3% of an update
-    rotate(x, angles)                   pairs of dims turned by their angles                         one form only
-    attention(q, k, v, scale, mask)     softmax(scale q k^T) v                                       7% of an update
-    cross_entropy(x, weight, targets)   of the logits x weight^T, and how many are right             0%, but less memory
-    experts(x, chosen, weights, ...)    a token's weighted sum of the SwiGLU networks that it chose  10%; a decoded token 19%
-    linear(x, weight)                   x weight^T for the few rows of decoding                      a decoded token 6%
-    (mla in 2 layers of Experiment 1's width, float32, an AMD EPYC without AVX-512: results/bench/plain-*.md)
+    rms_norm(x, weight, eps)            x / rms(x) * weight                                          4% of an update
+    rotate(x, angles)                   pairs of dims turned by their angles                         3%
+    attention(q, k, v, scale, mask)     softmax(scale q k^T) v                                       15%
+    cross_entropy(x, weight, targets)   of the logits x weight^T, and how many are right             6%, and less memory
+    experts(x, chosen, weights, ...)    a token's weighted sum of the SwiGLU networks that it chose  38%; a decoded token 17%
+    linear(x, weight)                   x weight^T for the few rows of decoding                      a decoded token 3%
+    norm(x)                             sqrt of the sum of x^2                                       13%
+    (mla in 2 layers of Experiment 1's width, bfloat16, a Xeon with AMX; float32 and an EPYC: results/README.md)
 
     use('plain')                            all of them plain: slower, but double backward and torch.func work
     use('fast', rms_norm='plain')           all fast but one
