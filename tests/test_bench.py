@@ -282,6 +282,16 @@ def test_an_update_is_the_one_of_train_py(program, dtype, monkeypatch):
         assert turned < (0.01 if dtype == 'float32' else 0.2) and (p - before).abs().max() > 0.5e-4
 
 
+def test_the_first_update_of_a_turn_is_not_timed(program, monkeypatch):
+    b, done = program(variants='mqa', dtype='float32'), []
+    row = {'variant': 'mqa', 'library': 'ours', 'dtype': 'float32', 'context': 32, 'micro_batch_size': 2}
+    model = b.build(row, 32)
+    model.register_forward_pre_hook(lambda *_: done.append('micro-batch'))
+    monkeypatch.setitem(b.training_turn.__globals__, 'timed', lambda work: done.append('clock') or work() or 1.0)
+    assert b.training_turn(model, row)() == {'update': 1.0}
+    assert done == ['micro-batch'] * 2 + ['clock'] + ['micro-batch'] * 2
+
+
 def test_sizes_are_sides_too_and_an_update_has_as_many_tokens_in_all_of_them(sizes, program):
     assert [(r['experts'], r['context'], r['micro_batch_size']) for r in sizes['rows']] == [
         (e, c, m) for e in (4, 8) for c in (16, 32) for m in (1, 4)]

@@ -92,6 +92,16 @@ def test_what_is_not_clipped_is_not_written_either():
     assert [p.grad._version for p in parameters[:-1]] != versions
 
 
+def test_gradients_that_are_shards_are_left_to_torch(monkeypatch):
+    class Shard(torch.Tensor):
+        pass
+    p, given = torch.nn.Parameter(torch.zeros(3)), []
+    p.grad = torch.ones(3).as_subclass(Shard)
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', lambda parameters, largest: given.append((list(parameters), largest)))
+    clip_gradients((p for p in [p]), 0.5)
+    assert given == [([p], 0.5)]
+
+
 def test_a_nan_among_the_gradients_reaches_all_of_them():
     parameters = parameters_with_gradients()
     parameters[0].grad[0] = math.nan

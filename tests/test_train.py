@@ -640,6 +640,11 @@ def test_a_run_that_diverges_stops_at_once_and_keeps_the_last_good_checkpoint(tr
     assert train(resume=True).code == 3                                             # not silently tried again
 
 
+def test_a_grad_clip_of_0_clips_nothing(train):
+    whole = losses_of(train(grad_clip=0))
+    assert whole == losses_of(train('never reached', grad_clip=1e9)) != losses_of(train('clipped', grad_clip=0.01))
+
+
 def test_a_learning_rate_beyond_reason_is_recorded_as_diverged(train):
     run = train(learning_rate=1e30, grad_clip=0, max_steps=20, eval_interval=20)
     result = written(run.folder)
