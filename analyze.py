@@ -322,8 +322,8 @@ def report(arms, r, may_differ=(), images=()):
     family += (' Equivalence is tested on each side by itself, so it can be found where an interval, which has two sides, '
                'leaves the margin.')
     if r['pairs']:
-        family += (f' The plan has {r["pairs"]} pairs a comparison: with fewer it waits for its verdict, and counts in Holm '
-                   'as p = 1.')
+        family += (f' The plan has {r["pairs"]} pair{"s" * (r["pairs"] != 1)} a comparison: with fewer it waits for its '
+                   'verdict, and counts in Holm as p = 1.')
     yield (f'The margin, the smallest difference worth having, is {margin:g} ({unit}); lower is better. A '
            f'difference is the first arm minus the second within pairs of one seed. p values are judged at {ALPHA:g}. '
            + family)

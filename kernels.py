@@ -10,9 +10,9 @@ Under it stands the fast form, with what it gains and why (what else was tried: 
     attention(q, k, v, scale, mask)     softmax(scale q k^T) v                                       15%
     cross_entropy(x, weight, targets)   of the logits x weight^T, and how many are right             6%, and less memory
     experts(x, chosen, weights, ...)    a token's weighted sum of the SwiGLU networks that it chose  38%; a decoded token 17%
-    linear(x, weight)                   x weight^T for the few rows of decoding                      a decoded token 3%
-    norm(x)                             sqrt of the sum of x^2                                       13%
-    (mla in 2 layers of Experiment 1's width, bfloat16, a Xeon with AMX; float32 and an EPYC: results/README.md)
+    linear(x, weight)                   x weight^T for the few rows of decoding                      a decoded token 6%, on AMD
+    norm(x)                             sqrt of the sum of x^2                                       2%
+    (mla in 2 layers of Experiment 1's width, bfloat16, a Xeon with AMX; linear and norm in float32: results/README.md)
 
     use('plain')                            all of them plain: slower, but double backward and torch.func work
     use('fast', rms_norm='plain')           all fast but one
@@ -490,21 +490,16 @@ register_optimizer_step_post_hook(_count_update)
 # ---------------------------------------------------------------------------------------------------------------------
 # Products of few rows
 
-# Whether float32 products of few rows have the weights on the left: on AMD. There MKL reads w at 7 to 10 GB/s for x w^T with
-# one or two rows x, and at 30 for w x^T; on Intel it is the other way round, 27 and 12. No such file: not Linux
+# Whether products of few rows have the weights on the left: on AMD. There MKL reads w at 7 to 10 GB/s for x w^T with one or
+# two rows x, and at 30 for w x^T; on Intel it is the other way round, 27 and 12. No such file: not Linux
 cpuinfo = Path('/proc/cpuinfo')
 WEIGHTS_FIRST = cpuinfo.exists() and 'AuthenticAMD' in cpuinfo.read_text()
 FEW_ROWS = 8
 
 
 def linear(x, w, out=None):
-    """x w^T for x (rows, in) and w (out, in). With few rows, reading w is all that it costs.
-
-    In bfloat16 too the weights stand on the left: oneDNN takes 0.6 to 0.8 times as long for them (2 and 8 rows, an Intel Xeon
-    with AMX).
-    """
-    left = x.dtype == torch.bfloat16 or WEIGHTS_FIRST and x.dtype == torch.float32
-    if not (_fast['linear'] and left and len(x) <= FEW_ROWS and x.is_cpu):
+    """x w^T for x (rows, in) and w (out, in). With few rows, reading w is all that it costs."""
+    if not (_fast['linear'] and WEIGHTS_FIRST and len(x) <= FEW_ROWS and x.is_cpu and x.dtype == torch.float32):
         return torch.mm(x, w.T, out=out)
     columns = (x if len(x) > 1 else x.expand(2, -1)).contiguous().T     # one column would be that slow product again
     y = (w @ columns)[:, :len(x)].T
@@ -517,7 +512,8 @@ def linear(x, w, out=None):
 def norm(x):
     """sqrt of the sum of x^2 over all of x, whatever its shape -> scalar."""
     if _fast['norm'] and x.is_cpu and x.dtype in (torch.float32, torch.float64):
-        return torch.dot(x.flatten(), x.flatten()).sqrt()               # BLAS reads memory twice as fast as torch's norm
+        # BLAS takes half the time of torch's norm, and is off by 2e-6 where that is by 1e-4: it sums in many lanes
+        return torch.dot(x.flatten(), x.flatten()).sqrt()
     return torch.linalg.vector_norm(x)
 
 

@@ -1,5 +1,5 @@
 """The optimizers: AdamW, and Muon: momentum, orthogonalised, for the matrices of the network (Jordan et al. 2024,
-kellerjordan.github.io/posts/muon).
+kellerjordan.github.io/posts/muon); and the clipping of gradients before their step.
 
 The update of a matrix is U V^T of its momentum's singular value decomposition U S V^T: every direction moves equally far.
 torch.optim.Muon exists, but takes two-dimensional parameters only; the experts here are stacked (E, rows, cols), and each
