@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 NAMES = ('rms_norm', 'rotate', 'attention', 'cross_entropy', 'experts', 'linear', 'norm')
 _fast = dict.fromkeys(NAMES, True)
@@ -321,7 +320,7 @@ def fast_experts(x, chosen, weights, gate, up, down, dtype):
     """
     N, k = chosen.shape
     if N == 1 and by_hand(x) and not torch.is_grad_enabled():
-        return experts_of_one(x.to(dtype), chosen, weights, *(p.to(dtype) for p in (gate, up, down)))
+        return experts_of_one(x.to(dtype), chosen, weights, gate, up, down)
     order = chosen.flatten().argsort(stable=True)                       # (M,) which copy stands at each sorted row
     load = occurrences(chosen.flatten(), len(gate))
     if grouped_serves(x, gate, dtype):
@@ -332,8 +331,7 @@ def fast_experts(x, chosen, weights, gate, up, down, dtype):
         h = F.silu(F.grouped_mm(rows, gate, offs=ends)) * F.grouped_mm(rows, up, offs=ends)
         y = Gather.apply(F.grouped_mm(h, down, offs=ends), inverse, order)          # (M, C), the copies of each row in line
         return (y.unflatten(0, (N, k)) * weights.unsqueeze(-1)).sum(1)
-    return experts_by_hand(x, weights.flatten(), gate, up, down, [in_dtype(p, dtype) for p in (gate, up, down)],
-                           order, load.tolist(), torch.is_grad_enabled())
+    return experts_by_hand(x, weights.flatten(), gate, up, down, dtype, order, load.tolist(), torch.is_grad_enabled())
 
 
 def occurrences(chosen, n):
@@ -377,8 +375,9 @@ class Gather(torch.autograd.Function):
 class ExpertsByHand(torch.autograd.Function):
     """One network after the other, forward and backward, so that its rows are gathered, used and added up in the cache.
 
-    gate, up, down are the parameters, `low` the same in the dtype of the products, sizes how many rows each network has.
-    For the backward only g = gate x and u = up x are kept. With h = silu(g) u, y = w down h:
+    dtype: of the products; a network's matrices are cast just before them, while they are in the cache, which takes no longer
+    than to cast all of them once per update and to read them again. sizes: how many rows each network has. For the backward
+    only g = gate x and u = up x are kept. With h = silu(g) u, y = w down h:
         dh = w down^T dy      du = dh silu(g)      dg = dh u silu'(g)      dx = up^T du + gate^T dg
         dw = dy . (down h) = dh . h / w = du . u / w = x . (up^T du) / w
     The last form needs no stored output and sums over C numbers, not F. Where w underflowed to 0, so did its derivative by
@@ -386,29 +385,26 @@ class ExpertsByHand(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weights, gate, up, down, low, order, sizes, with_grad):
-        gate, up, down = low
-        x_low, y = x.to(gate.dtype), torch.zeros_like(x, dtype=weights.dtype)
-        multiple = ROWS_AT_ONCE if gate.dtype == torch.bfloat16 else 1
-        filled = [F.pad(part, (0, -len(part) % multiple), value=len(order)) for part in order.split(sizes)]
+    def forward(ctx, x, weights, gate, up, down, dtype, order, sizes, with_grad):
+        x_low, y = x.to(dtype), torch.zeros_like(x, dtype=weights.dtype)
+        filled = [F.pad(part, (0, filled_up(len(part), dtype) - len(part)), value=len(order)) for part in order.split(sizes)]
         sizes = [len(part) for part in filled]
         # of every network that has any: the network, and where its rows are
         spans = [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(sizes, itertools.accumulate(sizes))) if n]
         order = torch.cat(filled)                                       # (M',), M in rows that only fill up
         w = F.pad(weights, (0, 1))[order].unsqueeze(1)                  # (M', 1), and there 0
         rows_of = (order // (len(weights) // len(x))).clamp_max(len(x) - 1)         # (M',) which row of x stands there
-        # without a backward: one network at a time; with one, always the same size, lest the heap fill with holes
-        kept = len(weights) + len(sizes) * (multiple - 1) if with_grad else max(sizes)
-        g, u = x_low.new_empty(kept, gate.size(1)), x_low.new_empty(kept, gate.size(1))
+        # without a backward: one network at a time. One tensor: when it is freed, a gradient fits in its place
+        g, u = x_low.new_empty(2, len(order) if with_grad else max(sizes), gate.size(1))
         space = x_low.new_empty(max(sizes), gate.size(1))               # for h, of every network in turn
         for e, s in spans:
             own = s if with_grad else slice(sizes[e])
             rows, h = x_low.index_select(0, rows_of[s]), space[:sizes[e]]       # (n, C), sooner than by x[...]
-            linear(rows, gate[e], out=g[own])
-            linear(rows, up[e], out=u[own])
+            linear(rows, gate[e].to(dtype), out=g[own])
+            linear(rows, up[e].to(dtype), out=u[own])
             torch.ops.aten.silu.out(g[own], out=h).mul_(u[own])         # (n, F)
-            y.index_add_(0, rows_of[s], linear(h, down[e]) * w[s])
-        ctx.save_for_backward(x_low, *low, g, u, w, order, rows_of)
+            y.index_add_(0, rows_of[s], linear(h, down[e].to(dtype)) * w[s])
+        ctx.save_for_backward(x_low, gate, up, down, g, u, w, order, rows_of)
         ctx.sizes, ctx.spans, ctx.copies = sizes, spans, len(weights)
         return y
 
@@ -427,14 +423,14 @@ class ExpertsByHand(torch.autograd.Function):
             rows, dy_e = x.index_select(0, own), (dy.index_select(0, own) * w[s]).to(x.dtype)       # (n, C)
             torch.ops.aten.silu.out(g[s], out=silu)
             product_into(d_down[e], dy_e.T, torch.mul(silu, u[s], out=h))
-            torch.mm(dy_e, down[e], out=dh)
+            torch.mm(dy_e, down[e].to(x.dtype), out=dh)
             d_u = silu.mul_(dh)
             d_g = torch.ops.aten.silu_backward.grad_input(dh.mul_(u[s]), g[s], grad_input=h)
             product_into(d_up[e], d_u.T, rows)
             product_into(d_gate[e], d_g.T, rows)
-            d_rows = d_u @ up[e]                                        # (n, C), half of it
+            d_rows = d_u @ up[e].to(x.dtype)                            # (n, C), half of it
             dw[s] = torch.where(w[s] != 0, (d_rows * rows).sum(1, keepdim=True) / w[s], 0)
-            dx.index_add_(0, own, d_rows.addmm_(d_g, gate[e]).to(dx.dtype))
+            dx.index_add_(0, own, d_rows.addmm_(d_g, gate[e].to(x.dtype)).to(dx.dtype))
         d_weights = dw.new_empty(ctx.copies + 1).index_copy_(0, order, dw[:, 0])    # the last one: of rows that fill up
         return dx, d_weights[:-1], d_gate, d_up, d_down, None, None, None, None
 
@@ -442,10 +438,16 @@ class ExpertsByHand(torch.autograd.Function):
 # Not compiled: the sizes would be constants there, and every batch has others
 experts_by_hand = torch.compiler.disable(ExpertsByHand.apply)
 
-# In bfloat16 a network's rows are filled up with rows of weight 0 to a multiple of this: oneDNN generates code for every new
-# number of rows, which takes as long as several products. 2,048 tokens through a layer of Experiment 1, forward and backward
-# on a Xeon with AMX: 110 ms in multiples of 32, 121 of 128, 625 without; with 64 networks 278, 360 and 805
-ROWS_AT_ONCE = 32
+def filled_up(n, dtype):
+    """How many rows a network gets that has n: in bfloat16 rows of weight 0 fill them up to a multiple of 32, from 512 on of
+    a sixteenth of the next power of two.
+
+    For every new number of rows oneDNN generates code, which takes as long as several products and stays in memory, between
+    the tensors. 2,048 tokens through a layer of Experiment 1, forward and backward on a Xeon with AMX: 110 ms in multiples
+    of 32, 625 without. In multiples of 32 throughout a run of 30 updates took 4.3 GB, so 3.0 (results/README.md).
+    """
+    step = max(32, 2 ** (n - 1).bit_length() // 16) if dtype == torch.bfloat16 and n else 1
+    return n + -n % step
 
 
 def product_into(out, a, b):
@@ -457,34 +459,9 @@ def experts_of_one(x, chosen, weights, gate, up, down):
     """Decoding's path for a single row x (1, C) on a CPU: nothing to sort."""
     y = torch.zeros_like(x, dtype=weights.dtype)
     for e, weight in zip(chosen[0].tolist(), weights[0].tolist()):
-        h = F.silu(linear(x, gate[e])).mul_(linear(x, up[e]))
-        y.add_(linear(h, down[e]), alpha=weight)
+        h = F.silu(linear(x, gate[e].to(x.dtype))).mul_(linear(x, up[e].to(x.dtype)))
+        y.add_(linear(h, down[e].to(x.dtype)), alpha=weight)
     return y
-
-
-def in_dtype(p, dtype):
-    """A parameter in `dtype`, cast once per update however many micro-batches: an update makes the copy stale.
-
-    Fused optimizers leave no trace on a parameter's version counter, so the steps of all optimizers are counted here. Nor
-    does code that writes into p.data: that is not seen before the next step.
-    """
-    if p.dtype == dtype:
-        return p.detach()
-    key = (dtype, p._version, p.data_ptr(), _updates)
-    if getattr(p, '_cast', (None,))[0] != key:
-        p._cast = key, p.detach().to(dtype)
-    return p._cast[1]
-
-
-_updates = 0
-
-
-def _count_update(*_):
-    global _updates
-    _updates += 1
-
-
-register_optimizer_step_post_hook(_count_update)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
