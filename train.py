@@ -34,7 +34,8 @@ data_root = ''                  # where token files are kept; empty: the folder 
 # Budget and optimizer
 max_steps = 20                  # optimizer updates; a finished run is extended by --resume=True with a larger number
 batch_size = 24                 # sequences in one update, over all micro-batches and processes
-micro_batch_size = 4            # sequences at once; changes memory and speed, the result only by rounding
+micro_batch_size: int | None = None     # sequences at once: memory and speed, the result only by rounding; none: 4, in
+                                # bfloat16 8
 learning_rate = 1e-3            # peak, the same for all variants unless their own was searched for
 min_lr_ratio = 0.1              # the cosine ends at this fraction of the peak
 warmup_steps = 2                # updates to reach the peak; the first one already moves
@@ -81,9 +82,9 @@ def end(kind, error, trace):
     if begun:
         write_result('interrupted', f'{kind.__name__}: {error}'.partition('\n')[0])
     if 'out_of_memory' in globals() and out_of_memory(error):
-        less = max(1, micro_batch_size // 2)
         fail(f'out of memory after step {step} at --micro_batch_size={micro_batch_size}; less changes no number (at 1, take '
-             f'a smaller model); to go on: {command_to_go_on(overwrite, micro_batch_size=less)}' if begun else
+             'a smaller model); to go on: '
+             f'{command_to_go_on(overwrite, micro_batch_size=max(1, micro_batch_size // 2))}' if begun else
              'out of memory before the first step: take a smaller model')
     sys.__excepthook__(kind, error, trace)
 
@@ -124,7 +125,7 @@ for least, knobs in ((1, 'max_steps batch_size micro_batch_size'),
                      (0, 'seed learning_rate min_lr_ratio warmup_steps weight_decay grad_clip bias_update_rate '
                          'eval_interval checkpoint_interval log_interval max_train_tokens max_val_tokens')):
     for knob in knobs.split():
-        if asked[knob] < least:
+        if asked[knob] is not None and asked[knob] < least:
             fail(f'{knob} must be at least {least}, not {asked[knob]}')
 if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
     fail(f'beta1 ({beta1}) and beta2 ({beta2}) must be at least 0 and below 1')
@@ -159,6 +160,7 @@ block_size, expert_layers = network.block_size, max(0, network.n_layer - network
 # Machine, and `config`: what is used, every none and auto resolved
 
 dtype = choose_dtype(dtype, device, network.n_embd)
+micro_batch_size = micro_batch_size or (8 if dtype == 'bfloat16' else 4)        # measured: results/README.md, "Benchmarks"
 kernels.use('plain' if plain_kernels else 'fast')
 if device.type == 'cpu':
     kernels.keep_freed_memory()

@@ -264,6 +264,12 @@ def test_the_micro_batch_changes_the_result_by_rounding_only(train, attn):
             assert b['balance']['balance_loss'] == pytest.approx(a['balance']['balance_loss'], rel=1e-4)
 
 
+@pytest.mark.parametrize('dtype, resolved', [('float32', 4), ('bfloat16', 8)])
+def test_left_alone_the_micro_batch_is_larger_in_bfloat16_and_the_result_says_so(train, dtype, resolved):
+    run = train(dtype=dtype, micro_batch_size=None, max_steps=1)
+    assert result_of(run)['config']['micro_batch_size'] == resolved
+
+
 @pytest.mark.parametrize('name, status, knobs', [
     ('SIGINT', 130, dict(attn='enhanced')), ('SIGTERM', 143, dict(attn='mla', router='sigmoid', bias_update_rate=0.05)),
     ('SIGHUP', 129, dict(optimizer='muon'))], ids=str)
