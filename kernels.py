@@ -438,6 +438,7 @@ class ExpertsByHand(torch.autograd.Function):
 # Not compiled: the sizes would be constants there, and every batch has others
 experts_by_hand = torch.compiler.disable(ExpertsByHand.apply)
 
+
 def filled_up(n, dtype):
     """How many rows a network gets that has n: in bfloat16 rows of weight 0 fill them up to a multiple of 32, from 512 on of
     a sixteenth of the next power of two.
