@@ -445,7 +445,7 @@ def filled_up(n, dtype):
 
     For every new number of rows oneDNN generates code, which takes as long as several products and stays in memory, between
     the tensors. 2,048 tokens through a layer of Experiment 1, forward and backward on a Xeon with AMX: 110 ms in multiples
-    of 32, 625 without. In multiples of 32 throughout a run of 30 updates took 4.3 GB, so 3.0 (results/README.md).
+    of 32, 625 without. With multiples of 32 alone a run of 30 updates peaked at 4.3 GB, with these numbers at 3.0.
     """
     step = max(32, 2 ** (n - 1).bit_length() // 16) if dtype == torch.bfloat16 and n else 1
     return n + -n % step
