@@ -34,8 +34,8 @@ data_root = ''                  # where token files are kept; empty: the folder 
 # Budget and optimizer
 max_steps = 20                  # optimizer updates; a finished run is extended by --resume=True with a larger number
 batch_size = 24                 # sequences in one update, over all micro-batches and processes
-micro_batch_size: int | None = None     # sequences at once: memory and speed, the result only by rounding; none: 4, in
-                                # bfloat16 8
+micro_batch_size: int | None = None     # sequences at once; changes memory and speed, the result only by rounding;
+                                # none: 8 in bfloat16, else 4
 learning_rate = 1e-3            # peak, the same for all variants unless their own was searched for
 min_lr_ratio = 0.1              # the cosine ends at this fraction of the peak
 warmup_steps = 2                # updates to reach the peak; the first one already moves
